@@ -1,0 +1,52 @@
+"""Checks shared by the ops: each failure names the argument, what it must be and what it is."""
+
+import torch
+
+from .dispatch import KernelError
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def _names(dtypes):
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(name, value, shape, dtypes, device=None):
+    """`value` detached, after checking it is a tensor of one of `dtypes` on `device`.
+
+    shape: a tuple of dimension names (any size) or ints (that size).
+    """
+    if not isinstance(value, torch.Tensor):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise KernelError(f"{name} must be a torch.Tensor, got {kind}")
+    want = "(" + ", ".join(str(s) for s in shape) + ")"
+    fits = value.dim() == len(shape) and all(
+        isinstance(s, str) or s == n for s, n in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise KernelError(f"{name} must have shape {want}, got {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        got = str(value.dtype).removeprefix("torch.")
+        raise KernelError(f"{name} must be {_names(dtypes)}, got {got}")
+    if device is not None and value.device != device:
+        raise KernelError(f"{name} must be on {device}, got {value.device}")
+    return value.detach()
+
+
+def codewords(name, value, shape, device):
+    """A codebook: finite, at least one codeword of at least one dimension."""
+    value = tensor(name, value, shape, FLOATS, device)
+    if value.shape[-2] < 1 or value.shape[-1] < 1:
+        raise KernelError(f"{name} needs at least one codeword, got shape {tuple(value.shape)}")
+    if not torch.isfinite(value).all():
+        raise KernelError(f"{name} must be finite, got NaN or Inf")
+    return value
+
+
+def row_mask(mask, rows, device):
+    """The optional (N,) bool mask: False rows are padding."""
+    return None if mask is None else tensor("mask", mask, (rows,), (torch.bool,), device)
+
+
+def not_finite(row):
+    return KernelError(f"x must be finite, got NaN or Inf in row {row}")

@@ -1,0 +1,61 @@
+"""The definition of trie_topk, in float64 PyTorch, on the list of all legal (beam, child) pairs."""
+
+import torch
+
+from . import bad_edge, bad_node, bad_score, bad_token
+
+
+def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
+    batch, width, vocabulary = logits.shape
+    n_nodes = trie.child_start.shape[0] - 1
+    device = logits.device
+    flat = nodes.reshape(-1)
+    if flat.numel() and (flat.min() < -1 or flat.max() >= n_nodes):
+        raise bad_node(int(flat.max() if flat.max() >= n_nodes else flat.min()), n_nodes)
+
+    # Expand every live beam's edges: `beam` and `edge` are parallel lists in (beam, child) order.
+    alive = flat >= 0
+    first = trie.child_start[flat.clamp_min(0)] if n_nodes else torch.zeros_like(flat)
+    past = trie.child_start[flat.clamp_min(0) + 1] if n_nodes else torch.zeros_like(flat)
+    counts = torch.where(alive, past - first, 0)
+    beam = torch.repeat_interleave(torch.arange(batch * width, device=device), counts)
+    offset = torch.arange(len(beam), device=device) - (counts.cumsum(0) - counts)[beam]
+    edge = first[beam] + offset
+    token, node = trie.child_token[edge].long(), trie.child_node[edge]
+    if len(token) and (token.min() < 0 or token.max() >= vocabulary):
+        raise bad_token(int(token.max() if token.max() >= vocabulary else token.min()), vocabulary)
+    if len(node) and (node.min() < 0 or node.max() >= n_nodes):
+        raise bad_edge(int(node.max() if node.max() >= n_nodes else node.min()), n_nodes)
+    if allowed is not None:
+        keep = allowed[beam // width, node]
+        beam, token, node = beam[keep], token[keep], node[keep]
+
+    table = logits.reshape(-1, vocabulary).double()  # (B * W, V)
+    logit = table[beam, token]
+    prior = beam_scores.reshape(-1).double()
+    used = torch.bincount(beam, minlength=batch * width) > 0
+    counted = torch.cat([logit, prior[used]])
+    if normalize == "vocabulary":
+        counted = torch.cat([counted, table[used].flatten()])
+    if (counted.isnan() | (counted == torch.inf)).any():
+        raise bad_score()
+    if normalize == "vocabulary":
+        norm = torch.logsumexp(table, 1)
+    else:
+        highest = torch.full_like(prior, -torch.inf).scatter_reduce(0, beam, logit, "amax")
+        weight = (logit - highest[beam]).exp().nan_to_num(0.0)
+        norm = highest + torch.zeros_like(prior).index_add(0, beam, weight).log()
+    score = (prior[beam] + (logit - norm[beam])).float()
+    score = score.masked_fill(logit == -torch.inf, -torch.inf)
+
+    scores = torch.full((batch, k), -torch.inf, device=device)
+    parents, tokens = (torch.zeros(batch, k, dtype=torch.int64, device=device) for _ in range(2))
+    children = torch.full((batch, k), -1, dtype=torch.int64, device=device)
+    for b in range(batch):
+        mine = ((beam // width == b) & (score > -torch.inf)).nonzero()[:, 0]
+        order = score[mine].sort(descending=True, stable=True).indices[:k]
+        best = mine[order]
+        n = len(best)
+        scores[b, :n], parents[b, :n] = score[best], beam[best] % width
+        tokens[b, :n], children[b, :n] = token[best], node[best]
+    return scores, parents, tokens, children
