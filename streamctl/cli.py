@@ -1,0 +1,92 @@
+"""The console command: registers every command and is the only place that turns errors to exits."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import typer
+
+from streamctl import __version__
+from streamctl.errors import StreamctlError
+
+# (module below streamctl.commands, command name): in the order of work, as --help lists them.
+COMMANDS = (
+    ("tokenize", "tokenize"),
+    ("pretrain", "pretrain"),
+    ("annotate", "annotate"),
+    ("sft", "sft"),
+    ("rl", "rl"),
+    ("baseline", "baseline"),
+    ("eval", "eval"),
+    ("recommend", "recommend"),
+    ("run", "run"),
+    ("demo", "demo"),
+)
+DATA_COMMANDS = (
+    ("data_prepare", "prepare"),
+    ("data_synth", "synth"),
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"streamctl {__version__}")
+        raise typer.Exit
+
+
+def build_app() -> typer.Typer:
+    """The Typer app with every command; each module defines one function named `command`."""
+    app = typer.Typer(
+        name="streamctl",
+        help="A slow-thinking generative recommender: from raw log to served answer.",
+        epilog="Start with `streamctl demo`, or `streamctl data prepare SOURCE --run runs/NAME`.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    data = typer.Typer(help="Prepare, make and inspect data.", no_args_is_help=True)
+    app.add_typer(data, name="data")
+    for group, commands in ((data, DATA_COMMANDS), (app, COMMANDS)):
+        for module, name in commands:
+            function = importlib.import_module(f"streamctl.commands.{module}").command
+            group.command(name=name)(function)
+
+    @app.callback()
+    def main_options(
+        debug: bool = typer.Option(False, "--debug", help="Show a traceback when something fails."),
+        version: bool = typer.Option(
+            False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
+    ) -> None:
+        if debug:
+            os.environ["STREAMCTL_DEBUG"] = "1"
+
+    return app
+
+
+def main() -> None:
+    """Entry point: exit code 0 success, 1 an expected failure, 2 usage, 130 interrupted."""
+    try:
+        build_app()()
+    except (StreamctlError, OSError, KeyboardInterrupt) as error:
+        if os.environ.get("STREAMCTL_DEBUG"):
+            raise
+        sys.exit(_report(error))
+
+
+def _report(error: BaseException) -> int:
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True)
+    if isinstance(error, KeyboardInterrupt):
+        console.print("interrupted: the same command continues", style="yellow")
+        return 130
+    if isinstance(error, StreamctlError):
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        return error.exit_code
+    where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+    text = f"error: {where}{error.strerror or error}"
+    console.print(text, style="red", markup=False, highlight=False)
+    return 1

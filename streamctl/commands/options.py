@@ -1,0 +1,53 @@
+"""Options that commands share, and the rendering of results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+Run = Annotated[
+    Path, typer.Option("--run", help="The run's folder, e.g. runs/beauty.", show_default=False)
+]
+Config = Annotated[
+    Optional[Path],  # noqa: UP045 - Typer reads Optional
+    typer.Option("--config", help="A TOML file with a table for each stage it changes."),
+]
+Sets = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", help="key=value or stage.key=value; may be repeated."),
+]
+Seed = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--seed", help="Seed of everything random in the stage."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Size = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--size", help="Model size: tiny, small or paper."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Redo a complete stage; the old one is kept as NAME.previous."),
+]
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """A table on stdout; numbers with four decimals, everything but the first column right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console().print(table)

@@ -1,0 +1,286 @@
+"""Configuration: a frozen dataclass a stage; defaults < --config FILE < --set < flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from streamctl.errors import StreamctlError, UsageError, close_matches
+
+Size = Literal["tiny", "small", "paper"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What `data prepare` keeps of a log and in which order."""
+
+    section: ClassVar[str] = "data"
+    source: str = ""
+    format: str = "auto"
+    min_user: int = 5  # interactions a user needs; 0 keeps everyone
+    min_item: int = 5  # interactions an item needs
+    history: int = 20  # items of history that a model sees
+    ties: Literal["keep", "shuffle"] = "keep"  # equal times: input order, or a seeded shuffle
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """Item text -> vectors -> Semantic IDs (Eqs. 4-8)."""
+
+    section: ClassVar[str] = "tokenize"
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"  # or "tfidf", or a local folder
+    dim: int = 128  # PCA to this width
+    method: Literal["rqvae", "rqkmeans"] = "rqvae"
+    levels: int = 4  # m of the paper
+    codes: int = 256  # K: codewords a level
+    collisions: Literal["reassign", "dedup"] = "reassign"
+    latent: int = 32  # width of the RQ-VAE's latent vector
+    hidden: tuple[int, ...] = (512, 256, 128)  # widths of the RQ-VAE's MLP encoder
+    beta: float = 0.25  # commitment weight of Eq. 6
+    epochs: int = 300
+    batch: int = 1024
+    lr: float = 1e-3
+    kmeans_iterations: int = 25
+    neighbours: int = 50  # text neighbours kept for each item
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Stage 1 (Eqs. 9-11), and the shape of the model that all later stages train."""
+
+    section: ClassVar[str] = "pretrain"
+    size: Size = "tiny"
+    history: Literal["codes", "items"] = "items"  # encoder positions: m an item, or one an item
+    neighbours: int = 2  # retrieved items put before the target (Eq. 9)
+    temperature: float = 1.0  # tau of Eq. 11
+    direct_weight: float = 1.0  # weight of the direct decoder's loss on the shared encoder
+    dropout: float = 0.1
+    epochs: int = 40
+    patience: int = 10
+    batch: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AnnotateConfig:
+    """Iterative inference (Sec. 2.3.1, Eqs. 12-13)."""
+
+    section: ClassVar[str] = "annotate"
+    length: int = 4  # l: think tokens
+    mode: Literal["normalised", "literal"] = "normalised"
+    fit_epochs: int = 1  # epochs that fit MLP_s and MLP_r on the frozen backbone before labelling
+    batch: int = 512
+    lr: float = 1e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Stage 2 (Eqs. 14-19): rounds of annotation and training."""
+
+    section: ClassVar[str] = "sft"
+    rounds: int = 3
+    epochs: int = 4  # epochs a round
+    patience: int = 2  # rounds without a better validation ndcg@10 before stopping
+    dpo_weight: float = 0.1  # lambda of Eq. 19
+    quant_weight: float = 0.25  # mu of Eq. 19
+    state_weight: float = 0.1  # delta of Eq. 19
+    dpo_beta: float = 0.1
+    quant_beta: float = 0.25  # beta of Eq. 15
+    state_temperature: float = 0.07
+    corrupt: float = 0.2  # probability that a think token is replaced in training
+    dropout: float = 0.1
+    batch: int = 256
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    """Stage 3: GRPO (Eq. 20) with the rewards of Eqs. 21-27."""
+
+    section: ClassVar[str] = "rl"
+    steps: int = 200
+    group: int = 16  # G: rollouts a user
+    batch: int = 128  # users a step
+    temperature: float = 1.0
+    clip: float = 0.2  # epsilon of Eq. 20
+    kl_weight: float = 1e-3  # beta of Eq. 20 (k3 estimator)
+    updates: int = 1  # gradient steps on one batch of rollouts
+    anchor_weight: float = (
+        0.1  # cross-entropy of the target kept beside GRPO; 0 is the paper's letter
+    )
+    format_weight: float = 1.0
+    exact_weight: float = 1.0
+    similarity_weight: float = 1.0
+    likelihood_weight: float = 1.0
+    ranking_weight: float = 1.0
+    negatives: int = 50  # K of Eq. 27
+    validate_every: int = 50
+    patience: int = 3  # validations below the best before rolling back and stopping
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """A baseline trained by the same loop on the same split."""
+
+    section: ClassVar[str] = "baseline"
+    name: str = "tiger"
+    size: Size = "tiny"
+    loss: Literal["default", "bce", "ce"] = "default"
+    dim: int = 64
+    layers: int = 2
+    heads: int = 2
+    dropout: float = 0.3
+    epochs: int = 40
+    patience: int = 10
+    batch: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Full-catalogue evaluation."""
+
+    section: ClassVar[str] = "eval"
+    split: Literal["valid", "test"] = "test"
+    beam: int = 50
+    batch: int = 256
+    users: int = 0  # 0: every user; otherwise a seeded sample of so many
+    bootstrap: int = 2000  # resamples of the paired intervals
+    seed: int = 0
+
+
+STAGES: tuple[type, ...] = (
+    DataConfig,
+    TokenizeConfig,
+    PretrainConfig,
+    AnnotateConfig,
+    SftConfig,
+    RlConfig,
+    BaselineConfig,
+    EvalConfig,
+)
+
+
+def _convert(name: str, value: Any, kind: Any, where: str) -> Any:
+    """`value` as the field's type; text (from --set) is parsed, TOML values are checked."""
+    origin = typing.get_origin(kind)
+    try:
+        if origin is Literal:
+            if value in typing.get_args(kind):
+                return value
+            choices = ", ".join(str(choice) for choice in typing.get_args(kind))
+            raise UsageError(f"{name} is {value!r}; it takes one of {choices}", where=where)
+        if origin in (types.UnionType, typing.Union):
+            inner = [part for part in typing.get_args(kind) if part is not type(None)]
+            none = value is None or value == "none"
+            return None if none else _convert(name, value, inner[0], where)
+        if origin is tuple:
+            parts = value.split(",") if isinstance(value, str) else value
+            inner = typing.get_args(kind)[0]
+            return tuple(_convert(name, part, inner, where) for part in parts)
+        if kind is bool:
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                return value.lower() == "true"
+            if isinstance(value, bool):
+                return value
+            raise ValueError
+        if kind is int and (isinstance(value, bool) or (isinstance(value, float) and value % 1)):
+            raise ValueError
+        return kind(value)
+    except (ValueError, TypeError) as error:
+        name_of_kind = getattr(kind, "__name__", str(kind))
+        raise UsageError(
+            f"{name} is {value!r}, which is not of type {name_of_kind}", where=where
+        ) from error
+
+
+def _apply(cls: type, values: dict[str, Any], new: Mapping[str, Any], where: str) -> None:
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name, value in new.items():
+        if name not in names:
+            raise UsageError(
+                f"unknown key {name!r} of [{cls.section}]; {close_matches(name, names)}",
+                where=where,
+            )
+        values[name] = _convert(f"{cls.section}.{name}", value, hints[name], where)
+
+
+def resolve(
+    cls: type,
+    *,
+    file: Path | None = None,
+    sets: Sequence[str] = (),
+    **flags: Any,
+) -> Any:
+    """One stage's configuration from its four sources, later ones winning.
+
+    Args:
+        cls: the stage's dataclass.
+        file: a TOML file with a table for each stage it changes (`[pretrain]`, `[sft]`, ...).
+        sets: `key=value` or `stage.key=value` texts of `--set`; those of other stages are ignored.
+        flags: values given as options; `None` means not given.
+
+    Raises:
+        UsageError: an unknown table or key (with close matches), or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    sections = [stage.section for stage in STAGES]
+    if file is not None:
+        try:
+            with open(file, "rb") as handle:
+                tables = tomllib.load(handle)
+        except OSError as error:
+            raise StreamctlError("the configuration cannot be read", where=file) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise StreamctlError(f"not a TOML file: {error}", where=file) from error
+        for table, content in tables.items():
+            if table not in sections or not isinstance(content, dict):
+                raise UsageError(
+                    f"unknown table [{table}]; {close_matches(table, sections)}", where=file
+                )
+        _apply(cls, values, tables.get(cls.section, {}), str(file))
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes key=value, not {text!r}")
+        section, dot, name = key.strip().rpartition(".")
+        if dot and section not in sections:
+            raise UsageError(
+                f"unknown stage {section!r} in --set {text}; {close_matches(section, sections)}"
+            )
+        if not dot or section == cls.section:
+            _apply(cls, values, {name if dot else key.strip(): value.strip()}, f"--set {text}")
+    given = {name: value for name, value in flags.items() if value is not None}
+    _apply(cls, values, given, "options")
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain TOML and JSON values."""
+    return {
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) is not None
+    }

@@ -1,0 +1,438 @@
+"""A run on disk: a folder a stage, published by a manifest that is written last.
+
+    runs/NAME/{data,tokenizer,pretrain,annotate,sft,rl,baselines/<name>,eval}/
+        config.toml     the resolved configuration, written before work starts
+        metrics.jsonl   one JSON object a logged step
+        <artifacts>     parquet, npy, safetensors, json
+        manifest.json   written last: its presence means that the stage is complete
+        .progress/      parents' hashes and the last checkpoint of a stage in work
+
+Every file is written beside its final name, synced and renamed, so that a reader sees the old
+file or the new one and never half of one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamctl.config import to_dict
+from streamctl.errors import StreamctlError
+
+SCHEMA = 1
+COMMANDS = {"data": "data prepare SOURCE", "tokenizer": "tokenize"}
+_PACKAGES = ("torch", "transformers", "numpy", "numba", "faiss-cpu", "scikit-learn", "pyarrow")
+
+
+def command_for(stage: str) -> str:
+    """The command that makes a stage: `tokenize` for "tokenizer", `baseline NAME`, ..."""
+    if stage.startswith("baselines/"):
+        return "baseline " + stage.removeprefix("baselines/")
+    return COMMANDS.get(stage, stage)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _git_revision() -> str | None:
+    source = Path(__file__).resolve().parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in ("streamctl", *_PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """Where a result came from: git revision, versions, machine, peak memory of this process."""
+    return {
+        "git": _git_revision(),
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+class Stage:
+    """A finished stage, to read."""
+
+    def __init__(self, run: RunDir, name: str):
+        self.run = run
+        self.name = name
+        self.path = run.path / name
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "manifest.json").is_file()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.path / "manifest.json")
+
+    @property
+    def hash(self) -> str:
+        """Identity of the artifacts: children record it and are stale when it changes."""
+        return self.manifest["hash"]
+
+    def stale_parents(self) -> list[str]:
+        """Parents whose artifacts have changed (or gone) since this stage was made."""
+        return [
+            parent
+            for parent, seen in self.manifest["parents"].items()
+            if not self.run.stage(parent).complete or self.run.stage(parent).hash != seen
+        ]
+
+    def file(self, name: str) -> Path:
+        """Path of an artifact.
+
+        Raises:
+            StreamctlError: the manifest lists no such artifact.
+        """
+        if name not in self.manifest["artifacts"]:
+            raise StreamctlError(
+                f"stage {self.name} has no artifact {name}",
+                where=self.path,
+                run=f"{self.run.command(self.name)} --force",
+            )
+        return self.path / name
+
+    def array(self, name: str) -> np.ndarray:
+        """A `.npy` artifact."""
+        return np.load(self.file(name), allow_pickle=False)
+
+    def json(self, name: str) -> Any:
+        """A `.json` artifact."""
+        return read_json(self.file(name))
+
+    def verify(self) -> None:
+        """Compare every artifact with the hash in the manifest.
+
+        Raises:
+            StreamctlError: naming the first artifact that is missing or has changed.
+        """
+        for name, expected in self.manifest["artifacts"].items():
+            path = self.path / name
+            if not path.is_file() or file_hash(path) != expected:
+                problem = "is damaged (its hash differs from" if path.is_file() else "is missing ("
+                raise StreamctlError(
+                    f"artifact {problem} manifest.json)",
+                    where=path,
+                    run=f"{self.run.command(self.name)} --force",
+                )
+
+
+class StageWriter(Stage):
+    """A stage in work. Made by `RunDir.begin`; `publish` completes it.
+
+    `resumed` is true when a checkpoint of an interrupted run with the same settings was found.
+    """
+
+    def __init__(self, run: RunDir, name: str, config: Any, parents: Mapping[str, str]):
+        super().__init__(run, name)
+        self.config = config
+        self.parents = dict(parents)
+        self.started = time.monotonic()
+        self.earlier_s = 0.0
+        self._progress = self.path / ".progress"
+        self._artifacts: set[str] = set()
+
+    @property
+    def resumed(self) -> bool:
+        return (self._progress / "checkpoint.safetensors").is_file()
+
+    def wall_s(self) -> float:
+        """Seconds of work so far, those before an interruption (up to its checkpoint) included."""
+        return self.earlier_s + time.monotonic() - self.started
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write artifact `name` to; published under its name when the block ends."""
+        with atomic_file(self.path / name) as path:
+            yield path
+        self._artifacts.add(name)
+
+    def save_array(self, name: str, array: np.ndarray) -> None:
+        with self.writing(name) as path, open(path, "wb") as handle:
+            np.save(handle, array, allow_pickle=False)
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Any]) -> None:
+        """Write torch tensors as safetensors."""
+        from safetensors.torch import save_file
+
+        with self.writing(name) as path:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+
+    def save_json(self, name: str, value: Any) -> None:
+        with self.writing(name) as path:
+            path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def save_table(self, name: str, table: Any) -> None:
+        """Write a pyarrow table as parquet."""
+        import pyarrow.parquet as pq
+
+        with self.writing(name) as path:
+            pq.write_table(table, path, compression="zstd")
+
+    def adopt(self, name: str) -> None:
+        """Count a file that is already in the folder (a `save_pretrained` one) as an artifact."""
+        with open(self.path / name, "rb") as handle:
+            os.fsync(handle.fileno())
+        self._artifacts.add(name)
+
+    def log(self, **metrics: Any) -> None:
+        """Append one record to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as handle:
+            handle.write(json.dumps(metrics) + "\n")
+
+    def save_checkpoint(self, tensors: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Replace the checkpoint: one safetensors file with `meta` (JSON) in its header.
+
+        Records logged to metrics.jsonl after this checkpoint are dropped when it is loaded.
+        """
+        from safetensors.torch import save_file
+
+        log = self.path / "metrics.jsonl"
+        header = {
+            "meta": json.dumps(dict(meta)),
+            "wall_s": repr(self.wall_s()),
+            "logged_bytes": str(log.stat().st_size if log.exists() else 0),
+        }
+        with atomic_file(self._progress / "checkpoint.safetensors") as path:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, path, header)
+
+    def load_checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """(tensors, meta) of the last checkpoint, or None if there is none."""
+        from safetensors import safe_open
+
+        if not self.resumed:
+            return None
+        with safe_open(self._progress / "checkpoint.safetensors", "pt") as handle:
+            header = handle.metadata()
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        log = self.path / "metrics.jsonl"
+        if log.exists():
+            os.truncate(log, min(int(header["logged_bytes"]), log.stat().st_size))
+        self.earlier_s = float(header["wall_s"])
+        self.started = time.monotonic()
+        return tensors, json.loads(header["meta"])
+
+    def publish(self, **extra: Any) -> None:
+        """Hash the artifacts and write manifest.json; `extra` is kept in the manifest."""
+        artifacts = {name: file_hash(self.path / name) for name in sorted(self._artifacts)}
+        identity = json.dumps(artifacts, sort_keys=True).encode()
+        manifest = {
+            "schema": SCHEMA,
+            "stage": self.name,
+            "hash": hashlib.sha256(identity).hexdigest(),
+            "artifacts": artifacts,
+            "parents": self.parents,
+            "config": to_dict(self.config),
+            "seed": getattr(self.config, "seed", None),
+            "wall_s": round(self.wall_s(), 2),
+            **provenance(),
+            **extra,
+        }
+        with atomic_file(self.path / "manifest.json") as path:
+            path.write_text(json.dumps(manifest, indent=1) + "\n")
+        shutil.rmtree(self._progress, ignore_errors=True)
+
+
+class RunDir:
+    """A run's folder. `RunDir(path)` makes it when the first stage begins."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def command(self, stage: str) -> str:
+        """The command line that makes `stage` of this run."""
+        return f"streamctl {command_for(stage)} --run {self.path}"
+
+    def stage(self, name: str) -> Stage:
+        """A stage, complete or not."""
+        return Stage(self, name)
+
+    def require(self, name: str) -> Stage:
+        """A complete, undamaged stage whose parents have not changed since.
+
+        Raises:
+            StreamctlError: no such run, stage missing, damaged or stale; names the command to run.
+        """
+        if not self.path.is_dir():
+            raise StreamctlError(
+                "no such run", where=self.path, run=f"{self.command('data')} (makes it)"
+            )
+        stage = self.stage(name)
+        if not stage.complete:
+            started = (stage.path / "config.toml").exists()
+            state = "was interrupted" if started else "is missing"
+            raise StreamctlError(f"stage {name} {state}", where=self.path, run=self.command(name))
+        stale = stage.stale_parents()
+        if stale:
+            raise StreamctlError(
+                f"stage {name} is stale: {' and '.join(stale)} changed after it was made",
+                where=self.path,
+                run=f"{self.command(name)} --force",
+            )
+        stage.verify()
+        for parent in stage.manifest["parents"]:
+            if self.stage(parent).stale_parents():
+                self.require(parent)
+        return stage
+
+    @contextmanager
+    def begin(
+        self, name: str, config: Any, parents: Sequence[str] = (), *, force: bool = False
+    ) -> Iterator[StageWriter | None]:
+        """Start or continue a stage; yields None when it is complete with these settings.
+
+        Args:
+            name: the stage's folder below the run.
+            config: its dataclass; written to config.toml before the block runs.
+            parents: stages it reads; each is required, and its hash recorded.
+            force: redo a complete stage; the old folder is kept as `NAME.previous`.
+
+        Raises:
+            StreamctlError: a parent is missing or stale, the stage is complete with other
+                settings or parents, or another process works on it.
+        """
+        hashes = {parent: self.require(parent).hash for parent in parents}
+        writer = StageWriter(self, name, config, hashes)
+        with self._lock(name):
+            if writer.complete and not force:
+                self._check_same(writer, config, hashes)
+                yield None
+                return
+            progress = writer.path / ".progress"
+            state = {"config": to_dict(config), "parents": hashes}
+            same = (
+                not writer.complete
+                and (progress / "state.json").is_file()
+                and read_json(progress / "state.json") == json.loads(json.dumps(state))
+            )
+            if not same:
+                self._set_aside(writer.path)
+                progress.mkdir(parents=True, exist_ok=True)
+                _write_config(writer.path / "config.toml", config)
+                with atomic_file(progress / "state.json") as path:
+                    path.write_text(json.dumps(state))
+            if same and not writer.resumed:
+                (writer.path / "metrics.jsonl").unlink(missing_ok=True)
+            yield writer
+
+    def _check_same(self, stage: Stage, config: Any, hashes: Mapping[str, str]) -> None:
+        old, new = stage.manifest["config"], json.loads(json.dumps(to_dict(config)))
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        stale = [
+            key for key, value in hashes.items() if stage.manifest["parents"].get(key) != value
+        ]
+        if not changed and not stale:
+            return
+        if changed:
+            differences = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
+            what = f"stage {stage.name} is complete with other settings ({differences})"
+        else:
+            what = f"stage {stage.name} is stale: {' and '.join(stale)} changed after it was made"
+        raise StreamctlError(
+            what,
+            where=self.path,
+            run=f"{self.command(stage.name)} --force (keeps the old one as {stage.name}.previous)",
+        )
+
+    def _set_aside(self, folder: Path) -> None:
+        if folder.exists():
+            previous = folder.with_name(folder.name + ".previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        lock = self.path / f".{name.replace('/', '-')}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StreamctlError(
+                    f"another process works on stage {name}",
+                    where=self.path,
+                    run="wait for it to end, or use another --run",
+                ) from error
+            yield
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value.
+
+    Raises:
+        StreamctlError: it cannot be read or is not JSON, with file and line.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise StreamctlError(f"cannot be read: {error.strerror}", where=path) from error
+    except UnicodeDecodeError as error:
+        raise StreamctlError("not a text file", where=path) from error
+    except json.JSONDecodeError as error:
+        raise StreamctlError(f"not JSON: {error.msg}", where=path, line=error.lineno) from error
+
+
+def _write_config(path: Path, config: Any) -> None:
+    import tomli_w
+
+    buffer = io.BytesIO()
+    tomli_w.dump({config.section: to_dict(config)}, buffer)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
