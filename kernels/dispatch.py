@@ -74,7 +74,7 @@ def resolve(backend, device_type):
         origin = "STREAMCTL_KERNELS"
         name = _known(os.environ.get(origin) or "auto", origin)
     if name == "auto":
-        name, origin = {"cuda": "triton", "cpu": "reference"}.get(device_type, "reference"), "auto"
+        name, origin = {"cuda": "triton", "cpu": "numba"}.get(device_type, "reference"), "auto"
     if missing := _missing(name, device_type):
         raise KernelError(
             f"{origin} chose backend {name!r}, which cannot run here: {missing};"

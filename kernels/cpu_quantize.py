@@ -1,0 +1,148 @@
+"""Rows -> codes on the CPU, all levels in one pass: the Numba backend of two ops."""
+
+import numba
+import numpy as np
+import torch
+
+from . import checks, threads
+from .cpu_search import (
+    BF16,
+    TILE,
+    block_rows,
+    make_scratch,
+    pack_codebook,
+    search_block,
+    squared_distance,
+)
+
+_RANGE = 8192  # rows handed to a thread at a time
+
+
+class PackedCodebooks:
+    """(L, K, D) codebooks as `search_block` reads them, in float32 and, where it pays, bf16."""
+
+    def __init__(self, codebooks):
+        levels, size, width = codebooks.shape
+        self.exact = codebooks.detach().float().contiguous().numpy()
+        self.centre = self.exact.mean(1, dtype=np.float64).astype(np.float32)  # (L, D)
+        tiles, near = -(-size // TILE), np.empty(width, np.float32)
+        self.words, self.bias, self.norms = [], [], np.zeros((levels, 2, 2))
+        for bf16 in (False, True):
+            steps = -(-width // 2) if bf16 else width
+            used = levels if BF16 or not bf16 else 0
+            words = np.empty((used, tiles, steps, TILE), np.float32)
+            bias = np.empty((used, tiles * TILE), np.float32)
+            for level in range(used):
+                self.norms[level, int(bf16)] = pack_codebook(
+                    self.exact[level], bf16, words[level], bias[level], self.centre[level], near
+                )
+            self.words.append(words)
+            self.bias.append(bias)
+
+    def arrays(self):
+        return (self.exact, self.centre, self.norms, *self.words, *self.bias)
+
+
+_f32, _i64 = numba.float32, numba.int64
+_SIGNATURE = _i64(
+    # x as float32 and as bf16 bits: one of them is empty, so one compilation serves both
+    _f32[:, :],
+    numba.uint16[:, :],
+    numba.bool_[:],
+    _i64,
+    _i64,
+    # PackedCodebooks.arrays()
+    _f32[:, :, ::1],
+    _f32[:, ::1],
+    numba.float64[:, :, ::1],
+    _f32[:, :, :, ::1],
+    _f32[:, :, :, ::1],
+    _f32[:, ::1],
+    _f32[:, ::1],
+    # outputs; residual or distance may have no rows
+    _i64[:, ::1],
+    _f32[:, ::1],
+    _f32[::1],
+    _i64,
+)
+
+
+@numba.njit(_SIGNATURE, nogil=True, cache=True)
+def _quantize_range(
+    x, x_bits, mask, start, stop, exact, centre, norms, words, words16, bias, bias16,
+    codes, residual, distance, block,
+):  # fmt: skip
+    """Quantize rows [start, stop); return the first row that is not finite, or -1."""
+    levels, size, width = exact.shape
+    scratch = make_scratch(block, size, width)
+    rows = np.zeros((block, width), np.float32)
+    row_bits = rows.view(np.uint32)
+    live = np.ones(block, np.bool_)
+    index = np.empty(block, np.int64)
+    # A level whose bf16 scores leave many codewords to compare goes on in float32.
+    coarse = np.full(levels, words16.shape[0] > 0)
+
+    for first in range(start, stop, block):
+        count = min(block, stop - first)
+        for b in range(count):
+            n = first + b
+            if mask.shape[0]:
+                live[b] = mask[n]
+            if not live[b]:
+                rows[b] = 0
+            elif x_bits.shape[0]:
+                for d in range(width):
+                    row_bits[b, d] = np.uint32(x_bits[n, d]) << np.uint32(16)
+            else:
+                for d in range(width):
+                    rows[b, d] = x[n, d]
+        for level in range(levels):
+            bf16 = coarse[level]
+            if bf16:
+                book = (exact[level], words16[level], bias16[level], centre[level],
+                        norms[level, 1, 0], norms[level, 1, 1])  # fmt: skip
+            else:
+                book = (exact[level], words[level], bias[level], centre[level],
+                        norms[level, 0, 0], norms[level, 0, 1])  # fmt: skip
+            compared = search_block(rows, live, count, book, bf16, scratch, index)
+            if compared < 0:
+                return first - (compared + 1)
+            coarse[level] = bf16 and compared <= count * max(2, size // 32)
+            for b in range(count):
+                codes[first + b, level] = index[b]
+                if live[b] and residual.shape[0]:
+                    chosen = exact[level, index[b]]
+                    for d in range(width):
+                        rows[b, d] -= chosen[d]
+        for b in range(count):
+            if residual.shape[0]:
+                residual[first + b] = rows[b]
+            if distance.shape[0]:
+                distance[first + b] = 0
+                if live[b]:
+                    distance[first + b] = squared_distance(rows[b], exact[0, index[b]])
+    return -1
+
+
+def quantize(x, codebooks, mask, *, want):
+    """codes (N, L) int64 and, as `want` says, the "residual" (N, D) or the "distance" (N,)."""
+    n, width = x.shape
+    packed = PackedCodebooks(codebooks).arrays()
+    codes = torch.empty((n, len(codebooks)), dtype=torch.int64)
+    residual = torch.empty((n if want == "residual" else 0, width), dtype=torch.float32)
+    distance = torch.empty(n if want == "distance" else 0, dtype=torch.float32)
+    values, bits = np.empty((0, width), np.float32), np.empty((0, width), np.uint16)
+    if x.dtype == torch.bfloat16:
+        bits = x.view(torch.int16).numpy().view(np.uint16)
+    else:
+        values = x.numpy()
+    live = np.empty(0, np.bool_) if mask is None else mask.numpy()
+    outputs = (codes.numpy(), residual.numpy(), distance.numpy(), block_rows(width))
+
+    def run(start, stop):
+        return _quantize_range(values, bits, live, start, stop, *packed, *outputs)
+
+    bad = [row for row in threads.over_ranges(run, n, _RANGE) if row >= 0]
+    if bad:
+        raise checks.not_finite(min(bad))
+    return codes, residual if want == "residual" else distance
