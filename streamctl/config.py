@@ -138,22 +138,29 @@ class RlConfig:
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """A baseline trained by the same loop on the same split."""
+    """A baseline trained by the same loop on the same split.
+
+    None stands for the method's own default (`Baseline.defaults`; for tiger the pretrain stage's
+    settings) and is filled in before work starts. A value for something that the method does not
+    have is refused.
+    """
 
     section: ClassVar[str] = "baseline"
     name: str = "tiger"
-    size: Size = "tiny"
-    loss: Literal["default", "bce", "ce"] = "default"
-    dim: int = 64
-    layers: int = 2
-    heads: int = 2
-    dropout: float = 0.3
-    epochs: int = 40
-    patience: int = 10
-    batch: int = 256
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup: float = 0.05
+    size: Size | None = None  # tiger
+    history: Literal["codes", "items"] | None = None  # tiger
+    loss: Literal["bce", "ce"] | None = None
+    dim: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    mask: float | None = None  # bert4rec: share of positions hidden
+    dropout: float | None = None
+    epochs: int | None = None
+    patience: int | None = None
+    batch: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    warmup: float | None = None
     seed: int = 0
 
 
@@ -163,6 +170,7 @@ class EvalConfig:
 
     section: ClassVar[str] = "eval"
     split: Literal["valid", "test"] = "test"
+    methods: tuple[str, ...] = ()  # rows to evaluate; empty: every method and control of the run
     beam: int = 50
     batch: int = 256
     users: int = 0  # 0: every user; otherwise a seeded sample of so many
@@ -230,6 +238,7 @@ def _apply(cls: type, values: dict[str, Any], new: Mapping[str, Any], where: str
 def resolve(
     cls: type,
     *,
+    base: Mapping[str, Any] | None = None,
     file: Path | None = None,
     sets: Sequence[str] = (),
     **flags: Any,
@@ -238,6 +247,7 @@ def resolve(
 
     Args:
         cls: the stage's dataclass.
+        base: values that replace the defaults, as a manifest records them.
         file: a TOML file with a table for each stage it changes (`[pretrain]`, `[sft]`, ...).
         sets: `key=value` or `stage.key=value` texts of `--set`; those of other stages are ignored.
         flags: values given as options; `None` means not given.
@@ -246,6 +256,7 @@ def resolve(
         UsageError: an unknown table or key (with close matches), or a value of the wrong type.
     """
     values: dict[str, Any] = {}
+    _apply(cls, values, base or {}, "manifest.json")
     sections = [stage.section for stage in STAGES]
     if file is not None:
         try:
