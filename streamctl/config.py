@@ -23,8 +23,9 @@ class DataConfig:
     section: ClassVar[str] = "data"
     source: str = ""
     format: str = "auto"
-    min_user: int = 5  # interactions a user needs; 0 keeps everyone
-    min_item: int = 5  # interactions an item needs
+    # None: 5 for a log with times; a log in order only has been cut already and is left as it is.
+    min_user: int | None = None  # interactions a user needs; never fewer than 3
+    min_item: int | None = None  # interactions an item needs; 0 keeps items nobody took
     history: int = 20  # items of history that a model sees
     ties: Literal["keep", "shuffle"] = "keep"  # equal times: input order, or a seeded shuffle
     seed: int = 0

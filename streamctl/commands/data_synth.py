@@ -1,0 +1,32 @@
+"""`streamctl data synth`: a synthetic shop as the data of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from streamctl.commands.options import Force, Json, Run
+
+
+def command(
+    run: Run,
+    users: Annotated[int, typer.Option("--users", help="Users of the shop.")] = 3000,
+    items: Annotated[int, typer.Option("--items", help="Items of the shop, 20 or more.")] = 600,
+    seed: Annotated[int, typer.Option("--seed", help="Seed: the same one, the same shop.")] = 0,
+    json_: Json = False,
+    force: Force = False,
+) -> None:
+    """Make a synthetic shop whose users follow multi-step projects, as the data of a run.
+
+    A project (watercolour pad, brush set, paints, palette, masking fluid) has steps that other
+    projects share, so that what comes next shows in the earlier steps and not in the last item.
+
+    Reads: nothing. Writes: data/ of the run: interactions, users, items and statistics.
+    Next: `streamctl run --run RUN --size tiny --set tokenize.encoder=tfidf`.
+    """
+    from streamctl.commands.data_prepare import render
+    from streamctl.data import synthesize
+    from streamctl.runs import RunDir
+
+    render(synthesize(RunDir(run), users=users, items=items, seed=seed, force=force), json_)

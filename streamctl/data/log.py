@@ -1,0 +1,90 @@
+"""The interaction log: who took what, in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from streamctl.errors import StreamctlError
+from streamctl.runs import Stage, StageWriter
+
+
+@dataclass(frozen=True)
+class InteractionLog:
+    """Every user's items, oldest first, in one flat array.
+
+    Attributes:
+        items: int32 (T,) dense item index, sorted by user, then by time.
+        offsets: int64 (U + 1,); user u has items[offsets[u]:offsets[u + 1]].
+        user_ids: external ids of the U users.
+        timestamps: int64 (T,) in the source's own unit, or None where only the order is known.
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    user_ids: list[str]
+    timestamps: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.user_ids) + 1 or self.offsets[-1] != len(self.items):
+            raise ValueError(
+                f"offsets of {len(self.user_ids)} users over {len(self.items)} interactions need "
+                f"{len(self.user_ids) + 1} entries ending in {len(self.items)}"
+            )
+
+    def __len__(self) -> int:
+        """Interactions."""
+        return len(self.items)
+
+    @property
+    def n_users(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (U,): interactions of each user."""
+        return np.diff(self.offsets)
+
+    def of(self, user: int) -> np.ndarray:
+        """int32: the items of one user, oldest first."""
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+    def save(self, stage: StageWriter) -> None:
+        """Write interactions.parquet (user, item[, timestamp]) and users.parquet (user_id)."""
+        import pyarrow as pa
+
+        columns = {
+            "user": np.repeat(np.arange(self.n_users, dtype=np.int32), self.lengths),
+            "item": self.items,
+        }
+        if self.timestamps is not None:
+            columns["timestamp"] = self.timestamps
+        stage.save_table("interactions.parquet", pa.table(columns))
+        stage.save_table(
+            "users.parquet", pa.table({"user_id": pa.array(self.user_ids, pa.string())})
+        )
+
+    @classmethod
+    def load(cls, stage: Stage) -> InteractionLog:
+        """The log of a complete data stage.
+
+        Raises:
+            StreamctlError: an artifact is missing or is not what the manifest says.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = stage.file("interactions.parquet")
+        try:
+            table = pq.read_table(path)
+            users = pq.read_table(stage.file("users.parquet"))["user_id"].to_pylist()
+        except (pa.ArrowException, KeyError) as error:
+            raise StreamctlError("damaged artifact", where=path, run="data prepare") from error
+        counts = np.bincount(table["user"].to_numpy(), minlength=len(users))
+        return cls(
+            items=table["item"].to_numpy().astype(np.int32, copy=False),
+            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            user_ids=users,
+            timestamps=table["timestamp"].to_numpy() if "timestamp" in table.column_names else None,
+        )

@@ -1,0 +1,51 @@
+"""`user_sequence.txt`: a user and then the items in time order, blank-separated, a line a user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from streamctl.data.sources.raw import Coder, ItemTable, RawLog
+from streamctl.data.sources.text import lines
+from streamctl.errors import StreamctlError
+
+
+def read_sequences(path: Path, *, catalogue: ItemTable | None = None) -> RawLog:
+    """The log of a sequence file; it gives the order only.
+
+    Raises:
+        StreamctlError: a line without items, a user in two lines, an empty file.
+    """
+    users: list[str] = []
+    items, lengths = Coder(), []
+    first_seen: dict[str, int] = {}
+    for number, text in lines(path):
+        user, *taken = text.split()
+        if not taken:
+            raise StreamctlError(f"user {user!r} has no items", where=path, line=number)
+        if user in first_seen:
+            raise StreamctlError(
+                f"user {user!r} occurs twice, first in line {first_seen[user]}",
+                where=path,
+                line=number,
+            )
+        first_seen[user] = number
+        users.append(user)
+        lengths.append(len(taken))
+        items.add(taken)
+    if not users:
+        raise StreamctlError("the file is empty", where=path)
+    codes, item_ids = items.finish()
+    return RawLog(
+        users=np.repeat(np.arange(len(users), dtype=np.int32), lengths),
+        items=codes,
+        user_ids=pa.array(users, pa.string()),
+        item_ids=item_ids,
+        times=None,
+        timed=False,
+        catalogue=catalogue,
+        format="sequences",
+        files=(path,),
+    )

@@ -1,0 +1,288 @@
+"""Interaction tables with named columns: csv, tsv, parquet, jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from streamctl.data.sources.items import delimited_rows, find_column, json_rows
+from streamctl.data.sources.raw import Coder, ItemTable, RawLog
+from streamctl.data.sources.text import (
+    damaged,
+    first_line,
+    lines,
+    plain_name,
+)
+from streamctl.errors import StreamctlError, close_matches
+
+USER_NAMES = ("user_id", "user", "userid", "uid", "reviewerid", "customer_id", "visitorid",
+              "session_id")  # fmt: skip
+ITEM_NAMES = ("item_id", "item", "itemid", "iid", "parent_asin", "asin", "movieid", "product_id",
+              "article_id", "sid")  # fmt: skip
+TIME_NAMES = ("timestamp", "time", "ts", "unixreviewtime", "unix_time", "event_time", "datetime",
+              "date", "t_dat")  # fmt: skip
+POSITION_NAMES = ("position", "pos", "sequence_number")
+_BLOCK = 16 << 20
+_ROLES = ("user", "item", "time")
+
+
+def read_table(
+    path: Path,
+    *,
+    format_name: str,
+    columns: Mapping[str, str] | None = None,
+    catalogue: ItemTable | None = None,
+    delimiter: str | None = None,
+    names: Sequence[str] = (),
+    quoted: bool = True,
+) -> RawLog:
+    """A table of interactions, a row each.
+
+    Args:
+        path: .csv, .tsv, .parquet, .jsonl or .json, and all but parquet with .gz or .zst.
+        columns: `user`, `item` and `time` -> column name, where they are not the usual ones.
+        catalogue: the items that go with it.
+        delimiter: for text; by default a comma, or a tab in .tsv and .inter.
+        names: the columns, where the file has no header.
+        quoted: whether texts may be in double quotes.
+
+    Raises:
+        StreamctlError: a missing column (naming those found), a malformed line (file and line),
+            a time that is no number or date, an empty file.
+    """
+    name = plain_name(path)
+    try:
+        if name.endswith(".parquet"):
+            batches, roles = _parquet(path, columns)
+        elif name.endswith((".jsonl", ".json")):
+            batches, roles = _json(path, columns)
+        else:
+            delimiter = delimiter or ("\t" if name.endswith((".tsv", ".inter")) else ",")
+            batches, roles = _delimited(path, delimiter, names, quoted, columns)
+        return _collect(batches, roles, path, format_name, catalogue)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if name.endswith(".parquet"):
+            raise StreamctlError(f"not a parquet file: {error}", where=path) from error
+        # Arrow names no line: a slow pass over the text finds it.
+        if name.endswith((".jsonl", ".json")):
+            _diagnose(((line, row) for line, row in json_rows(path)), path)
+        else:
+            rows = delimited_rows(path, delimiter or ",", names=names)
+            _diagnose(rows, path)
+        raise damaged(path, error) from error
+
+
+def _diagnose(rows: Iterator, path: Path) -> None:
+    """Read everything slowly: a malformed line raises the error that names it."""
+    for _ in rows:
+        pass
+
+
+def _find_roles(found: Sequence[str], columns: Mapping[str, str] | None, path: Path) -> list[str]:
+    """The user, item and time columns.
+
+    Raises:
+        StreamctlError: one is missing.
+    """
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if list(found).count(name) > 1)
+        raise StreamctlError(f"column {twice!r} occurs twice in the header", where=path, line=1)
+    usual = {"user": USER_NAMES, "item": ITEM_NAMES, "time": TIME_NAMES + POSITION_NAMES}
+    roles = []
+    for role in _ROLES:
+        wanted = (columns or {}).get(role)
+        name = wanted if wanted in found else find_column(found, usual[role])
+        if name is None or (wanted and wanted not in found):
+            expected = wanted or {"time": "timestamp or position"}.get(role, f"{role}_id")
+            near = close_matches(wanted or usual[role][0], found)
+            near = f"; {near}" if near.startswith("did") else ""
+            raise StreamctlError(
+                f"no column {expected}; columns: {', '.join(map(repr, found))}{near}",
+                where=path,
+                run=f"--columns {role}=NAME",
+            )
+        roles.append(name)
+    return roles
+
+
+def _delimited(
+    path: Path,
+    delimiter: str,
+    names: Sequence[str],
+    quoted: bool,
+    columns: Mapping[str, str] | None,
+) -> tuple[Iterator[pa.RecordBatch], list[str]]:
+    import csv as text_csv
+
+    from pyarrow import csv
+
+    header = list(names)
+    if not header:
+        header = next(text_csv.reader([first_line(path)], delimiter=delimiter))
+        header = [name.strip() for name in header]
+    else:
+        first_line(path)  # an empty file is an error here, too
+    roles = _find_roles(header, columns, path)
+    reader = csv.open_csv(
+        pa.input_stream(str(path), compression="detect"),
+        read_options=csv.ReadOptions(
+            block_size=_BLOCK, column_names=header, skip_rows=0 if names else 1
+        ),
+        parse_options=csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False),
+        convert_options=csv.ConvertOptions(
+            include_columns=roles,
+            column_types={name: pa.string() for name in roles},
+            strings_can_be_null=False,
+        ),
+    )
+    return iter(reader), roles
+
+
+def _parquet(
+    path: Path, columns: Mapping[str, str] | None
+) -> tuple[Iterator[pa.RecordBatch], list[str]]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    roles = _find_roles(file.schema_arrow.names, columns, path)
+    return file.iter_batches(batch_size=1 << 20, columns=roles), roles
+
+
+def _json(
+    path: Path, columns: Mapping[str, str] | None
+) -> tuple[Iterator[pa.RecordBatch], list[str]]:
+    found = list(next(iter(json_rows(path)))[1]) if first_line(path) else []
+    roles = _find_roles(found, columns, path)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        waiting: list[list[str]] = [[], [], []]
+        for line, row in json_rows(path):
+            for values, name in zip(waiting, roles, strict=True):
+                if row.get(name) is None:
+                    raise StreamctlError(f"no {name!r} here", where=path, line=line)
+                values.append(str(row[name]))
+            if len(waiting[0]) >= 1 << 18:
+                yield pa.record_batch([pa.array(v, pa.string()) for v in waiting], roles)
+                waiting = [[], [], []]
+        yield pa.record_batch([pa.array(v, pa.string()) for v in waiting], roles)
+
+    return batches(), roles
+
+
+def _collect(
+    batches: Iterator[pa.RecordBatch],
+    roles: list[str],
+    path: Path,
+    format_name: str,
+    catalogue: ItemTable | None,
+) -> RawLog:
+    users, items = Coder(), Coder()
+    times: list[np.ndarray] = []
+    row = 0
+    for batch in batches:
+        user, item, time = (batch.column(name) for name in roles)
+        for name, values in zip(roles[:2], (user, item), strict=True):
+            _check_filled(name, values, row, path)
+        users.add(_texts(user))
+        items.add(_texts(item))
+        times.append(_times(time, roles[2], row, path))
+        row += len(batch)
+    if not row:
+        raise StreamctlError("the file holds no interactions", where=path)
+    user_codes, user_ids = users.finish()
+    item_codes, item_ids = items.finish()
+    position = find_column([roles[2]], POSITION_NAMES) is not None
+    return RawLog(
+        user_codes,
+        item_codes,
+        user_ids,
+        item_ids,
+        whole(times),
+        timed=not position,
+        catalogue=catalogue,
+        format=format_name,
+        files=(path,),
+    )
+
+
+def _texts(values: pa.Array) -> pa.Array:
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_floating(values.type):  # pandas turns integers with gaps into floats
+        values = values.cast(pa.int64())
+    return values.cast(pa.string())
+
+
+def _check_filled(name: str, values: pa.Array, row: int, path: Path) -> None:
+    empty = pc.is_null(values)
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        empty = pc.or_(empty, pc.equal(pc.fill_null(values, ""), ""))
+    if pc.any(empty).as_py():
+        at = row + int(np.argmax(empty.to_numpy(zero_copy_only=False)))
+        raise StreamctlError(f"{name} is empty", where=path, line=line_of_row(path, at))
+
+
+def _times(values: pa.Array, name: str, row: int, path: Path) -> np.ndarray:
+    """int64, or float64 where numbers are fractions; dates become microseconds since 1970."""
+    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
+        parsed = values.cast(pa.timestamp("us")).cast(pa.int64())
+    else:
+        parsed = None
+        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            values = pc.utf8_trim_whitespace(values)
+        kinds = ((pa.int64(),), (pa.float64(),), (pa.timestamp("us"), pa.int64()),
+                 (pa.timestamp("us", "UTC"), pa.int64()))  # fmt: skip
+        for kind in kinds:
+            try:
+                parsed = values
+                for step in kind:
+                    parsed = parsed.cast(step)
+                break
+            except pa.ArrowException:
+                parsed = None
+    if parsed is not None and parsed.null_count == 0:
+        array = parsed.to_numpy(zero_copy_only=False)
+        if np.isfinite(array).all():
+            return array
+    at, text = _bad_time(values)
+    raise StreamctlError(
+        f"{name} is {text!r}, which is no number and no ISO date",
+        where=path,
+        line=line_of_row(path, row + at),
+    )
+
+
+def _bad_time(values: pa.Array) -> tuple[int, object]:
+    """(index, value) of the first time unlike a finite number; else of the first row."""
+    for index, value in enumerate(values.to_pylist()):
+        try:
+            if not np.isfinite(float(value)):
+                return index, value
+        except (TypeError, ValueError):
+            return index, value
+    return 0, values[0].as_py()
+
+
+def whole(parts: list[np.ndarray]) -> np.ndarray:
+    """int64 (T,) of batches of times; fractions of a second are kept as milliseconds."""
+    times = np.concatenate(parts)
+    if times.dtype == np.int64:
+        return times
+    if (times == np.floor(times)).all():
+        return times.astype(np.int64)
+    return np.round(times * 1000).astype(np.int64)
+
+
+def line_of_row(path: Path, row: int) -> int:
+    """File line of a data row (from 0); in parquet the row's number."""
+    if plain_name(path).endswith(".parquet"):
+        return row + 1
+    header = 0 if plain_name(path).endswith((".json", ".jsonl", ".dat", ".data")) else 1
+    for index, (number, _) in enumerate(lines(path)):
+        if index == row + header:
+            return number
+    return row + 1 + header

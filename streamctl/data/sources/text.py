@@ -1,0 +1,113 @@
+"""Files as lines and texts: compression, encoding, and errors that name the line."""
+
+from __future__ import annotations
+
+import gzip
+import html
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from streamctl.errors import StreamctlError
+
+COMPRESSED = (".gz", ".zst")
+_TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
+
+
+def plain_name(path: Path) -> str:
+    """The file's name in lower case, without .gz or .zst."""
+    name = path.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """The file's bytes, decompressed where the name ends in .gz or .zst.
+
+    Raises:
+        StreamctlError: it cannot be opened.
+    """
+    try:
+        if path.suffix.lower() == ".gz":
+            return gzip.open(path, "rb")
+        if path.suffix.lower() == ".zst":
+            import zstandard
+
+            return zstandard.open(path, "rb")
+        return open(path, "rb")
+    except OSError as error:
+        raise StreamctlError(f"cannot be read: {error.strerror or error}", where=path) from error
+
+
+def damaged(path: Path, error: Exception, line: int | None = None) -> StreamctlError:
+    """The error of a file that cannot be read to its end."""
+    kind = "the compressed file is damaged or cut short" if path.suffix in COMPRESSED else ""
+    reason = kind or f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return StreamctlError(reason, where=path, line=line, run="fetch or copy the file again")
+
+
+def wrong_encoding(path: Path, line: int, encoding: str = "utf-8") -> StreamctlError:
+    """The error of bytes that are not text in `encoding`."""
+    return StreamctlError(
+        f"not {encoding.upper()} text",
+        where=path,
+        line=line,
+        run=f"iconv -f LATIN1 -t UTF-8 {path.name} > converted (or the encoding that it has)",
+    )
+
+
+def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without its line end) of every line that is not blank.
+
+    Raises:
+        StreamctlError: unreadable, truncated, or not text in `encoding`.
+    """
+    import zstandard
+
+    number = 0
+    with open_binary(path) as handle:
+        stream = iter(handle)
+        while True:
+            try:
+                raw = next(stream, None)
+            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+                raise damaged(path, error, number + 1) from error
+            if raw is None:
+                return
+            number += 1
+            try:
+                text = raw.decode(encoding)
+            except UnicodeDecodeError as error:
+                raise wrong_encoding(path, number, encoding) from error
+            if number == 1:
+                text = text.removeprefix("\ufeff")
+            if text.strip():
+                yield number, text.rstrip("\r\n")
+
+
+def first_line(path: Path, encoding: str = "utf-8") -> str:
+    """The first line that is not blank.
+
+    Raises:
+        StreamctlError: the file is empty or unreadable.
+    """
+    for _, text in lines(path, encoding):
+        return text
+    raise StreamctlError("the file is empty", where=path)
+
+
+def clean(value: object) -> str:
+    """A catalogue value as one line of text: entities and tags resolved, lists joined."""
+    if value is None or isinstance(value, dict):
+        return ""
+    if isinstance(value, list | tuple):
+        return ", ".join(filter(None, map(clean, value)))
+    text = str(value)
+    if "&" in text:
+        text = html.unescape(text)
+    if "<" in text:
+        text = _TAG.sub(" ", text)
+    return " ".join(text.split())

@@ -1,0 +1,126 @@
+"""Leave-one-out split: the last item tests, the one before validates, all prefixes train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from streamctl.data.log import InteractionLog
+from streamctl.errors import StreamctlError
+
+HELD_OUT = 2  # interactions at the end of each user that never train: valid and test target
+
+
+@dataclass(frozen=True)
+class Examples:
+    """(history, target) pairs as windows into the log; nothing is copied until it is asked for.
+
+    Attributes:
+        items: int32 (T,) the log's flat items.
+        offsets: int64 (U + 1,) the log's user boundaries.
+        user, start, end: int64 (E,); example e's history is items[start:end], oldest first, at
+            most `Split.history` items of that user, and its target is items[end].
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    user: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.end)
+
+    @property
+    def users(self) -> np.ndarray:
+        """int64 (E,): dense user index of each example."""
+        return self.user
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int64 (E,): the item to predict."""
+        return self.items[self.end].astype(np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (E,): items of history."""
+        return self.end - self.start
+
+    def histories(self, index: np.ndarray) -> np.ndarray:
+        """int64 (B, H): histories oldest first, padded on the right with -1.
+
+        Args:
+            index: int (B,) examples; H is the longest history among them.
+        """
+        start, lengths = self.start[index], self.lengths[index]
+        steps = np.arange(lengths.max(initial=0))
+        inside = steps < lengths[:, None]
+        positions = np.where(inside, start[:, None] + steps, 0)
+        return np.where(inside, self.items[positions].astype(np.int64), -1)
+
+    def seen(self, index: np.ndarray) -> list[np.ndarray]:
+        """For each example, int64: every item its user took before the target, to be masked.
+
+        Unlike the history this reaches back to the user's first interaction.
+        """
+        first, last = self.offsets[self.user[index]], self.end[index]
+        return [self.items[a:b].astype(np.int64) for a, b in zip(first, last, strict=True)]
+
+    def subset(self, index: np.ndarray) -> Examples:
+        """The examples at `index` (int (B,) or bool (E,)), in that order."""
+        return Examples(
+            self.items, self.offsets, self.user[index], self.start[index], self.end[index]
+        )
+
+
+class Split:
+    """The three views of a log.
+
+    Args:
+        log: every user has at least 3 interactions.
+        history: items of history a model sees, the latest ones.
+        n_items: size of the catalogue; by default the largest item index + 1.
+
+    Raises:
+        StreamctlError: a user has fewer than 3 interactions.
+    """
+
+    def __init__(self, log: InteractionLog, history: int = 20, n_items: int | None = None):
+        if log.n_users and log.lengths.min() <= HELD_OUT:
+            user = log.user_ids[int(log.lengths.argmin())]
+            raise StreamctlError(
+                f"user {user!r} has {log.lengths.min()} interactions; leave-one-out needs 3"
+            )
+        self.log = log
+        self.history = history
+        self.n_items = int(log.items.max(initial=-1)) + 1 if n_items is None else n_items
+
+    @cached_property
+    def train(self) -> Examples:
+        """Every prefix, one item of history or more, of each user's first n - 2 interactions."""
+        counts = self.log.lengths - HELD_OUT - 1
+        user = np.repeat(np.arange(self.log.n_users), counts)
+        within = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self._examples(user, self.log.offsets[user] + 1 + within)
+
+    @cached_property
+    def valid(self) -> Examples:
+        """One example a user: the target is the last interaction but one."""
+        return self._examples(np.arange(self.log.n_users), self.log.offsets[1:] - 2)
+
+    @cached_property
+    def test(self) -> Examples:
+        """One example a user: the target is the last interaction."""
+        return self._examples(np.arange(self.log.n_users), self.log.offsets[1:] - 1)
+
+    def popularity(self) -> np.ndarray:
+        """int64 (N,): how often each item occurs among the interactions that train."""
+        position = np.arange(len(self.log)) - np.repeat(self.log.offsets[:-1], self.log.lengths)
+        training = position < np.repeat(self.log.lengths - HELD_OUT, self.log.lengths)
+        return np.bincount(self.log.items[training], minlength=self.n_items)
+
+    def _examples(self, user: np.ndarray, end: np.ndarray) -> Examples:
+        start = np.maximum(self.log.offsets[user], end - self.history)
+        return Examples(self.log.items, self.log.offsets, user.astype(np.int64), start, end)

@@ -1,0 +1,110 @@
+"""What a prepared log looks like, and what is suspicious about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from streamctl.config import DataConfig
+from streamctl.data.catalog import Catalog
+from streamctl.data.known import published
+from streamctl.data.log import InteractionLog
+from streamctl.data.sources.raw import RawLog
+from streamctl.progress import warn
+
+SORTED_SHARE = 0.95  # neighbours in ascending id order; order by time gives about one half
+
+
+def describe(
+    raw: RawLog, log: InteractionLog, catalog: Catalog, config: DataConfig
+) -> dict[str, Any]:
+    """Statistics of a prepared log, as statistics.json holds them.
+
+    `test_id_above_valid_id` is P(external id of a user's test item > that of the valid item),
+    equal ids left out: one half where the order has nothing to do with ids, more where ties in
+    time were sorted by id. `ascending_ids` is the same over all neighbours in all sequences.
+    """
+    users, items, total = log.n_users, len(catalog), len(log)
+    lengths = log.lengths
+    rank = _id_rank(catalog.ids)[log.items]
+    last = log.offsets[1:] - 1
+    same_user = np.ones(max(total - 1, 0), bool)
+    same_user[log.offsets[1:-1] - 1] = False
+    owner = np.repeat(np.arange(users, dtype=np.int64), lengths)
+    pairs = owner * items + log.items
+    facts = {
+        "source": config.source,
+        "format": raw.format,
+        "read": {
+            "users": len(raw.user_ids),
+            "items": len(raw.item_ids),
+            "interactions": len(raw.users),
+        },
+        "users": users,
+        "items": items,
+        "items_taken": len(np.unique(log.items)),
+        "interactions": total,
+        "mean_length": round(total / users, 3),
+        "median_length": float(np.median(lengths)),
+        "longest": int(lengths.max()),
+        "sparsity": round(1 - total / (users * items), 6),
+        "train_prefixes": int((lengths - 3).sum()),
+        "repeats": total - len(np.unique(pairs)),
+        "order": "time" if raw.timed else "position",
+        "ties": config.ties,
+        "tied_neighbours": None,
+        "test_id_above_valid_id": _share(rank[last] - rank[last - 1]),
+        "ascending_ids": _share((rank[1:] - rank[:-1])[same_user]),
+    }
+    if log.timestamps is not None:
+        tied = (log.timestamps[1:] == log.timestamps[:-1])[same_user]
+        facts["tied_neighbours"] = round(float(tied.mean()), 4) if len(tied) else 0.0
+    facts["published"] = published(raw.format, raw.files)
+    return facts
+
+
+def warn_about(facts: dict[str, Any]) -> None:
+    """Warn on stderr about what would make numbers on this log wrong or hard to compare."""
+    ascending = facts["ascending_ids"]
+    if ascending is not None and facts["interactions"] >= 50:
+        if not 1 - SORTED_SHARE < ascending < SORTED_SHARE:
+            warn(
+                "THE SEQUENCES ARE SORTED BY ITEM ID, not by time "
+                f"({ascending:.0%} of neighbouring items have ascending ids; 50% is unbiased): "
+                "every result on this data is meaningless. Get the log with its timestamps"
+            )
+        elif facts["users"] >= 1000 and abs(facts["test_id_above_valid_id"] - 0.5) > 0.1:
+            remedy = "--ties shuffle" if facts["order"] == "time" else "a log with times"
+            warn(
+                f"P(id of the test item > id of the valid item) is "
+                f"{facts['test_id_above_valid_id']:.2f}, 0.50 is unbiased: items taken at the "
+                f"same time seem to be sorted by id. State it with results, or use {remedy}"
+            )
+    missing = facts["items_without_text"]
+    if missing:
+        warn(f"{missing:,} of {facts['items']:,} items have no text; they get their id as title")
+    known = facts["published"]
+    if known is not None:
+        names = [n for n in ("users", "items", "interactions") if known[n] != facts[n]]
+        if names:
+            found = ", ".join(f"{n} {facts[n]:,} (published {known[n]:,})" for n in names)
+            warn(f"this is not {known['name']} as published in {known['source']}: {found}")
+
+
+def _share(differences: np.ndarray) -> float | None:
+    """Share of positive among non-zero differences; None if there are none."""
+    up, down = int((differences > 0).sum()), int((differences < 0).sum())
+    return round(up / (up + down), 4) if up + down else None
+
+
+def _id_rank(ids: list[str]) -> np.ndarray:
+    """int64 (N,): rank of each external id, numbers by value and others as texts."""
+    if all(item.isascii() and item.isdigit() and len(item) < 19 for item in ids):
+        return np.array([int(item) for item in ids], np.int64)
+    import pyarrow as pa
+
+    ranks = np.empty(len(ids), np.int64)
+    ranks[pc.sort_indices(pa.array(ids, pa.string())).to_numpy()] = np.arange(len(ids))
+    return ranks
