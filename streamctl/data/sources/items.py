@@ -16,7 +16,7 @@ ID_NAMES = ("item_id", "item", "itemid", "parent_asin", "asin", "movieid", "prod
 TITLE_NAMES = ("title", "item_name", "movie_title", "product_name", "name")
 # Columns that name or count something but describe nothing.
 _NOT_TEXT = ("url", "image", "img", "price", "rating", "rank", "date", "_id", "count", "video")
-TEXT_LENGTH = 1000  # characters of a column that reach the text encoder
+VALUE_LENGTH = 1000  # characters that are kept of a value: encoders read no more
 
 
 def find_column(names: Iterable[str], wanted: Sequence[str]) -> str | None:
@@ -67,7 +67,7 @@ def make_table(
                 continue
             if name not in columns:
                 columns[name] = [""] * len(ids)
-            value = clean(value)
+            value = clean(value)[:VALUE_LENGTH]
             columns[name].append(value)
             if name not in words and not _is_number(value):
                 words.add(name)
@@ -106,7 +106,8 @@ def read_items(path: Path, **options: Any) -> ItemTable:
     if name.endswith(".csv"):
         return make_table(delimited_rows(path, ","), path, **options)
     if name.endswith((".tsv", ".item")):
-        return make_table(delimited_rows(path, "\t"), path, **options)
+        rows = delimited_rows(path, "\t", quoted=name.endswith(".tsv"))
+        return make_table(rows, path, **options)
     if name.endswith(".parquet"):
         return make_table(parquet_rows(path), path, **options)
     raise StreamctlError("items are read from .jsonl, .csv, .tsv or .parquet", where=path)
@@ -131,9 +132,18 @@ def json_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def delimited_rows(
-    path: Path, delimiter: str, *, names: Sequence[str] = (), encoding: str = "utf-8"
+    path: Path,
+    delimiter: str,
+    *,
+    names: Sequence[str] = (),
+    encoding: str = "utf-8",
+    quoted: bool = True,
 ) -> Iterable[tuple[int, dict[str, str]]]:
-    """(line, column -> text) of a delimited file; the header is its first line unless given.
+    """(line, column -> text) of a delimited file.
+
+    Args:
+        names: the columns; by default the first line holds them.
+        quoted: whether texts may be in double quotes.
 
     Raises:
         StreamctlError: a line with more or fewer columns than the header.
@@ -147,7 +157,7 @@ def delimited_rows(
             numbers[:] = [number]
             yield text + "\n"
 
-    if len(delimiter) > 1 or delimiter == "\t":  # written without quotes
+    if not quoted:
         rows: Iterable[list[str]] = (text.rstrip("\n").split(delimiter) for text in texts())
     else:
         rows = csv.reader(texts(), delimiter=delimiter)

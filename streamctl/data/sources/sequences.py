@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from streamctl.data.sources.raw import Coder, ItemTable, RawLog
+from streamctl.data.sources.items import read_items
+from streamctl.data.sources.raw import Coder, RawLog
+from streamctl.data.sources.source import Files, Source, beside, pick
 from streamctl.data.sources.text import lines
 from streamctl.errors import StreamctlError
 
 
-def read_sequences(path: Path, *, catalogue: ItemTable | None = None) -> RawLog:
+def _find(path: Path) -> Files | None:
+    found = pick(path, "user_sequence.txt", "user_sequences.txt", "sequential_data.txt")
+    if found is None and path.is_file():
+        found = pick(path, "*.txt")
+    return Files(found, beside(path, "items.jsonl", "items.csv")) if found else None
+
+
+def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
     """The log of a sequence file; it gives the order only.
 
     Raises:
         StreamctlError: a line without items, a user in two lines, an empty file.
     """
+    path = files.interactions
     users: list[str] = []
     items, lengths = Coder(), []
     first_seen: dict[str, int] = {}
@@ -45,7 +56,15 @@ def read_sequences(path: Path, *, catalogue: ItemTable | None = None) -> RawLog:
         item_ids=item_ids,
         times=None,
         timed=False,
-        catalogue=catalogue,
+        catalogue=read_items(files.items) if files.items else None,
         format="sequences",
         files=(path,),
     )
+
+
+SOURCE = Source(
+    "sequences",
+    "user_sequence.txt (user item item ... a line) + items.jsonl|csv",
+    _find,
+    _read,
+)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from streamctl.data.sources.items import delimited_rows, find_column, json_rows
+from streamctl.data.sources.items import delimited_rows, find_column, json_rows, read_items
 from streamctl.data.sources.raw import Coder, ItemTable, RawLog
+from streamctl.data.sources.source import Files, Source, beside, pick
 from streamctl.data.sources.text import (
     damaged,
     first_line,
@@ -27,7 +28,7 @@ TIME_NAMES = ("timestamp", "time", "ts", "unixreviewtime", "unix_time", "event_t
               "date", "t_dat")  # fmt: skip
 POSITION_NAMES = ("position", "pos", "sequence_number")
 _BLOCK = 16 << 20
-_ROLES = ("user", "item", "time")
+ROLES = ("user", "item", "time")
 
 
 def read_table(
@@ -69,14 +70,14 @@ def read_table(
             raise StreamctlError(f"not a parquet file: {error}", where=path) from error
         # Arrow names no line: a slow pass over the text finds it.
         if name.endswith((".jsonl", ".json")):
-            _diagnose(((line, row) for line, row in json_rows(path)), path)
+            _diagnose(json_rows(path))
         else:
-            rows = delimited_rows(path, delimiter or ",", names=names)
-            _diagnose(rows, path)
+            rows = delimited_rows(path, delimiter or ",", names=names, quoted=quoted)
+            _diagnose(rows)
         raise damaged(path, error) from error
 
 
-def _diagnose(rows: Iterator, path: Path) -> None:
+def _diagnose(rows: Iterable[object]) -> None:
     """Read everything slowly: a malformed line raises the error that names it."""
     for _ in rows:
         pass
@@ -93,10 +94,12 @@ def _find_roles(found: Sequence[str], columns: Mapping[str, str] | None, path: P
         raise StreamctlError(f"column {twice!r} occurs twice in the header", where=path, line=1)
     usual = {"user": USER_NAMES, "item": ITEM_NAMES, "time": TIME_NAMES + POSITION_NAMES}
     roles = []
-    for role in _ROLES:
+    for role in ROLES:
         wanted = (columns or {}).get(role)
-        name = wanted if wanted in found else find_column(found, usual[role])
-        if name is None or (wanted and wanted not in found):
+        name = wanted if wanted in found else None
+        if name is None:
+            name = find_column(found, [wanted.lower()] if wanted else usual[role])
+        if name is None:
             expected = wanted or {"time": "timestamp or position"}.get(role, f"{role}_id")
             near = close_matches(wanted or usual[role][0], found)
             near = f"; {near}" if near.startswith("did") else ""
@@ -286,3 +289,29 @@ def line_of_row(path: Path, row: int) -> int:
         if index == row + header:
             return number
     return row + 1 + header
+
+
+_KINDS = ("csv", "tsv", "parquet", "jsonl")
+
+
+def _find(path: Path) -> Files | None:
+    names = [f"interactions.{kind}" for kind in _KINDS]
+    if path.is_file():
+        names += [f"*.{kind}" for kind in _KINDS]
+    found = pick(path, *names)
+    items = beside(path, *(f"items.{kind}" for kind in _KINDS))
+    return Files(found, items) if found else None
+
+
+def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
+    catalogue = read_items(files.items) if files.items else None
+    return read_table(files.interactions, format_name="table", columns=columns, catalogue=catalogue)
+
+
+SOURCE = Source(
+    "table",
+    "interactions.csv|tsv|parquet|jsonl (user_id, item_id, timestamp or position) "
+    "+ items.jsonl|csv|tsv|parquet",
+    _find,
+    _read,
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import html
+import io
 import re
 import zlib
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def open_binary(path: Path) -> BinaryIO:
         if path.suffix.lower() == ".zst":
             import zstandard
 
-            return zstandard.open(path, "rb")
+            return io.BufferedReader(zstandard.open(path, "rb"))  # it has no lines itself
         return open(path, "rb")
     except OSError as error:
         raise StreamctlError(f"cannot be read: {error.strerror or error}", where=path) from error

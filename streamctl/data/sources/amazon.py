@@ -1,0 +1,58 @@
+"""Amazon Reviews: 2023 (5-core csv, raw jsonl) and 2014 / 2018 (json.gz), with their meta files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from streamctl.data.sources.items import read_items
+from streamctl.data.sources.raw import RawLog
+from streamctl.data.sources.source import Files, Source, begins_with, beside, matches, only
+from streamctl.data.sources.table import read_table
+from streamctl.data.sources.text import plain_name
+
+# What describes an item, in the order in which the text encoder reads it.
+_TEXT = ("title", "brand", "store", "categories", "category", "features", "feature",
+         "description")  # fmt: skip
+_PARTS = (".train.csv", ".valid.csv", ".test.csv")  # ready-made splits of the 2023 release
+
+
+def _find(path: Path, *, patterns: tuple[str, ...], words: tuple[str, ...]) -> Files | None:
+    logs = [
+        file
+        for file in matches(path, *patterns)
+        if not plain_name(file).startswith("meta_")
+        and (path.is_file() or not plain_name(file).endswith(_PARTS))
+        and begins_with(file, *words)
+    ]
+    found = only(logs, path)
+    if found is None:
+        return None
+    category = plain_name(found).rpartition(".")[0].removeprefix("reviews_").removesuffix("_5")
+    kinds = ("jsonl", "json")
+    return Files(
+        found,
+        beside(path, *(f"meta_{category}.{kind}" for kind in kinds))
+        or only(matches(found.parent, *(f"meta_*.{kind}" for kind in kinds)), found.parent),
+    )
+
+
+def _read(files: Files, columns: Mapping[str, str] | None, *, name: str) -> RawLog:
+    catalogue = read_items(files.items, text=_TEXT, repeated="first") if files.items else None
+    return read_table(files.interactions, format_name=name, columns=columns, catalogue=catalogue)
+
+
+AMAZON_2023 = Source(
+    "amazon2023",
+    "CATEGORY.csv (user_id, parent_asin, rating, timestamp) or CATEGORY.jsonl "
+    "+ meta_CATEGORY.jsonl.gz",
+    partial(_find, patterns=("*.csv", "*.jsonl"), words=("user_id", "parent_asin")),
+    partial(_read, name="amazon2023"),
+)
+AMAZON = Source(
+    "amazon",
+    "reviews_CATEGORY_5.json.gz (2014) or CATEGORY_5.json.gz (2018) + meta_CATEGORY.json.gz",
+    partial(_find, patterns=("*.json", "*.jsonl"), words=("reviewerID", "asin")),
+    partial(_read, name="amazon"),
+)

@@ -1,0 +1,91 @@
+"""LC-Rec and LETTER: NAME.inter.json (user -> items in order) and NAME.item.json (item -> text)."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from streamctl.data.sources.items import make_table
+from streamctl.data.sources.raw import Coder, RawLog
+from streamctl.data.sources.source import Files, Source, beside, matches, only
+from streamctl.data.sources.text import damaged, open_binary, plain_name, wrong_encoding
+from streamctl.errors import StreamctlError
+
+
+def _find(path: Path) -> Files | None:
+    found = only(matches(path, "*.inter.json"), path)
+    if found is None:
+        return None
+    name = plain_name(found).removesuffix(".inter.json")
+    return Files(found, beside(path, f"{name}.item.json"))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    import zstandard
+
+    try:
+        with open_binary(path) as handle:
+            content = handle.read()
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise damaged(path, error) from error
+    if not content.strip():
+        raise StreamctlError("the file is empty", where=path)
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise wrong_encoding(path, content.count(b"\n", 0, error.start) + 1) from error
+    except json.JSONDecodeError as error:
+        raise StreamctlError(f"not JSON: {error.msg}", where=path, line=error.lineno) from error
+    except RecursionError as error:
+        raise StreamctlError("not such a file: JSON nested too deep", where=path) from error
+    if not isinstance(value, dict) or not value:
+        raise StreamctlError("holds no object of users or items", where=path)
+    return value
+
+
+def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
+    path = files.interactions
+    sequences = _load(path)
+    items, lengths = Coder(), []
+    for user, taken in sequences.items():
+        if not isinstance(taken, list) or not all(isinstance(i, int | str) for i in taken):
+            raise StreamctlError(f"user {user!r} has no list of item ids", where=path)
+        items.add([str(item) for item in taken])
+        lengths.append(len(taken))
+    codes, item_ids = items.finish()
+    catalogue = None
+    if files.items:
+        entries = _load(files.items)
+        for item, entry in entries.items():
+            if not isinstance(entry, dict):
+                raise StreamctlError(f"item {item!r} is no object", where=files.items)
+        rows = (
+            (number, {**entry, "item_id": item})
+            for number, (item, entry) in enumerate(entries.items(), 1)
+        )
+        catalogue = make_table(rows, files.items, id_column="item_id")
+    return RawLog(
+        users=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        items=codes,
+        user_ids=pa.array(list(sequences), pa.string()),
+        item_ids=item_ids,
+        times=None,
+        timed=False,
+        catalogue=catalogue,
+        format="lcrec",
+        files=(path,),
+    )
+
+
+SOURCE = Source(
+    "lcrec",
+    "NAME.inter.json (user -> item ids in order) + NAME.item.json (item -> title, description)",
+    _find,
+    _read,
+)

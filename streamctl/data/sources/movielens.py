@@ -1,0 +1,72 @@
+"""MovieLens: 100K (u.data), 1M and 10M (ratings.dat, `::`), 20M and later (ratings.csv)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from streamctl.data.sources.items import delimited_rows, make_table
+from streamctl.data.sources.raw import ItemTable, RawLog
+from streamctl.data.sources.source import Files, Source, beside, pick
+from streamctl.data.sources.table import read_table
+from streamctl.data.sources.text import plain_name
+
+_GENRES = ("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime",
+           "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery",
+           "Romance", "Sci-Fi", "Thriller", "War", "Western")  # fmt: skip
+_RATINGS = {"ratings.dat": "movies.dat", "u.data": "u.item", "ratings.csv": "movies.csv"}
+# `::` is read as a colon between which nothing stands: Arrow takes one character.
+_DAT = ("user_id", "", "item_id", " ", "rating", "  ", "timestamp")
+_DATA = ("user_id", "item_id", "rating", "timestamp")
+
+
+def _find(path: Path) -> Files | None:
+    found = pick(path, *_RATINGS)
+    if found is None:
+        return None
+    return Files(found, beside(path, _RATINGS[plain_name(found)]))
+
+
+def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
+    kind = plain_name(files.interactions)
+    options = {
+        "ratings.dat": {"delimiter": ":", "names": _DAT, "quoted": False},
+        "u.data": {"delimiter": "\t", "names": _DATA, "quoted": False},
+        "ratings.csv": {},
+    }[kind]
+    return read_table(
+        files.interactions,
+        format_name="movielens",
+        columns=columns,
+        catalogue=_movies(files.items) if files.items else None,
+        **options,
+    )
+
+
+def _movies(path: Path) -> ItemTable:
+    return make_table(_movie_rows(path), path, id_column="movieId", text=("title", "genres"))
+
+
+def _movie_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    kind = plain_name(path)
+    if kind == "u.item":
+        names = ("movieId", "title", "date", "video", "url", *_GENRES)
+        for line, row in delimited_rows(path, "|", names=names, encoding="latin-1", quoted=False):
+            genres = ", ".join(genre for genre in _GENRES if row[genre] == "1")
+            yield line, {"movieId": row["movieId"], "title": row["title"], "genres": genres}
+        return
+    if kind == "movies.dat":
+        names = ("movieId", "title", "genres")
+        rows = delimited_rows(path, "::", names=names, encoding="latin-1", quoted=False)
+    else:
+        rows = delimited_rows(path, ",")
+    for line, row in rows:
+        yield line, {**row, "genres": row.get("genres", "").replace("|", ", ")}
+
+
+SOURCE = Source(
+    "movielens",
+    "ratings.dat + movies.dat, ratings.csv + movies.csv, or u.data + u.item",
+    _find,
+    _read,
+)
