@@ -266,7 +266,7 @@ def test_unusual_columns_are_named(tmp_path, expected):
 def test_text_is_the_title_and_the_describing_columns(tmp_path):
     table_csv(tmp_path)
     item = {"item_id": "1", "price": 3.5, "brand": "B&amp;W", "title": "<b>Big</b>\n lamp",
-            "categories": [["Home", "Light"], "Lamps"], "imUrl": "http://x", "year": "1995"}  # fmt: skip
+            "categories": [["Home", "Light"], "Lamps"], "imUrl": "x", "year": "1995"}  # fmt: skip
     write_lines(tmp_path / "items.jsonl", [json.dumps(item)])
     catalog, _, facts = prepared(tmp_path)
     row = catalog.index("1")

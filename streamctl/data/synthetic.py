@@ -1,11 +1,11 @@
 """A seeded shop of any size, whose users follow multi-step intents.
 
-A *project* has five steps, each with its own product: an opener, a first step that all projects
-of its domain share, a middle, a second shared step, and an ending. Four projects of a domain
-combine two openers with two middles and each has an ending of its own. So after a shared step
-the last item says nothing about what comes next, while the opener and the middle, some items
-back, say it exactly. Users work on two projects at a time, taking turns at random, in domains
-they like; they have a favourite brand and finish; one item in sixteen is a whim.
+A *project* has five steps, each with its own product: an opener, a shared step, a middle, another
+shared step, and an ending. Four projects of a domain combine two openers with two middles, and
+each has an ending of its own; the shared steps are the same in two neighbouring domains. So after
+a shared step the last item leaves four middles or eight endings open, while the opener and the
+middle, some items back, leave one. Users work on two projects at a time, taking turns at random,
+in domains they like; they have a favourite brand; one item in sixteen is a whim.
 """
 
 from __future__ import annotations
@@ -18,19 +18,36 @@ import pyarrow as pa
 from streamctl.config import DataConfig
 from streamctl.data.prepare import write_stage
 from streamctl.data.sources.raw import ItemTable, RawLog
-from streamctl.data.words import BRANDS, DEPARTMENTS, DOMAINS, FINISHES, LINES, VARIANTS
+from streamctl.data.words import (
+    BRANDS,
+    DEPARTMENTS,
+    DOMAINS,
+    FINISHES,
+    LINES,
+    SHARED,
+    SHARED_DEPARTMENTS,
+    VARIANTS,
+)
 from streamctl.device import derive_seed
 from streamctl.errors import UsageError
 from streamctl.runs import RunDir, Stage
 
-PROJECTS = 4  # a domain (of one product line): 2 openers x 2 middles
+DOMAIN_PROJECTS = 4  # 2 openers x 2 middles
 STEPS = 5
-PRODUCTS = 10  # of a domain
-# Product (0..9 within the domain) of each project's steps: opener, shared, middle, shared, ending.
-PLAN = np.array([[p // 2, 2, 3 + p % 2, 5, 6 + p] for p in range(PROJECTS)])
+_OWN = 8  # products of one domain: 2 openers, 2 middles, 4 endings
+PROJECTS = 2 * DOMAIN_PROJECTS  # of a pair of domains that share steps, in one product line
+PRODUCTS = 2 * _OWN + 2  # of such a pair; the shared ones come last
+# Product (0..17 within the pair) of each project's steps: opener, shared, middle, shared, ending.
+PLAN = np.array(
+    [
+        [_OWN * side + p // 2, 2 * _OWN, _OWN * side + 2 + p % 2, 2 * _OWN + 1, _OWN * side + 4 + p]
+        for side in range(2)
+        for p in range(DOMAIN_PROJECTS)
+    ]
+)
 MIN_ITEMS = 20
 MIN_LENGTH, MEAN_LENGTH, MAX_LENGTH = 5, 9, 50
-STAY = 0.7  # probability that the next item belongs to the project of the last one
+STAY = 0.6  # probability that the next item belongs to the project of the last one
 WHIM = 1 / 16  # probability of an item that belongs to no project
 LIKED = 3  # domains a user likes
 LOYALTY = 0.75  # probability that a choice within a product is the user's favourite one
@@ -77,7 +94,7 @@ def generate_shop(users: int, items: int, seed: int) -> Shop:
     """
     if users < 1 or items < MIN_ITEMS:
         raise UsageError(f"a shop needs at least 1 user and {MIN_ITEMS} items")
-    groups = int(np.clip(items // (PRODUCTS * _ITEMS_PER_PRODUCT), 2, len(DOMAINS) * len(LINES)))
+    groups = int(np.clip(items // (PRODUCTS * _ITEMS_PER_PRODUCT), 1, len(SHARED) * len(LINES)))
     product = (np.arange(items) * (groups * PRODUCTS) // items).astype(np.int32)
     counts = np.bincount(product, minlength=groups * PRODUCTS)
     firsts = np.cumsum(counts) - counts
@@ -144,7 +161,8 @@ def _walk(
     users = len(lengths)
     project = np.full((users, MAX_LENGTH), -1, np.int32)
     step, item = np.zeros_like(project), np.zeros_like(project)
-    liked = (groups * rng.random((users, LIKED)) ** 1.5).astype(np.int64)  # some are popular
+    # Domains of all pairs; some are popular.
+    liked = (2 * groups * rng.random((users, LIKED)) ** 1.5).astype(np.int64)
     hand = np.zeros(users, np.int64)  # which of the two projects the user works on
     working = _new_projects(liked, rng)  # (U, 2)
     at = np.stack([np.zeros(users, np.int64), rng.integers(0, STEPS, users)], 1)
@@ -171,7 +189,7 @@ def _walk(
 def _new_projects(liked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """int64 (n, 2): projects in domains that each user likes."""
     domain = liked[np.arange(len(liked))[:, None], rng.integers(0, LIKED, (len(liked), 2))]
-    return domain * PROJECTS + rng.integers(0, PROJECTS, domain.shape)
+    return domain * DOMAIN_PROJECTS + rng.integers(0, DOMAIN_PROJECTS, domain.shape)
 
 
 def _choose(counts: np.ndarray, favourite: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -185,29 +203,39 @@ def _catalogue(
     product: np.ndarray, counts: np.ndarray, firsts: np.ndarray, rng: np.random.Generator
 ) -> ItemTable:
     """Ids, titles and columns: a product's items, in order, go through brands, then finishes."""
-    names, domains = list(DOMAINS.values()), list(DOMAINS)
     width = len(str(len(product) - 1))
     prices = np.round(np.exp(rng.normal(3, 0.5, len(product))), 2)
     columns: dict[str, list[str]] = {
         name: [] for name in ("title", "department", "project", "brand", "price")
     }
     for index, kind in enumerate(product.tolist()):
-        group, position = divmod(kind, PRODUCTS)
-        line, domain = divmod(group, len(domains))
+        pair, position = divmod(kind, PRODUCTS)
+        line, pair = divmod(pair, len(SHARED))
+        name, department, purpose = _product(pair, position)
         # Brands are spread over the rows, so that a user's favourite row is a favourite brand.
         row, rows = index - firsts[kind], int(counts[kind])
         kinds = -(-rows // len(BRANDS))  # items of one brand, in this product
         brand = BRANDS[row // kinds * len(BRANDS) // -(-rows // kinds)]
         variant, finish = divmod(row % kinds, len(FINISHES))
         number, variant = divmod(variant, len(VARIANTS))
-        words = [brand, FINISHES[finish], LINES[line], names[domain][position]]
+        words = [brand, FINISHES[finish], LINES[line], name]
         title = " ".join(filter(None, words))
         title += f", {VARIANTS[variant]}" if VARIANTS[variant] else ""
         columns["title"].append(title + (f", no. {number + 1}" if number else ""))
-        columns["department"].append(DEPARTMENTS[position])
-        columns["project"].append(f"for {' '.join(filter(None, [LINES[line], domains[domain]]))}")
+        columns["department"].append(department)
+        columns["project"].append(f"for {LINES[line]} {purpose}".replace("  ", " "))
         columns["brand"].append(brand)
         columns["price"].append(f"{prices[index]:.2f}")
     # Ids say nothing about products: no model can read the order of a project from them.
     ids = [f"i{number:0{width}}" for number in rng.permutation(len(product)).tolist()]
     return ItemTable(ids, columns, "title", ("title", "department", "project"))
+
+
+def _product(pair: int, position: int) -> tuple[str, str, str]:
+    """(name, department, what it is for) of a product of a pair of domains."""
+    domains = list(DOMAINS)[2 * pair : 2 * pair + 2]
+    if position >= 2 * _OWN:
+        shared = position - 2 * _OWN
+        return SHARED[pair][shared], SHARED_DEPARTMENTS[shared], " and ".join(domains)
+    side, own = divmod(position, _OWN)
+    return DOMAINS[domains[side]][own], DEPARTMENTS[own], domains[side]

@@ -2,85 +2,93 @@
 
 from __future__ import annotations
 
-# Domain -> ten products: two openers, the first shared step, two middles, the second shared step,
-# four endings. An opener and a middle together tell the project, and the project the ending.
+# Domain -> eight products: two openers, two middles, four endings. An opener and a middle together
+# tell the project, and the project tells the ending.
 DOMAINS: dict[str, tuple[str, ...]] = {
     "painting": (
-        "watercolour paper pad", "stretched canvas", "brush set", "watercolour paints",
-        "acrylic paints", "mixing palette", "masking fluid", "picture frame", "varnish spray",
-        "table easel",
-    ),
-    "gardening": (
-        "seed starter tray", "raised bed kit", "potting compost", "tomato seeds", "flower bulbs",
-        "watering can", "bamboo stakes", "bird netting", "plant labels", "pruning shears",
-    ),
-    "baking": (
-        "stand mixer bowl", "proofing basket", "bread flour", "vanilla extract", "dry yeast",
-        "baking sheet", "piping bag set", "cake stand", "bread knife", "storage tin",
-    ),
-    "cycling": (
-        "road bike tyre", "mountain bike tyre", "inner tube", "clipless pedals", "flat pedals",
-        "chain lube", "cycling shoes", "bar tape", "mudguard set", "knee pads",
-    ),
-    "camping": (
-        "two-person tent", "camping hammock", "sleeping bag", "gas stove", "wood burner",
-        "headlamp", "fuel canister", "tent footprint", "fire starter", "rain tarp",
-    ),
-    "knitting": (
-        "merino wool yarn", "cotton yarn", "circular needles", "sock pattern book",
-        "jumper pattern book", "stitch markers", "sock blockers", "wool wash", "button set",
-        "project bag",
-    ),
-    "photography": (
-        "portrait lens", "wide-angle lens", "lens cleaning kit", "studio light", "travel tripod",
-        "memory card", "backdrop cloth", "photo album", "filter set", "camera backpack",
-    ),
-    "woodworking": (
-        "oak board", "pine board", "wood glue", "dovetail saw", "pocket-hole jig", "sanding block",
-        "linseed oil", "chisel set", "wood screws", "furniture wax",
-    ),
-    "aquarium keeping": (
-        "glass aquarium", "betta bowl", "water conditioner", "planted substrate", "coral gravel",
-        "aquarium filter", "plant fertiliser", "driftwood piece", "salt mix", "moss ball",
-    ),
-    "coffee making": (
-        "espresso machine", "pour-over dripper", "coffee grinder", "dark roast beans",
-        "light roast beans", "digital scale", "milk jug", "descaling tablets", "paper filters",
-        "gooseneck kettle",
-    ),
-    "home fitness": (
-        "yoga mat", "adjustable dumbbells", "resistance bands", "foam roller", "pull-up bar",
-        "water bottle", "yoga blocks", "meditation cushion", "lifting gloves", "chalk block",
-    ),
-    "sewing": (
-        "linen fabric", "denim fabric", "sewing thread", "dress pattern", "bag pattern",
-        "fabric scissors", "invisible zip", "seam binding", "magnetic clasp", "leather needles",
-    ),
-    "home brewing": (
-        "fermentation bucket", "glass demijohn", "sanitiser powder", "malt extract", "wine yeast",
-        "siphon tube", "hop pellets", "bottle caps", "cork stoppers", "hydrometer",
-    ),
-    "model building": (
-        "aeroplane model kit", "model railway track", "plastic cement", "acrylic spray primer",
-        "weathering powder", "hobby knife", "decal sheet", "display stand", "miniature trees",
-        "station building",
+        "watercolour paper pad", "stretched canvas", "watercolour paints", "acrylic paints",
+        "masking fluid", "picture frame", "varnish spray", "table easel",
     ),
     "calligraphy": (
-        "layout paper", "parchment paper", "dip pen holder", "pointed nibs", "broad nibs",
-        "black ink", "gold gouache", "wax seal kit", "ruling pen", "envelope set",
+        "layout paper", "parchment paper", "pointed nibs", "broad nibs",
+        "black ink", "wax seal kit", "gold gouache", "envelope set",
     ),
-    "bathroom care": (
-        "clay face mask", "shampoo bar", "cotton towels", "face serum", "hair oil",
-        "storage basket", "night cream", "jade roller", "wooden comb", "satin pillowcase",
+    "gardening": (
+        "seed starter tray", "raised bed kit", "tomato seeds", "flower bulbs",
+        "bamboo stakes", "bird netting", "plant labels", "pruning shears",
+    ),
+    "aquarium keeping": (
+        "glass aquarium", "betta bowl", "planted substrate", "coral gravel",
+        "plant fertiliser", "driftwood piece", "salt mix", "moss ball",
+    ),
+    "baking": (
+        "stand mixer bowl", "proofing basket", "bread flour", "dry yeast",
+        "piping bag set", "cake stand", "bread knife", "cake tin",
+    ),
+    "coffee making": (
+        "espresso machine", "pour-over dripper", "dark roast beans", "light roast beans",
+        "milk jug", "descaling tablets", "paper filters", "gooseneck kettle",
+    ),
+    "cycling": (
+        "road bike tyre", "mountain bike tyre", "clipless pedals", "flat pedals",
+        "cycling shoes", "bar tape", "mudguard set", "knee pads",
+    ),
+    "camping": (
+        "two-person tent", "camping hammock", "gas stove", "wood burner",
+        "fuel canister", "tent footprint", "fire starter", "rain tarp",
+    ),
+    "knitting": (
+        "merino wool yarn", "cotton yarn", "sock needles", "jumper needles",
+        "sock blockers", "wool wash", "button set", "yarn bowl",
+    ),
+    "sewing": (
+        "linen fabric", "denim fabric", "dress pattern", "bag pattern",
+        "invisible zip", "seam binding", "magnetic clasp", "leather needles",
+    ),
+    "photography": (
+        "portrait lens", "wide-angle lens", "studio light", "neutral density filter",
+        "backdrop cloth", "photo album", "reflector", "rain cover",
+    ),
+    "home fitness": (
+        "yoga mat", "adjustable dumbbells", "foam roller", "pull-up bar",
+        "yoga blocks", "meditation cushion", "lifting gloves", "chalk block",
+    ),
+    "woodworking": (
+        "oak board", "pine board", "dovetail saw", "pocket-hole jig",
+        "linseed oil", "chisel set", "wood screws", "furniture wax",
+    ),
+    "model building": (
+        "aeroplane model kit", "model railway track", "spray primer", "weathering powder",
+        "decal sheet", "display stand", "miniature trees", "station building",
+    ),
+    "home brewing": (
+        "fermentation bucket", "glass demijohn", "malt extract", "wine yeast",
+        "hop pellets", "bottle caps", "cork stoppers", "hydrometer",
+    ),
+    "soap making": (
+        "silicone soap mould", "wooden soap mould", "lavender oil", "olive oil base",
+        "dried petals", "soap cutter", "gift boxes", "paper bands",
     ),
 }  # fmt: skip
 
-# The department of each of the ten products: the same in every domain, so that the products of
-# one project lie in several departments.
+# Neighbouring domains share two products, which are steps of every project in both.
+SHARED: tuple[tuple[str, str], ...] = (
+    ("brush set", "mixing palette"),
+    ("long tweezers", "watering can"),
+    ("digital scale", "glass storage jar"),
+    ("multi-tool", "head torch"),
+    ("tape measure", "fabric scissors"),
+    ("phone tripod", "equipment bag"),
+    ("precision knife", "sanding block"),
+    ("funnel set", "glass bottles"),
+)
+
+# The department of a domain's eight products and of the two shared ones: the same everywhere, so
+# that the products of one project lie in several departments.
 DEPARTMENTS = (
-    "Basics", "Basics", "Tools", "Supplies", "Supplies", "Accessories", "Finishing", "Display",
-    "Finishing", "Display",
+    "Basics", "Basics", "Supplies", "Supplies", "Finishing", "Display", "Finishing", "Display",
 )  # fmt: skip
+SHARED_DEPARTMENTS = ("Tools", "Accessories")
 
 BRANDS = (
     "Oakfield", "Larkspur", "Northwind", "Hollis & Co", "Brightwater", "Tamarind", "Copperleaf",
