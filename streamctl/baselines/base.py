@@ -1,0 +1,135 @@
+"""What a baseline is: a module that can be trained by the common loop and that ranks items."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from streamctl.config import BaselineConfig, resolve
+from streamctl.data import Split, load_data
+from streamctl.decode.ranking import Ranking
+
+if TYPE_CHECKING:
+    from streamctl.runs import RunDir, Stage, StageWriter
+    from streamctl.training.loop import Batch
+
+WEIGHTS = "model.safetensors"
+
+
+class Baseline(nn.Module):
+    """A recommender with the interface that `baseline`, `eval` and the contract test use.
+
+    A subclass sets the class attributes, builds itself in `__init__(config, split)` and gives
+    `training_loss` and `score`. Adding it to `baselines.registry` makes it a command.
+
+    Attributes:
+        defaults: its settings where the configuration leaves them open.
+        losses: values of `loss` it can train with; the first is the default.
+        sequences: it predicts at every position, so it trains on whole sequences (one row a user)
+            instead of on every prefix.
+        bf16: train under bf16 autocast where the device has it.
+        parents: stages it is built from.
+    """
+
+    defaults: ClassVar[dict[str, Any]]
+    losses: ClassVar[tuple[str, ...]] = ("ce",)
+    sequences: ClassVar[bool] = False
+    bf16: ClassVar[bool] = False
+    parents: ClassVar[tuple[str, ...]] = ("data",)
+
+    def __init__(self, config: BaselineConfig, split: Split):
+        super().__init__()
+        self.config = config
+        self.n_items = split.n_items
+
+    @classmethod
+    def settings(cls, run: RunDir) -> dict[str, Any]:
+        """Values for the settings that the configuration leaves open."""
+        return dict(cls.defaults)
+
+    @classmethod
+    def build(cls, run: RunDir, config: BaselineConfig) -> Self:
+        """An untrained model for the run's data."""
+        return cls(config, load_data(run)[1])
+
+    @classmethod
+    def load(cls, stage: Stage) -> Self:
+        """The trained model of a complete stage, in evaluation mode."""
+        from safetensors.torch import load_file
+
+        config = resolve(BaselineConfig, base=stage.manifest["config"])
+        model = cls.build(stage.run, config)
+        model.load_state_dict(load_file(stage.file(WEIGHTS)))
+        return model.eval()
+
+    def save(self, stage: StageWriter) -> None:
+        """Write the weights as artifacts of the stage."""
+        stage.save_tensors(WEIGHTS, self.state_dict())
+
+    def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean loss of a batch of equally long histories, and figures to log beside it."""
+        raise NotImplementedError
+
+    def score(self, history: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 (B, N): a score for every item of the catalogue.
+
+        Args:
+            history: int64 (B, H), oldest first, -1 on the right.
+            users: int64 (B,) users seen in training; None for strangers.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def rank(
+        self,
+        history: torch.Tensor,
+        k: int,
+        *,
+        users: np.ndarray | None = None,
+        exclude: list[np.ndarray] | None = None,
+    ) -> Ranking:
+        """The k best items by score (`evaluation.evaluate.Recommender`)."""
+        device = next((tensor.device for tensor in self.state_dict().values()), None)
+        known = None if users is None else torch.as_tensor(users, device=device)
+        return rank_scores(self.score(history.to(device), known), k, exclude)
+
+
+def rank_scores(
+    scores: torch.Tensor, k: int, exclude: list[np.ndarray] | None = None
+) -> Ranking:
+    """The k items of highest score, without those excluded.
+
+    Args:
+        scores: float (B, N).
+        exclude: for each user the items to leave out.
+
+    Returns:
+        items int64 and scores float32, both (B, min(k, N)); item -1 where too few were left.
+    """
+    if exclude is not None:
+        rows = np.repeat(np.arange(len(exclude)), [len(items) for items in exclude])
+        scores = scores.clone()
+        scores[torch.from_numpy(rows), torch.from_numpy(np.concatenate(exclude))] = -torch.inf
+    # A stable sort of all N would be exact about ties too; topk's order among equals is free,
+    # and item numbers are a random permutation, so no item gains from it.
+    best, items = scores.topk(min(k, scores.shape[1]), dim=1)
+    return Ranking(items.masked_fill(best == -torch.inf, -1), best.float())
+
+
+def last_states(states: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+    """(B, d): the state at each history's last real item.
+
+    Args:
+        states: (B, H, d), a state for each position.
+        history: int64 (B, H), -1 on the right.
+    """
+    last = (history >= 0).sum(1) - 1
+    return states[torch.arange(len(states), device=states.device), last]
+
+
+def shifted_targets(history: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """int64 (B, H): the item after each position of a whole sequence."""
+    return torch.cat([history[:, 1:], target[:, None]], dim=1)

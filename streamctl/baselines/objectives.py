@@ -1,0 +1,113 @@
+"""Losses over the catalogue: full cross-entropy with its gradient in place, and sampled BCE."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_ROWS = 512  # rows of logits held at a time: 512 x 12,101 floats are 25 MB
+
+
+class _CatalogueCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy whose gradient is made in the forward pass, chunk by chunk.
+
+    The (T, N) logits are never kept: each chunk turns from logits into probabilities into their
+    gradient in its own memory. That is half the memory traffic of log_softmax and its backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        total = hidden.new_zeros(())
+        for begin in range(0, len(hidden), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            chunk, wanted = hidden[rows], targets[rows, None]
+            logits = torch.addmm(bias, chunk, weight.T)
+            logits -= logits.amax(1, keepdim=True)
+            total -= logits.gather(1, wanted).sum()
+            normaliser = logits.exp_().sum(1, keepdim=True)
+            total += normaliser.log().sum()
+            logits /= normaliser
+            logits.scatter_add_(1, wanted, logits.new_full((len(chunk), 1), -1.0))
+            grad_hidden[rows] = logits @ weight
+            grad_weight.addmm_(logits.T, chunk)
+            grad_bias += logits.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        scale = grad / len(grad_hidden)
+        return grad_hidden * scale, grad_weight * scale, grad_bias * scale, None
+
+
+def catalogue_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean over T of -log softmax(hidden @ weight.T + bias)[target].
+
+    Args:
+        hidden: float32 (T, d).
+        weight: float32 (N, d), the catalogue.
+        targets: int64 (T,).
+        bias: float32 (N,) or None.
+    """
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _CatalogueCrossEntropy.apply(hidden.float(), weight, bias, targets)
+
+
+def sampled_bce(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    negatives: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean over T of -log sigmoid(s(target)) - sum over negatives of log(1 - sigmoid(s)).
+
+    Args:
+        hidden: float32 (T, d).
+        weight: float32 (N, d).
+        targets: int64 (T,).
+        negatives: int64 (T, n).
+        bias: float32 (N,) or None.
+    """
+    items = torch.cat([targets[:, None], negatives], dim=1)  # (T, 1 + n)
+    scores = torch.einsum("td,tnd->tn", hidden, weight[items])
+    if bias is not None:
+        scores = scores + bias[items]
+    signs = torch.ones_like(scores)
+    signs[:, 1:] = -1
+    return -F.logsigmoid(signs * scores).sum(1).mean()
+
+
+def sample_negatives(
+    taken: torch.Tensor, count: int, n_items: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Uniform items that are not among a row's own.
+
+    Args:
+        taken: int64 (B, S) items of each row's sequence; S < n_items.
+        count: negatives a row.
+        generator: on the CPU.
+
+    Returns:
+        int64 (B, count) on the device of `taken`.
+
+    Raises:
+        ValueError: a row might hold the whole catalogue.
+    """
+    if taken.shape[1] >= n_items:
+        raise ValueError(f"{taken.shape[1]} items taken of {n_items} leave no negatives")
+    size = (len(taken), count)
+    drawn = torch.randint(n_items, size, generator=generator).to(taken.device)
+    while (clash := (drawn[:, :, None] == taken[:, None, :]).any(2)).any():
+        again = torch.randint(n_items, size, generator=generator).to(taken.device)
+        drawn = torch.where(clash, again, drawn)
+    return drawn

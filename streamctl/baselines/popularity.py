@@ -1,0 +1,32 @@
+"""Popularity: the same list for everyone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from streamctl.baselines.base import Baseline
+from streamctl.config import BaselineConfig
+from streamctl.data import Split
+
+
+class Popularity(Baseline):
+    """Items by how often they occur among the interactions that train.
+
+    Equal counts keep the order of the item numbers, which is a random permutation.
+    """
+
+    defaults = {}
+    losses = ()
+
+    def __init__(self, config: BaselineConfig, split: Split):
+        super().__init__(config, split)
+        counts = split.popularity()
+        order = np.argsort(-counts, kind="stable")
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        # The count decides and the place, below 1, breaks ties; exact in float64.
+        self.register_buffer("scores", torch.from_numpy(counts - places / len(order)))
+
+    def score(self, history: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
+        return self.scores.expand(len(history), -1)

@@ -1,0 +1,32 @@
+"""The baselines by name; a new one is added here."""
+
+from __future__ import annotations
+
+from streamctl.baselines.base import Baseline
+from streamctl.baselines.bert4rec import BERT4Rec
+from streamctl.baselines.caser import Caser
+from streamctl.baselines.gru4rec import GRU4Rec
+from streamctl.baselines.popularity import Popularity
+from streamctl.baselines.sasrec import SASRec
+from streamctl.baselines.tiger import Tiger
+from streamctl.errors import UsageError, close_matches
+
+BASELINES: dict[str, type[Baseline]] = {
+    "popularity": Popularity,
+    "caser": Caser,
+    "gru4rec": GRU4Rec,
+    "sasrec": SASRec,
+    "bert4rec": BERT4Rec,
+    "tiger": Tiger,
+}
+
+
+def baseline_class(name: str) -> type[Baseline]:
+    """The class of a baseline.
+
+    Raises:
+        UsageError: there is none of that name; names those that are near.
+    """
+    if name not in BASELINES:
+        raise UsageError(f"unknown baseline {name!r}; {close_matches(name, BASELINES)}")
+    return BASELINES[name]

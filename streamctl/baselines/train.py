@@ -1,0 +1,135 @@
+"""The stage `baselines/NAME`: one baseline, trained by the common loop on the common split."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from streamctl.baselines.base import Baseline
+from streamctl.baselines.registry import baseline_class
+from streamctl.config import BaselineConfig
+from streamctl.data import Examples, load_data
+from streamctl.device import derive_seed, resolve_device
+from streamctl.errors import UsageError, close_matches
+from streamctl.evaluation.evaluate import evaluate, sample_users
+from streamctl.progress import say
+from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.training.loop import Batch, FitResult, fit
+
+VALIDATION_USERS = 2000
+_ALWAYS = ("name", "seed")
+
+
+def settle(run: RunDir, config: BaselineConfig) -> BaselineConfig:
+    """The configuration with the method's own values where it leaves them open.
+
+    Raises:
+        UsageError: a setting that the method does not have, or a loss it cannot train with.
+    """
+    cls = baseline_class(config.name)
+    own = cls.settings(run) | ({"loss": cls.losses[0]} if cls.losses else {})
+    given = {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if field.name not in _ALWAYS and (value := getattr(config, field.name)) is not None
+    }
+    for name in given:
+        if name not in own:
+            raise UsageError(f"{config.name} has no setting {name!r}; {close_matches(name, own)}")
+    loss = given.get("loss")
+    if loss is not None and loss not in cls.losses:
+        raise UsageError(f"{config.name} cannot train with loss {loss}; it takes {cls.losses[0]}")
+    return dataclasses.replace(config, **(own | given))
+
+
+def whole_sequences(examples: Examples, history: int) -> Examples:
+    """The training prefixes whose windows tile each user's sequence, the last one first of all.
+
+    Predicting at every position of these windows gives every training target exactly once.
+
+    Args:
+        examples: every training prefix of every user, users together.
+        history: the longest window.
+    """
+    last = np.zeros(int(examples.user.max(initial=-1)) + 1, dtype=np.int64)
+    np.maximum.at(last, examples.user, examples.end)
+    return examples.subset((last[examples.user] - examples.end) % history == 0)
+
+
+def train_baseline(
+    run: RunDir, config: BaselineConfig, *, device: str = "auto", force: bool = False
+) -> Stage:
+    """Train one baseline and publish its best weights; the evaluation is `eval`'s.
+
+    Args:
+        run: a run whose data stage (for tiger also its tokenizer) is complete.
+        config: open settings take the method's defaults.
+
+    Returns:
+        the stage `baselines/NAME`.
+
+    Raises:
+        UsageError: unknown name or setting.
+        StreamctlError: a parent is missing or stale, or the stage is complete with other settings.
+    """
+    cls = baseline_class(config.name)
+    for parent in cls.parents:
+        run.require(parent)
+    config = settle(run, config)
+    name = f"baselines/{config.name}"
+    with run.begin(name, config, parents=cls.parents, force=force) as stage:
+        if stage is None:
+            say(f"{name}: complete already")
+            return run.stage(name)
+        torch.manual_seed(derive_seed(config.seed, "initial weights"))
+        model = cls.build(run, config)
+        result = _train(run, stage, model, config, device) if cls.losses else FitResult()
+        model.cpu().save(stage)
+        stage.publish(
+            parameters=sum(weight.numel() for weight in model.parameters()),
+            epochs=result.epochs,
+            best_epoch=result.best_epoch,
+            valid=result.best,
+        )
+    return run.stage(name)
+
+
+def _train(
+    run: RunDir, stage: StageWriter, model: Baseline, config: BaselineConfig, device: str
+) -> FitResult:
+    _, split = load_data(run)
+    examples = split.train
+    if model.sequences:
+        examples = whole_sequences(examples, split.history)
+    mean_length = examples.lengths.mean()
+    sample = sample_users(split.valid, VALIDATION_USERS, config.seed)
+
+    def loss(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        value, metrics = model.training_loss(batch)
+        # Every position counts the same, whether its sequence is long or short.
+        weight = batch.history.shape[1] / mean_length if model.sequences else 1.0
+        return value * weight, metrics
+
+    def validate() -> dict[str, float]:
+        found = evaluate(model, sample, n_items=split.n_items, masked=False).metrics
+        return {key: found[key] for key in ("recall@10", "ndcg@10")}
+
+    return fit(
+        stage,
+        model,
+        loss=loss,
+        examples=examples,
+        epochs=config.epochs,
+        batch=config.batch,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        warmup=config.warmup,
+        patience=config.patience,
+        validate=validate,
+        seed=config.seed,
+        device=resolve_device(device),
+        bf16=model.bf16,
+        title=config.name,
+    )

@@ -1,0 +1,61 @@
+"""Is the difference real? A paired bootstrap over users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from streamctl.device import derive_seed
+from streamctl.evaluation.metrics import gains
+
+_CHUNK = 1 << 24  # resampled values held at a time
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the percentile bounds of its bootstrap distribution."""
+
+    mean: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {"difference": self.mean, "low": self.low, "high": self.high}
+
+
+def bootstrap_mean(
+    values: np.ndarray, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Percentile interval of the mean of `values` (float64 (E,)) over users drawn with return.
+
+    The same seed and number of users draw the same users, so that intervals of several methods
+    over the same users are paired too.
+    """
+    n = len(values)
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap", n))
+    means = np.empty(resamples)
+    step = max(1, _CHUNK // n)
+    for begin in range(0, resamples, step):
+        size = min(step, resamples - begin)
+        draws = rng.integers(0, n, size=(size, n), dtype=np.int32)
+        means[begin : begin + size] = values[draws].mean(axis=1)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def paired_difference(
+    ranks: np.ndarray, others: np.ndarray, *, k: int = 10, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """ndcg@k of one method less that of another, with its 95% interval.
+
+    Args:
+        ranks, others: int32 (E,) zero-based ranks of the same users' targets, in the same order.
+
+    Raises:
+        ValueError: they are not of the same users.
+    """
+    if ranks.shape != others.shape:
+        raise ValueError(f"ranks of {ranks.shape} and {others.shape} users cannot be paired")
+    return bootstrap_mean(gains(ranks, k) - gains(others, k), resamples=resamples, seed=seed)

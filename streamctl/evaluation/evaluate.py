@@ -1,0 +1,122 @@
+"""Full-catalogue evaluation of anything that can rank items."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from streamctl.data import Examples
+from streamctl.decode.ranking import Ranking
+from streamctl.device import derive_seed
+from streamctl.evaluation.metrics import DEPTH, coverage, ranking_metrics, target_ranks
+from streamctl.progress import progress_bar
+
+_WARM_UP = 8  # users ranked before the clock starts: compilation and first allocations
+
+
+class Recommender(Protocol):
+    """What the evaluator asks of a method."""
+
+    def rank(
+        self,
+        history: torch.Tensor,
+        k: int,
+        *,
+        users: np.ndarray | None = None,
+        exclude: list[np.ndarray] | None = None,
+    ) -> Ranking:
+        """The k best items of the whole catalogue for each history.
+
+        Args:
+            history: int64 (B, H) item indexes, oldest first, -1 on the right.
+            k: length of the ranking.
+            users: int64 (B,) dense user indexes, for methods that learn about single users.
+            exclude: items that must not be recommended to each user.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over the users gives.
+
+    Attributes:
+        ranks: int32 (E,) zero-based rank of the target, in the examples' order.
+        metrics: recall@k, ndcg@k and coverage@10.
+        ms_per_user: wall time of ranking, in batches, after a warm-up.
+    """
+
+    ranks: np.ndarray
+    metrics: dict[str, float]
+    ms_per_user: float
+
+
+def evaluate(
+    recommender: Recommender,
+    examples: Examples,
+    *,
+    n_items: int,
+    masked: bool,
+    batch: int = 256,
+    title: str | None = None,
+) -> Evaluation:
+    """Rank the catalogue for every example and look where the target is.
+
+    Histories of one length are ranked together, so nothing is padded.
+
+    Args:
+        recommender: the method.
+        examples: one row a user; E of them.
+        n_items: size of the catalogue, for coverage.
+        masked: leave out what the user has taken before; otherwise repeats compete too.
+        batch: users ranked at a time.
+        title: show progress under this name.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if not len(examples):
+        raise ValueError("evaluation over no users")
+    ranks = np.empty(len(examples), dtype=np.int32)
+    top = np.full((len(examples), 10), -1, dtype=np.int64)
+    _rank(recommender, examples, np.arange(min(_WARM_UP, len(examples))), masked)
+    spent = 0.0
+    with progress_bar(title or "evaluate", len(examples), "users") as bar:
+        for index in batches_by_length(examples.lengths, batch):
+            began = time.perf_counter()
+            items = _rank(recommender, examples, index, masked)
+            spent += time.perf_counter() - began
+            ranks[index] = target_ranks(items, examples.targets[index])
+            top[index, : items.shape[1]] = items[:, :10]
+            bar.advance(len(index))
+    metrics = ranking_metrics(ranks) | {"coverage@10": coverage(top, n_items)}
+    return Evaluation(ranks, metrics, 1000 * spent / len(examples))
+
+
+def _rank(
+    recommender: Recommender, examples: Examples, index: np.ndarray, masked: bool
+) -> np.ndarray:
+    history = torch.from_numpy(examples.histories(index))
+    exclude = examples.seen(index) if masked else None
+    ranking = recommender.rank(history, DEPTH, users=examples.users[index], exclude=exclude)
+    return ranking.items.cpu().numpy()
+
+
+def batches_by_length(lengths: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    """Indexes of at most `batch` examples of one length at a time, longest first."""
+    for length in np.unique(lengths)[::-1]:
+        members = np.flatnonzero(lengths == length)
+        yield from np.split(members, np.arange(batch, len(members), batch))
+
+
+def sample_users(examples: Examples, users: int, seed: int) -> Examples:
+    """A seeded sample of `users` examples in their order; all of them if `users` is 0 or more."""
+    if not 0 < users < len(examples):
+        return examples
+    rng = np.random.default_rng(derive_seed(seed, "users", len(examples)))
+    return examples.subset(np.sort(rng.choice(len(examples), users, replace=False)))
