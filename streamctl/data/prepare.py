@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from streamctl.data.statistics import describe, warn_about
 from streamctl.device import derive_seed
 from streamctl.errors import StreamctlError
 from streamctl.progress import say, warn
-from streamctl.runs import RunDir, Stage
+from streamctl.runs import RunDir, Stage, file_hash
 
 CORE = 5  # the benchmarks' filter for logs with times
 LEAVE_ONE_OUT = 3  # history, valid and test: a user with less cannot be evaluated
@@ -43,27 +44,51 @@ def prepare(
     Raises:
         StreamctlError: the source cannot be read (file and line), or nothing is left of it.
     """
-    raw = read_source(Path(config.source), config.format, columns)
-    return write_stage(run, config, raw, force=force)
+
+    def read() -> RawLog:
+        return read_source(Path(config.source), config.format, columns)
+
+    return write_stage(run, config, read, force=force)
 
 
-def write_stage(run: RunDir, config: DataConfig, raw: RawLog, *, force: bool = False) -> Stage:
-    """Filter, order and number a raw log and publish it as the data stage.
+def write_stage(
+    run: RunDir, config: DataConfig, read: Callable[[], RawLog], *, force: bool = False
+) -> Stage:
+    """Filter, order and number the log that `read` gives and publish it as the data stage.
+
+    A log that cannot be read or used leaves no stage behind.
 
     Raises:
-        StreamctlError: no user is left after filtering.
+        StreamctlError: no user is left after filtering, or the stage is complete and its files
+            have changed since.
     """
+    complete = run.stage("data").complete and not force
+    if complete:
+        _check_unchanged(run.stage("data"))
+    else:
+        raw = read()
+        catalog, log, statistics = build(raw, config)
     with run.begin("data", config, force=force) as stage:
         if stage is None:
             say("data: complete already")
             return run.stage("data")
-        catalog, log, statistics = build(raw, config)
         warn_about(statistics)
         log.save(stage)
         catalog.save(stage)
         stage.save_json("statistics.json", statistics)
-        stage.publish()
+        stage.publish(sources={str(file.resolve()): file_hash(file) for file in raw.files})
     return run.stage("data")
+
+
+def _check_unchanged(stage: Stage) -> None:
+    """Raise if a file that the stage was made of is there and is another one now."""
+    for name, seen in stage.manifest["sources"].items():
+        if Path(name).is_file() and file_hash(Path(name)) != seen:
+            raise StreamctlError(
+                "the file has changed since the data stage was made of it",
+                where=name,
+                run=f"{stage.run.command('data')} --force",
+            )
 
 
 def build(raw: RawLog, config: DataConfig) -> tuple[Catalog, InteractionLog, dict[str, Any]]:

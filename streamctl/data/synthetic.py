@@ -134,9 +134,14 @@ def synthesize(run: RunDir, *, users: int, items: int, seed: int = 0, force: boo
         min_item=0,  # the catalogue keeps the size that was asked for
         seed=seed,
     )
-    shop = generate_shop(users, items, seed)
+    return write_stage(run, config, lambda: _raw(generate_shop(users, items, seed)), force=force)
+
+
+def _raw(shop: Shop) -> RawLog:
+    """The shop as a reader would give it."""
+    users = len(shop.favourite)
     width = len(str(users - 1))
-    raw = RawLog(
+    return RawLog(
         users=shop.user,
         items=shop.item,
         user_ids=pa.array([f"u{number:0{width}}" for number in range(users)], pa.string()),
@@ -146,7 +151,6 @@ def synthesize(run: RunDir, *, users: int, items: int, seed: int = 0, force: boo
         catalogue=shop.catalogue,
         format="synthetic",
     )
-    return write_stage(run, config, raw, force=force)
 
 
 def _walk(

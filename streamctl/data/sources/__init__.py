@@ -38,7 +38,9 @@ def read_source(
         StreamctlError: no such path, nothing readable there, or what the reader raises.
     """
     source, files = find_source(path, format_name)
-    return source.read(files, columns)
+    raw = source.read(files, columns)
+    raw.files = tuple(filter(None, (files.interactions, files.items)))
+    return raw
 
 
 def find_source(path: Path, format_name: str = "auto") -> tuple[Source, Files]:

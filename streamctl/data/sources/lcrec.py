@@ -79,7 +79,6 @@ def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
         timed=False,
         catalogue=catalogue,
         format="lcrec",
-        files=(path,),
     )
 
 

@@ -41,7 +41,7 @@ class RawLog:
         timed: whether `times` are clock times; otherwise the source gives the order only.
         catalogue: the items file, or None.
         format: name of the reader.
-        files: what was read.
+        files: what was read, interactions first; set by `read_source`.
     """
 
     users: np.ndarray

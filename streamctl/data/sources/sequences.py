@@ -58,7 +58,6 @@ def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
         timed=False,
         catalogue=read_items(files.items) if files.items else None,
         format="sequences",
-        files=(path,),
     )
 
 

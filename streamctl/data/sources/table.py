@@ -208,7 +208,6 @@ def _collect(
         timed=not position,
         catalogue=catalogue,
         format=format_name,
-        files=(path,),
     )
 
 
