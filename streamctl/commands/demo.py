@@ -1,0 +1,52 @@
+"""`streamctl demo`: the whole path on a synthetic shop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streamctl.commands.options import Device, Json
+
+# Small enough for minutes on two cores; the same stages and code as a real run.
+SHOP = {"users": 3000, "items": 600}
+SETTINGS = (
+    "tokenize.encoder=tfidf",
+    "tokenize.codes=32",
+    "tokenize.levels=3",
+    "pretrain.epochs=12",
+    "sft.rounds=2",
+    "sft.epochs=3",
+    "rl.steps=30",
+    "rl.validate_every=10",
+    "baseline.epochs=12",
+)
+
+
+def command(
+    run: Annotated[Path, typer.Option("--run", help="The folder to make.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the shop and of training.")] = 0,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Make a synthetic shop, train every stage on it, and show the table and one user's reasoning.
+
+    Reads: nothing. Writes: a complete run, runs/demo unless told otherwise; minutes on two cores.
+    Run it again and it continues or shows the finished run.
+    Next: `streamctl recommend --run runs/demo --user u17`, `streamctl data prepare SOURCE`.
+    """
+    from streamctl.commands import eval as eval_command
+    from streamctl.commands import recommend as recommend_command
+    from streamctl.data import synthesize
+    from streamctl.pipeline import Settings, run_all
+    from streamctl.runs import RunDir
+
+    folder = RunDir(run)
+    if not folder.stage("data").complete:
+        synthesize(folder, seed=seed, **SHOP)
+    settings = Settings(sets=SETTINGS, seed=seed, size="tiny")
+    stage = run_all(folder, settings, device=device)
+    eval_command.render(stage, json_)
+    if not json_:
+        recommend_command.show_first_user(folder, device=device)

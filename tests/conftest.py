@@ -1,0 +1,34 @@
+"""Shared fixtures: where the real data lies, and the console command in a subprocess."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def real_data(name: str) -> Path:
+    """Folder of a real data set, or skip with the reason."""
+    base = Path(os.environ.get("STREAMCTL_DATA", ROOT.parent / "shared" / "data"))
+    if not (base / name).is_dir():
+        pytest.skip(f"no real data at {base / name} (set STREAMCTL_DATA)")
+    return base / name
+
+
+@pytest.fixture(scope="session")
+def streamctl():
+    """Run the console command: `streamctl("data", "synth", ...)` -> CompletedProcess."""
+
+    def call(*words: object, cwd: Path | None = None, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "streamctl", *map(str, words)]
+        environment = {**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=cwd, env=environment, **options
+        )
+
+    return call

@@ -1,0 +1,117 @@
+"""The command line: speed of --help, exit codes, one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.main import get_command
+
+from streamctl.cli import build_app
+
+
+def commands():
+    """Every command as (words, click command)."""
+    root = get_command(build_app())
+
+    def walk(group, words):
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from walk(command, (*words, name))
+            else:
+                yield (*words, name), command
+
+    return list(walk(root, ()))
+
+
+def test_help_answers_in_half_a_second():
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "streamctl", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    # The fastest of five: what the program needs, not what a busy machine adds.
+    assert min(times) < 0.5, f"median {statistics.median(times):.2f} s"
+
+
+def test_help_loads_nothing_heavy():
+    program = (
+        "import sys; from streamctl.cli import build_app; build_app();"
+        "heavy = {'torch', 'transformers', 'faiss', 'numba', 'sklearn', 'pyarrow', 'matplotlib'};"
+        "sys.exit(f'loaded {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+
+
+@pytest.mark.parametrize(("words", "command"), commands(), ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_every_command_says_what_it_reads_writes_and_what_comes_next(words, command):
+    for part in ("Reads:", "Writes:", "Next:"):
+        assert part in (command.help or ""), f"{' '.join(words)} lacks {part!r} in its help"
+    for parameter in command.params:
+        assert getattr(parameter, "help", "x"), f"{' '.join(words)} {parameter.name} lacks help"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["tokenize", "--run", "none"], 1, "no such run"),
+        (["sft", "--run", "none"], 1, "no such run"),
+        (["eval", "--run", "none"], 1, "no such run"),
+        (["recommend", "--run", "none", "--user", "u1"], 1, "no such run"),
+        (["run", "--run", "none"], 1, "no such run"),
+        (["pretrain", "--run", "none", "--set", "epoch=2"], 2, "did you mean epochs"),
+        (["run", "--run", "none", "--set", "epochs=2"], 2, "stage.key=value"),
+        (["pretrain", "--run", "none", "--size", "huge"], 2, "tiny, small, paper"),
+        (["pretrain", "--run", "none", "--sise", "tiny"], 2, "No such option"),
+        (["pretrian"], 2, "No such command"),
+        (["pretrain", "--run", "none", "--config", "none.toml"], 1, "cannot be read"),
+        (["data", "prepare", "none.csv", "--run", "r"], 1, "none.csv"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(streamctl, tmp_path, words, code, message):
+    answer = streamctl(*words, cwd=tmp_path)
+    assert answer.returncode == code, answer.stderr
+    assert message in " ".join(answer.stderr.split()), answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not answer.stdout
+    if code == 1:
+        assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
+
+
+def test_debug_shows_the_traceback(streamctl, tmp_path):
+    answer = streamctl("--debug", "tokenize", "--run", "none", cwd=tmp_path)
+    assert answer.returncode == 1
+    assert "Traceback" in answer.stderr
+
+
+@pytest.fixture(scope="module")
+def shop(streamctl, tmp_path_factory):
+    """A prepared synthetic shop, with nothing trained."""
+    run = tmp_path_factory.mktemp("shop") / "run"
+    answer = streamctl("data", "synth", "--run", run, "--users", 200, "--items", 100, "--seed", 3)
+    assert answer.returncode == 0, answer.stderr
+    return run
+
+
+def test_a_missing_stage_names_the_command_that_makes_it(streamctl, shop):
+    answer = streamctl("pretrain", "--run", shop)
+    assert answer.returncode == 1
+    assert f"streamctl tokenize --run {shop}" in answer.stderr
+
+
+def test_an_unreachable_encoder_names_the_ways_out(streamctl, shop):
+    answer = streamctl("tokenize", "--run", shop, "--encoder", "no/such-encoder")
+    assert answer.returncode == 1
+    assert "tfidf" in answer.stderr
+    assert "folder" in answer.stderr
+
+
+def test_json_goes_to_stdout_alone(streamctl, shop, tmp_path):
+    answer = streamctl("data", "synth", "--run", tmp_path / "r", "--users", 50, "--items", 60, "--json")
+    assert answer.returncode == 0, answer.stderr
+    json.loads(answer.stdout)

@@ -1,0 +1,146 @@
+"""The wheel, the direction of imports, and the name `kernels`."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# A layer may import from the ones after it, never from one before it.
+LAYERS = (
+    {"cli", "__main__"},
+    {"commands"},
+    {"pipeline"},
+    {"serving"},
+    {"training", "baselines", "evaluation"},
+    {"decode"},
+    {"model"},
+    {"tokenizer", "retrieval"},
+    {"data"},
+    {"config", "runs", "device", "errors", "progress"},
+)
+
+
+def rank_of(package: str) -> int:
+    for rank, names in enumerate(LAYERS):
+        if package in names:
+            return rank
+    raise AssertionError(f"streamctl.{package} is in no layer: add it to LAYERS and DESIGN")
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def source_files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", source_files("streamctl"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_never_point_upward(path):
+    parts = path.relative_to(ROOT / "streamctl").with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    own = rank_of(parts[0])
+    for name in imports_of(path):
+        match = re.match(r"streamctl\.(\w+)", name)
+        if match and match[1] not in ("kernels", "__version__"):
+            assert rank_of(match[1]) >= own, f"{path.name} imports {name}, which lies above it"
+
+
+def test_kernels_import_nothing_of_streamctl():
+    for path in source_files("kernels"):
+        upward = [name for name in imports_of(path) if name.split(".")[0] == "streamctl"]
+        assert not upward, f"{path} imports {upward}"
+
+
+def test_nothing_imports_kernels_by_its_folder_name():
+    for folder in ("streamctl", "tests", "benchmarks", "kernels"):
+        for path in source_files(folder):
+            names = {name.split(".")[0] for name in imports_of(path)}
+            assert "kernels" not in names, f"{path}: write streamctl.kernels"
+
+
+def test_every_folder_is_packaged():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {
+        "streamctl" + str(path.parent.relative_to(ROOT)).removeprefix("streamctl").replace("/", ".")
+        if path.is_relative_to(ROOT / "streamctl")
+        else "streamctl." + str(path.parent.relative_to(ROOT)).replace("/", ".")
+        for folder in ("streamctl", "kernels")
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert listed == folders
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-2000:]
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_has_one_top_level_name_and_every_file(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"streamctl"}
+    assert "streamctl/kernels/__init__.py" in names
+    page = [p for p in (ROOT / "streamctl/serving/page").glob("*") if p.is_file()]
+    for path in page:
+        assert f"streamctl/serving/page/{path.name}" in names
+
+
+def test_wheel_runs_from_another_directory(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    program = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv = ['streamctl', '--version'];"
+        "import streamctl, streamctl.kernels; from streamctl.cli import main;"
+        f"assert streamctl.__file__.startswith({str(site)!r}); main()"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-S", "-c", _with_dependencies(program)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.startswith("streamctl ")
+
+
+def _with_dependencies(program: str) -> str:
+    """`-S` hides the editable install; the dependencies' folder is added by hand."""
+    import typer
+
+    return f"import sys; sys.path.append({str(Path(typer.__file__).parent.parent)!r}); " + program
+
+
+def test_transformers_t5_imports_at_the_root():
+    program = "from transformers import T5ForConditionalGeneration"
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_version_of_kernels_is_readable_without_torch():
+    program = (
+        "import streamctl.kernels, sys; assert streamctl.kernels.__version__ == '0';"
+        "assert not {'torch', 'numba', 'triton'} & set(sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr

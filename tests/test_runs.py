@@ -1,0 +1,191 @@
+"""Run folders: atomic publish, staleness, damage, locks, configuration."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+
+from streamctl.config import DataConfig, PretrainConfig, SftConfig, resolve
+from streamctl.errors import StreamctlError, UsageError
+from streamctl.runs import RunDir
+
+
+def make(run: RunDir, name: str, value: int, parents=(), config=None, force=False):
+    config = config or DataConfig(seed=value)
+    with run.begin(name, config, parents, force=force) as stage:
+        if stage is None:
+            return None
+        stage.save_array("x.npy", np.array([value]))
+        stage.publish()
+    return run.stage(name)
+
+
+def test_a_stage_is_complete_when_its_manifest_is_there(tmp_path):
+    run = RunDir(tmp_path / "r")
+    with pytest.raises(RuntimeError), run.begin("data", DataConfig()) as stage:
+        stage.save_array("x.npy", np.array([1]))
+        raise RuntimeError
+    assert not run.stage("data").complete
+    with pytest.raises(StreamctlError, match=r"stage data was interrupted.*data prepare SOURCE"):
+        run.require("data")
+    make(run, "data", 1)
+    assert run.require("data").array("x.npy")[0] == 1
+
+
+def test_a_missing_run_and_a_missing_stage_name_the_command(tmp_path):
+    with pytest.raises(StreamctlError, match="no such run.*data prepare"):
+        RunDir(tmp_path / "none").require("data")
+    make(RunDir(tmp_path / "r"), "data", 1)
+    with pytest.raises(StreamctlError, match="stage tokenizer is missing.*streamctl tokenize --run"):
+        RunDir(tmp_path / "r").require("tokenizer")
+
+
+def test_a_complete_stage_is_skipped_and_other_settings_are_refused(tmp_path):
+    run = RunDir(tmp_path)
+    make(run, "data", 1)
+    assert make(run, "data", 1) is None
+    with pytest.raises(StreamctlError, match=r"other settings \(seed 1 -> 2\).*--force"):
+        make(run, "data", 2)
+
+
+def test_force_keeps_the_old_stage(tmp_path):
+    run = RunDir(tmp_path)
+    make(run, "data", 1)
+    make(run, "data", 2, force=True)
+    assert run.stage("data").array("x.npy")[0] == 2
+    assert run.stage("data.previous").array("x.npy")[0] == 1
+
+
+def test_a_stage_whose_parent_changed_is_stale(tmp_path):
+    run = RunDir(tmp_path)
+    make(run, "data", 1)
+    make(run, "tokenizer", 5, ["data"])
+    make(run, "data", 2, force=True)
+    with pytest.raises(StreamctlError, match="stage tokenizer is stale: data changed"):
+        run.require("tokenizer")
+    with pytest.raises(StreamctlError, match="stale: data changed"):
+        make(run, "tokenizer", 5, ["data"])
+    make(run, "tokenizer", 5, ["data"], force=True)
+    assert run.require("tokenizer")
+
+
+def test_a_grandparent_that_changed_is_noticed(tmp_path):
+    run = RunDir(tmp_path)
+    make(run, "data", 1)
+    make(run, "tokenizer", 5, ["data"])
+    make(run, "pretrain", 6, ["tokenizer"])
+    make(run, "data", 2, force=True)
+    with pytest.raises(StreamctlError, match="stage tokenizer is stale"):
+        run.require("pretrain")
+
+
+def test_a_flipped_byte_is_named(tmp_path):
+    run = RunDir(tmp_path)
+    path = make(run, "data", 1).path / "x.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StreamctlError, match=r"x\.npy: artifact is damaged"):
+        run.require("data")
+    path.unlink()
+    with pytest.raises(StreamctlError, match=r"x\.npy: artifact is missing"):
+        run.require("data")
+
+
+def test_a_checkpoint_comes_back_and_later_log_lines_go(tmp_path):
+    run = RunDir(tmp_path)
+    with pytest.raises(RuntimeError), run.begin("data", DataConfig()) as stage:
+        stage.log(step=1)
+        stage.save_checkpoint({"w": torch.arange(3)}, {"step": 1})
+        stage.log(step=2)
+        raise RuntimeError
+    with run.begin("data", DataConfig()) as stage:
+        assert stage.resumed
+        tensors, meta = stage.load_checkpoint()
+        assert tensors["w"].tolist() == [0, 1, 2]
+        assert meta == {"step": 1}
+        records = (stage.path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in records] == [1]
+
+
+def test_other_settings_do_not_continue_a_checkpoint(tmp_path):
+    run = RunDir(tmp_path)
+    with pytest.raises(RuntimeError), run.begin("data", DataConfig(seed=1)) as stage:
+        stage.save_checkpoint({"w": torch.zeros(1)}, {})
+        raise RuntimeError
+    with run.begin("data", DataConfig(seed=2)) as stage:
+        assert stage.load_checkpoint() is None
+
+
+def _hold(path, ready, done):
+    with RunDir(path).begin("data", DataConfig()):
+        ready.set()
+        done.wait(30)
+
+
+def test_two_processes_on_one_stage_are_refused(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready, done))
+    process.start()
+    try:
+        assert ready.wait(60)
+        with (
+            pytest.raises(StreamctlError, match="another process works on stage data"),
+            RunDir(tmp_path).begin("data", DataConfig()),
+        ):
+            pass
+    finally:
+        done.set()
+        process.join()
+
+
+def test_manifest_names_where_the_result_came_from(tmp_path):
+    stage = make(RunDir(tmp_path), "data", 1)
+    manifest = stage.manifest
+    assert {"schema", "hash", "parents", "seed", "git", "versions", "wall_s", "peak_memory_mb"} <= {
+        *manifest
+    }
+    assert manifest["versions"]["torch"]
+    assert (stage.path / "config.toml").exists()
+
+
+def test_config_sources_win_in_their_order(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[pretrain]\nlr = 0.5\nepochs = 3\nbatch = 7\n")
+    config = resolve(PretrainConfig, file=file, sets=["epochs=4", "pretrain.batch=8"], batch=9)
+    assert (config.lr, config.epochs, config.batch) == (0.5, 4, 9)
+    assert config.seed == PretrainConfig().seed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch=3", "did you mean epochs"),
+        ("sfft.epochs=3", "unknown stage 'sfft'.*did you mean sft"),
+        ("epochs=many", "not of type int"),
+        ("epochs=1.5", "not of type int"),
+        ("epochs", "takes key=value"),
+    ],
+)
+def test_wrong_settings_are_named(text, message):
+    with pytest.raises(UsageError, match=message):
+        resolve(SftConfig, sets=[text])
+
+
+def test_wrong_choices_and_tables_are_named(tmp_path):
+    with pytest.raises(UsageError, match="takes one of tiny, small, paper"):
+        resolve(PretrainConfig, size="huge")
+    file = tmp_path / "c.toml"
+    file.write_text("[pretrian]\nlr = 1\n")
+    with pytest.raises(UsageError, match="did you mean pretrain"):
+        resolve(PretrainConfig, file=file)
+    file.write_text("[pretrain\n")
+    with pytest.raises(StreamctlError, match="not a TOML file"):
+        resolve(PretrainConfig, file=file)
+    with pytest.raises(StreamctlError, match="cannot be read"):
+        resolve(PretrainConfig, file=tmp_path / "none.toml")
