@@ -156,8 +156,8 @@ def _filter(raw: RawLog, config: DataConfig) -> tuple[np.ndarray, dict[str, int]
         "rounds": rounds,
         "interactions_of_short_users": by_user,
         "interactions_of_rare_items": by_item,
-        "users": len(raw.user_ids) - len(np.unique(raw.users[kept])),
-        "items": len(raw.item_ids) - len(np.unique(raw.items[kept])),
+        "users": len(raw.user_ids) - len(_used(raw.users[kept])),
+        "items": len(raw.item_ids) - len(_used(raw.items[kept])),
     }
     if not kept.any():
         raise StreamctlError(
@@ -170,11 +170,16 @@ def _filter(raw: RawLog, config: DataConfig) -> tuple[np.ndarray, dict[str, int]
     return kept, removed
 
 
+def _used(codes: np.ndarray) -> np.ndarray:
+    """int64: the codes that occur, ascending."""
+    return np.flatnonzero(np.bincount(codes))
+
+
 def _rank(codes: np.ndarray, names: Any) -> tuple[np.ndarray, list[str]]:
     """Codes -> ranks of their names among those that occur, and these names, sorted."""
     import pyarrow.compute as pc
 
-    used = np.unique(codes)
+    used = _used(codes)
     values = names.take(used)
     by_name = pc.sort_indices(values).to_numpy()
     ranks = np.zeros(len(names), np.int32)
@@ -191,7 +196,7 @@ def _number_items(
     the items file that nobody took, too. Numbers are a seeded permutation of the sorted ids, so
     that no model can read order or age from an id.
     """
-    used = np.unique(items)
+    used = _used(items)
     names = raw.item_ids.take(used).to_pylist()
     if config.min_item == 0 and raw.catalogue is not None:
         names += sorted(set(raw.catalogue.ids).difference(names))

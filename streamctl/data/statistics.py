@@ -33,7 +33,7 @@ def describe(
     same_user = np.ones(max(total - 1, 0), bool)
     same_user[log.offsets[1:-1] - 1] = False
     owner = np.repeat(np.arange(users, dtype=np.int64), lengths)
-    pairs = owner * items + log.items
+    pairs = np.sort(owner * items + log.items)
     facts = {
         "source": config.source,
         "format": raw.format,
@@ -44,14 +44,14 @@ def describe(
         },
         "users": users,
         "items": items,
-        "items_taken": len(np.unique(log.items)),
+        "items_taken": int(np.count_nonzero(np.bincount(log.items))),
         "interactions": total,
         "mean_length": round(total / users, 3),
         "median_length": float(np.median(lengths)),
         "longest": int(lengths.max()),
         "sparsity": round(1 - total / (users * items), 6),
         "train_prefixes": int((lengths - 3).sum()),
-        "repeats": total - len(np.unique(pairs)),
+        "repeats": int((pairs[1:] == pairs[:-1]).sum()),
         "order": "time" if raw.timed else "position",
         "ties": config.ties,
         "tied_neighbours": None,
