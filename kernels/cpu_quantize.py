@@ -4,13 +4,14 @@ import numba
 import numpy as np
 import torch
 
-from . import checks, threads
+from . import checks, simd, threads
 from .cpu_search import (
     BF16,
     TILE,
     block_rows,
     make_scratch,
     pack_codebook,
+    padded_width,
     search_block,
     squared_distance,
 )
@@ -23,9 +24,10 @@ class PackedCodebooks:
 
     def __init__(self, codebooks):
         levels, size, width = codebooks.shape
-        self.exact = codebooks.detach().float().contiguous().numpy()
-        self.centre = self.exact.mean(1, dtype=np.float64).astype(np.float32)  # (L, D)
-        tiles, near = -(-size // TILE), np.empty(width, np.float32)
+        self.exact = np.zeros((levels, size, padded_width(width)), np.float32)
+        self.exact[:, :, :width] = codebooks.detach().float().numpy()
+        self.centre = self.exact.mean(1, dtype=np.float64).astype(np.float32)  # (L, padded)
+        tiles = -(-size // TILE)
         self.words, self.bias, self.norms = [], [], np.zeros((levels, 2, 2))
         for bf16 in (False, True):
             steps = -(-width // 2) if bf16 else width
@@ -34,7 +36,7 @@ class PackedCodebooks:
             bias = np.empty((used, tiles * TILE), np.float32)
             for level in range(used):
                 self.norms[level, int(bf16)] = pack_codebook(
-                    self.exact[level], bf16, words[level], bias[level], self.centre[level], near
+                    self.exact[level], width, self.centre[level], bf16, words[level], bias[level]
                 )
             self.words.append(words)
             self.bias.append(bias)
@@ -43,6 +45,7 @@ class PackedCodebooks:
         return (self.exact, self.centre, self.norms, *self.words, *self.bias)
 
 
+subtract = simd.subtract
 _f32, _i64 = numba.float32, numba.int64
 _SIGNATURE = _i64(
     # x as float32 and as bf16 bits: one of them is empty, so one compilation serves both
@@ -73,9 +76,10 @@ def _quantize_range(
     codes, residual, distance, block,
 ):  # fmt: skip
     """Quantize rows [start, stop); return the first row that is not finite, or -1."""
-    levels, size, width = exact.shape
-    scratch = make_scratch(block, size, width)
-    rows = np.zeros((block, width), np.float32)
+    levels, size, padded = exact.shape
+    width = max(x.shape[1], x_bits.shape[1])
+    scratch = make_scratch(block, size, padded)
+    rows = np.zeros((block, padded), np.float32)
     row_bits = rows.view(np.uint32)
     live = np.ones(block, np.bool_)
     index = np.empty(block, np.int64)
@@ -104,19 +108,19 @@ def _quantize_range(
             else:
                 book = (exact[level], words[level], bias[level], centre[level],
                         norms[level, 0, 0], norms[level, 0, 1])  # fmt: skip
-            compared = search_block(rows, live, count, book, bf16, scratch, index)
+            compared = search_block(rows, width, live, count, book, bf16, scratch, index)
             if compared < 0:
                 return first - (compared + 1)
             coarse[level] = bf16 and compared <= count * max(2, size // 32)
             for b in range(count):
                 codes[first + b, level] = index[b]
                 if live[b] and residual.shape[0]:
-                    chosen = exact[level, index[b]]
-                    for d in range(width):
-                        rows[b, d] -= chosen[d]
+                    row = rows.ctypes.data + b * padded * 4
+                    subtract(row, exact.ctypes.data + (level * size + index[b]) * padded * 4, width)
         for b in range(count):
             if residual.shape[0]:
-                residual[first + b] = rows[b]
+                for d in range(width):
+                    residual[first + b, d] = rows[b, d]
             if distance.shape[0]:
                 distance[first + b] = 0
                 if live[b]:

@@ -122,9 +122,7 @@ def _scan_body(builder, bf16, args):
         builder.position_at_end(after)
         total = [[phi.incomings[1][0] for phi in row] for row in phis]
         number = builder.trunc(mul(tile, const(VECTORS)), _I32)
-        tags = [
-            _splat(builder, add(number, ir.Constant(_I32, v)), _WORDS) for v in range(VECTORS)
-        ]
+        tags = [_splat(builder, add(number, ir.Constant(_I32, v)), _WORDS) for v in range(VECTORS)]
         for r in range(ROWS):
             best_at = at(best, const(r * vector_bytes), _FLOATS)
             second_at = at(second, const(r * vector_bytes), _FLOATS)
@@ -163,3 +161,129 @@ def _make_scan(bf16):
 
 scan_f32 = _make_scan(False)
 scan_bf16 = _make_scan(True) if HAS_BF16_DOT else scan_f32
+
+
+def _vector_at(builder, base, index, kind=_FLOATS):
+    """Pointer to the LANES float32 that start at element `index` of the array at `base`."""
+    offset = builder.mul(index, ir.Constant(_I64, 4))
+    return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
+
+
+def _total(builder, vector):
+    """The sum of a vector's lanes, by halves."""
+    distance = LANES // 2
+    while distance:
+        swap = ir.Constant(_WORDS, [lane ^ distance for lane in range(LANES)])
+        swapped = builder.shuffle_vector(vector, ir.Constant(_FLOATS, ir.Undefined), swap)
+        vector = builder.fadd(vector, swapped)
+        distance //= 2
+    return builder.extract_element(vector, ir.Constant(_I32, 0))
+
+
+def _make_pack(bf16):
+    @intrinsic
+    def pack(typing, row, centre, rounded, packed, norms, width):
+        """Write x' = row - centre as the scan reads it; norms[0] = sum x'^2, norms[1] = sum slip^2.
+
+        All are float32 arrays at addresses, zero beyond `width` up to a whole vector; `rounded` is
+        scratch with two vectors to spare. The slip is fl(x') - packed x'. With bf16, word s holds
+        the dimensions s and s + half, half = ceil(width / 2).
+        """
+        signature = types.void(*[types.intp] * 6)
+
+        def codegen(context, builder, signature, args):
+            row, centre, rounded, packed, norms, width = args
+            const = lambda value: ir.Constant(_I64, value)  # noqa: E731
+            words = lambda value: ir.Constant(_WORDS, [value] * LANES)  # noqa: E731
+            zero = ir.Constant(_FLOATS, None)
+            square_at, slip_at = (cgutils.alloca_once_value(builder, zero) for _ in range(2))
+            target = rounded if bf16 else packed
+            with cgutils.for_range_slice(builder, const(0), width, const(LANES)) as (d, _):
+                value = builder.fsub(
+                    builder.load(_vector_at(builder, row, d), align=4),
+                    builder.load(_vector_at(builder, centre, d), align=4),
+                )
+                if bf16:
+                    bits = builder.bitcast(value, _WORDS)
+                    odd = builder.and_(builder.lshr(bits, words(16)), words(1))
+                    bits = builder.add(builder.add(bits, words(0x7FFF)), odd)
+                    near = builder.bitcast(builder.and_(bits, words(0xFFFF0000)), _FLOATS)
+                    off = builder.fsub(value, near)
+                    slip = builder.fadd(builder.load(slip_at), builder.fmul(off, off))
+                    builder.store(slip, slip_at)
+                else:
+                    near = value
+                square = builder.fadd(builder.load(square_at), builder.fmul(value, value))
+                builder.store(square, square_at)
+                builder.store(near, _vector_at(builder, target, d), align=4)
+            if bf16:
+                half = builder.lshr(builder.add(width, const(1)), const(1))
+                with cgutils.for_range_slice(builder, const(0), half, const(LANES)) as (s, _):
+                    low_at = _vector_at(builder, rounded, s, _WORDS)
+                    high_at = _vector_at(builder, rounded, builder.add(s, half), _WORDS)
+                    low = builder.lshr(builder.load(low_at, align=4), words(16))
+                    word = builder.or_(low, builder.load(high_at, align=4))
+                    builder.store(word, _vector_at(builder, packed, s, _WORDS), align=4)
+            for at, number in ((square_at, 0), (slip_at, 1)):
+                place = builder.inttoptr(builder.add(norms, const(4 * number)), _F32.as_pointer())
+                builder.store(_total(builder, builder.load(at)), place)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return pack
+
+
+pack_f32 = _make_pack(False)
+pack_bf16 = _make_pack(True)
+
+
+@intrinsic
+def subtract(typing, row, chosen, width):
+    """row -= chosen, float32 arrays at addresses, up to a whole vector past `width`."""
+
+    def codegen(context, builder, signature, args):
+        row, chosen, width = args
+        zero, step = ir.Constant(_I64, 0), ir.Constant(_I64, LANES)
+        with cgutils.for_range_slice(builder, zero, width, step) as (d, _):
+            at = _vector_at(builder, row, d)
+            chosen_at = _vector_at(builder, chosen, d)
+            difference = builder.fsub(builder.load(at, align=4), builder.load(chosen_at, align=4))
+            builder.store(difference, at, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def sole_leader(typing, best, second, margin):
+    """The lane of the highest of LANES float32 at `best`, or -1 if any other comes near.
+
+    Near is within `margin` (float64, finite) of it; those at `second` are others too.
+    """
+    mask_type = ir.IntType(LANES)
+
+    def codegen(context, builder, signature, args):
+        best, second, margin = args
+        scores = builder.load(builder.inttoptr(best, _FLOATS.as_pointer()), align=4)
+        others = builder.load(builder.inttoptr(second, _FLOATS.as_pointer()), align=4)
+        top = scores
+        distance = LANES // 2
+        while distance:
+            order = [lane ^ distance for lane in range(LANES)]
+            swap = ir.Constant(ir.VectorType(_I32, LANES), order)
+            swapped = builder.shuffle_vector(top, ir.Constant(_FLOATS, ir.Undefined), swap)
+            top = builder.select(builder.fcmp_ordered(">", top, swapped), top, swapped)
+            distance //= 2
+        highest = builder.extract_element(top, ir.Constant(_I32, 0))
+        floor = builder.fsub(builder.fpext(highest, ir.DoubleType()), margin)
+        floor = _splat(builder, builder.fptrunc(floor, _F32), _FLOATS)
+        near = builder.bitcast(builder.fcmp_unordered(">=", scores, floor), mask_type)
+        other = builder.bitcast(builder.fcmp_unordered(">=", others, floor), mask_type)
+        # One bit set in `near` and none in `other`.
+        one = builder.and_(near, builder.sub(near, ir.Constant(mask_type, 1)))
+        alone = builder.icmp_unsigned("==", builder.or_(one, other), ir.Constant(mask_type, 0))
+        lane = builder.zext(builder.cttz(near, ir.Constant(ir.IntType(1), 0)), _I64)
+        return builder.select(alone, lane, ir.Constant(_I64, -1))
+
+    return types.int64(types.intp, types.intp, types.float64), codegen

@@ -89,6 +89,14 @@ def bad_node(value, n_nodes):
     return KernelError(f"nodes must lie in [-1, {n_nodes}), got {value}")
 
 
+def bad_offsets(node):
+    """The error for a node whose children are not a range of edges, or outnumber the tokens."""
+    return KernelError(
+        "trie.child_start must rise from 0 to the number of edges, with at most V children a node;"
+        f" it does not at node {node}"
+    )
+
+
 def bad_token(value, vocabulary):
     """The error for an edge whose token has no logit."""
     return KernelError(f"trie tokens must lie in [0, {vocabulary}), got {value}")

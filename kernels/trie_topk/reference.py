@@ -2,7 +2,7 @@
 
 import torch
 
-from . import bad_edge, bad_node, bad_score, bad_token
+from . import bad_edge, bad_node, bad_offsets, bad_score, bad_token
 
 
 def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
@@ -18,6 +18,9 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
     first = trie.child_start[flat.clamp_min(0)] if n_nodes else torch.zeros_like(flat)
     past = trie.child_start[flat.clamp_min(0) + 1] if n_nodes else torch.zeros_like(flat)
     counts = torch.where(alive, past - first, 0)
+    wrong = (first < 0) | (past > len(trie.child_node)) | (counts < 0) | (counts > vocabulary)
+    if (alive & wrong).any():
+        raise bad_offsets(int(flat[alive & wrong][0]))
     beam = torch.repeat_interleave(torch.arange(batch * width, device=device), counts)
     offset = torch.arange(len(beam), device=device) - (counts.cumsum(0) - counts)[beam]
     edge = first[beam] + offset

@@ -1,0 +1,230 @@
+"""trie_topk on the CPU: each beam's children are walked once; a sorted list keeps the best k."""
+
+import math
+
+import numba
+import numpy as np
+import torch
+
+from .. import threads
+from . import bad_edge, bad_node, bad_offsets, bad_score, bad_token
+
+_CHUNK_WORK = 1 << 15  # logits looked at before a second thread is worth waking
+_BAD_NODE, _BAD_OFFSETS, _BAD_TOKEN, _BAD_EDGE, _BAD_SCORE = range(1, 6)
+_LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+_INVERSE = tuple(1.0 / math.factorial(i) for i in range(14))
+_C2, _C3, _C4, _C5, _C6, _C7, _C8, _C9, _C10, _C11, _C12, _C13 = _INVERSE[2:]
+
+_options = {"nogil": True, "cache": True}
+
+
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **_options)
+def _log_sum_exp(values, count, highest):
+    """log(sum(exp(values[:count]))) for float64 values <= highest, itself finite; overwrites them.
+
+    The exponential is written out (ln 2 split in two, Taylor to x^13: within 2 units in the last
+    place) because calls to libm keep the loop from being vectorized.
+    """
+    bits = values.view(np.int64)
+    for i in range(count):
+        value = max(values[i] - highest, -700.0)  # exp(-700) adds nothing to a sum of 1 or more
+        # Adding 1.5 * 2^52 leaves the rounded quotient in the low bits.
+        shifted = value * 1.4426950408889634 + 6755399441055744.0
+        whole = shifted - 6755399441055744.0
+        r = (value - whole * _LN2_HIGH) - whole * _LN2_LOW
+        p = _C13
+        p = p * r + _C12
+        p = p * r + _C11
+        p = p * r + _C10
+        p = p * r + _C9
+        p = p * r + _C8
+        p = p * r + _C7
+        p = p * r + _C6
+        p = p * r + _C5
+        p = p * r + _C4
+        p = p * r + _C3
+        p = p * r + _C2
+        p = p * r + 1.0
+        values[i] = p * r + 1.0
+        bits[i] += np.int64(whole) << np.int64(52)
+    total = 0.0
+    for i in range(count):
+        total += values[i]
+    return highest + math.log(total)
+
+
+@numba.njit(**_options)
+def _prepare(raw, values, count):
+    """values[:count] = raw[:count] in float64. Returns the highest; NaN when one is NaN or +inf."""
+    highest = -np.inf
+    strange = False
+    for i in range(count):
+        value = np.float64(raw[i])
+        values[i] = value
+        strange |= not value < np.inf
+        highest = max(highest, value)
+    return np.nan if strange else highest
+
+
+@numba.njit(
+    numba.types.UniTuple(numba.int64, 2)(
+        # logits as float32 and as bf16 bits, and tokens as int64 and as int32: of each pair one
+        # is empty, so that one compilation serves all
+        numba.float32[:, :, :],
+        numba.uint16[:, :, :],
+        numba.int64[:, :],
+        numba.float32[:, :],
+        numba.int64[:],
+        numba.int64[:],
+        numba.int32[:],
+        numba.int64[:],
+        numba.bool_[:, :],
+        numba.bool_,
+        numba.int64,
+        numba.int64,
+        numba.float32[:, ::1],
+        numba.int64[:, ::1],
+        numba.int64[:, ::1],
+        numba.int64[:, ::1],
+    ),
+    **_options,
+)
+def _search(
+    logits, logit_bits, nodes, priors, child_start, tokens, tokens32, child_node, allowed,
+    whole, first, last, scores, parents, out_tokens, out_nodes,
+):  # fmt: skip
+    """Fill the outputs of users [first, last); return (error, offending value)."""
+    n_nodes = child_start.shape[0] - 1
+    n_edges = child_node.shape[0]
+    width = nodes.shape[1]
+    vocabulary = max(logits.shape[2], logit_bits.shape[2])
+    half = logit_bits.shape[0] > 0
+    k = scores.shape[1]
+    raw = np.empty(vocabulary, np.float32)
+    raw_bits = raw.view(np.uint32)
+    values = np.empty(vocabulary, np.float64)
+    edges = np.empty(vocabulary, np.int64)
+    for b in range(first, last):
+        found = 0
+        for w in range(width):
+            node = nodes[b, w]
+            if node == -1:
+                continue
+            if node < 0 or node >= n_nodes:
+                return _BAD_NODE, node
+            start, stop = child_start[node], child_start[node + 1]
+            if start < 0 or stop > n_edges or stop - start > vocabulary or stop < start:
+                return _BAD_OFFSETS, node
+            count = 0
+            for edge in range(start, stop):
+                child = child_node[edge]
+                if child < 0 or child >= n_nodes:
+                    return _BAD_EDGE, child
+                if allowed.shape[0] and not allowed[b, child]:
+                    continue
+                token = np.int64(tokens32[edge]) if tokens32.shape[0] else tokens[edge]
+                if token < 0 or token >= vocabulary:
+                    return _BAD_TOKEN, token
+                if half:
+                    raw_bits[count] = np.uint32(logit_bits[b, w, token]) << np.uint32(16)
+                else:
+                    raw[count] = logits[b, w, token]
+                edges[count] = edge
+                count += 1
+            if count == 0:
+                continue
+            highest = _prepare(raw, values, count)
+            prior = np.float64(priors[b, w])
+            if not (highest < np.inf and prior < np.inf):
+                return _BAD_SCORE, w
+            if whole:
+                legal = raw[:count].copy()
+                for token in range(vocabulary):
+                    if half:
+                        raw_bits[token] = np.uint32(logit_bits[b, w, token]) << np.uint32(16)
+                    else:
+                        raw[token] = logits[b, w, token]
+                top = _prepare(raw, values, vocabulary)
+                if not top < np.inf:
+                    return _BAD_SCORE, w
+                norm = _log_sum_exp(values, vocabulary, top) if top > -np.inf else 0.0
+                raw[:count] = legal
+            else:
+                norm = _log_sum_exp(values, count, highest) if highest > -np.inf else 0.0
+            # Later candidates lose ties, so only a strictly higher score enters a full list.
+            entry = scores[b, k - 1] if found == k else np.float32(-np.inf)
+            if not np.float32(prior + (highest - norm)) > entry:
+                continue
+            for i in range(count):
+                score = np.float32(prior + (np.float64(raw[i]) - norm))
+                if not score > entry:
+                    continue
+                place = min(found, k - 1)
+                while place > 0 and scores[b, place - 1] < score:
+                    scores[b, place] = scores[b, place - 1]
+                    parents[b, place] = parents[b, place - 1]
+                    out_nodes[b, place] = out_nodes[b, place - 1]
+                    place -= 1
+                scores[b, place], parents[b, place], out_nodes[b, place] = score, w, edges[i]
+                found = min(found + 1, k)
+                if found == k:
+                    entry = scores[b, k - 1]
+        for i in range(found):
+            edge = out_nodes[b, i]
+            out_tokens[b, i] = np.int64(tokens32[edge]) if tokens32.shape[0] else tokens[edge]
+            out_nodes[b, i] = child_node[edge]
+        for i in range(found, k):
+            scores[b, i], parents[b, i] = -np.inf, 0
+            out_tokens[b, i], out_nodes[b, i] = 0, -1
+    return 0, 0
+
+
+_NO_LOGITS = {
+    torch.float32: np.empty((0, 0, 0), np.float32),
+    torch.bfloat16: np.empty((0, 0, 0), np.uint16),
+}
+_NO_TOKENS = {torch.int64: np.empty(0, np.int64), torch.int32: np.empty(0, np.int32)}
+_NO_MASK = np.empty((0, 0), np.bool_)
+
+
+def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
+    batch, width, vocabulary = logits.shape
+    tables = dict(_NO_LOGITS)
+    half = logits.dtype == torch.bfloat16
+    tables[logits.dtype] = (
+        logits.view(torch.int16).numpy().view(np.uint16) if half else (logits.numpy())
+    )
+    tokens = dict(_NO_TOKENS)
+    tokens[trie.child_token.dtype] = trie.child_token.numpy()
+    inputs = (
+        *tables.values(),
+        nodes.numpy(),
+        beam_scores.numpy(),
+        trie.child_start.numpy(),
+        *tokens.values(),
+        trie.child_node.numpy(),
+        _NO_MASK if allowed is None else allowed.numpy(),
+        normalize == "vocabulary",
+    )
+    scores = torch.empty((batch, k), dtype=torch.float32)
+    parents, out_tokens, out_nodes = (torch.empty((batch, k), dtype=torch.int64) for _ in range(3))
+    outputs = tuple(t.numpy() for t in (scores, parents, out_tokens, out_nodes))
+
+    def search(first, last):
+        return _search(*inputs, first, last, *outputs)
+
+    alike = -(-batch // (2 * torch.get_num_threads()))
+    step = max(1, alike, _CHUNK_WORK // max(1, width * vocabulary))
+    for error, value in threads.over_ranges(search, batch, step):
+        if error:
+            raise _ERRORS[error](value, trie.child_start.shape[0] - 1, vocabulary)
+    return scores, parents, out_tokens, out_nodes
+
+
+_ERRORS = {
+    _BAD_NODE: lambda value, n_nodes, vocabulary: bad_node(value, n_nodes),
+    _BAD_OFFSETS: lambda value, n_nodes, vocabulary: bad_offsets(value),
+    _BAD_TOKEN: lambda value, n_nodes, vocabulary: bad_token(value, vocabulary),
+    _BAD_EDGE: lambda value, n_nodes, vocabulary: bad_edge(value, n_nodes),
+    _BAD_SCORE: lambda value, n_nodes, vocabulary: bad_score(),
+}
