@@ -1,0 +1,69 @@
+"""What surrounds every request: body size, security headers, closing connections in a drain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from streamctl.serving.problems import Problem
+
+MAX_BODY = 1 << 20  # bytes
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Limits:
+    """Refuses bodies over `MAX_BODY` before they are read whole, and sets the headers.
+
+    Args:
+        app: what it wraps.
+        closing: says whether connections should end with their next answer (the drain).
+    """
+
+    def __init__(self, app: ASGIApp, closing: Callable[[], bool]):
+        self.app = app
+        self.closing = closing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        send = self._with_headers(scope, send)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared[:20]) > MAX_BODY:
+            await too_large().response()(scope, receive, send)
+            return
+        received = 0
+
+        async def counting() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY:
+                raise too_large()
+            return message
+
+        await self.app(scope, counting, send)
+
+    def _with_headers(self, scope: Scope, send: Send) -> Send:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("Content-Security-Policy", PAGE_POLICY)
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                headers["Cross-Origin-Resource-Policy"] = "same-origin"
+                headers.setdefault("Cache-Control", "no-store")
+                if self.closing():
+                    headers["Connection"] = "close"
+            await send(message)
+
+        return sending
+
+
+def too_large() -> Problem:
+    return Problem(413, f"the body is larger than {MAX_BODY} bytes")
