@@ -18,19 +18,17 @@ _C2, _C3, _C4, _C5, _C6, _C7, _C8, _C9, _C10, _C11, _C12, _C13 = _INVERSE[2:]
 _options = {"nogil": True, "cache": True}
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz"}, **_options)
-def _log_sum_exp(values, count, highest):
-    """log(sum(exp(values[:count]))) for float64 values <= highest, itself finite; overwrites them.
+@numba.njit(**_options)
+def _exponentials(values, count, highest):
+    """values[:count] = exp(values - highest), for values <= highest, itself finite.
 
-    The exponential is written out (ln 2 split in two, Taylor to x^13: within 2 units in the last
-    place) because calls to libm keep the loop from being vectorized.
+    Written out (ln 2 split in two, Taylor to x^13: within 2 units in the last place) because calls
+    to libm keep the loop from being vectorized.
     """
     bits = values.view(np.int64)
     for i in range(count):
         value = max(values[i] - highest, -700.0)  # exp(-700) adds nothing to a sum of 1 or more
-        # Adding 1.5 * 2^52 leaves the rounded quotient in the low bits.
-        shifted = value * 1.4426950408889634 + 6755399441055744.0
-        whole = shifted - 6755399441055744.0
+        whole = np.floor(value * 1.4426950408889634 + 0.5)
         r = (value - whole * _LN2_HIGH) - whole * _LN2_LOW
         p = _C13
         p = p * r + _C12
@@ -47,6 +45,12 @@ def _log_sum_exp(values, count, highest):
         p = p * r + 1.0
         values[i] = p * r + 1.0
         bits[i] += np.int64(whole) << np.int64(52)
+
+
+@numba.njit(fastmath={"reassoc"}, **_options)
+def _log_sum_exp(values, count, highest):
+    """log(sum(exp(values[:count]))), where highest is their finite maximum; overwrites them."""
+    _exponentials(values, count, highest)
     total = 0.0
     for i in range(count):
         total += values[i]
