@@ -14,6 +14,7 @@ from streamctl.data.log import InteractionLog
 from streamctl.data.sources.raw import RawLog
 from streamctl.progress import warn
 
+TIE_BIAS = 0.05  # from which P(test id > valid id) is no longer called one half
 SORTED_SHARE = 0.95  # neighbours in ascending id order; order by time gives about one half
 
 
@@ -28,7 +29,7 @@ def describe(
     """
     users, items, total = log.n_users, len(catalog), len(log)
     lengths = log.lengths
-    rank = _id_rank(catalog.ids)[log.items]
+    rank = id_rank(catalog.ids)[log.items]
     last = log.offsets[1:] - 1
     same_user = np.ones(max(total - 1, 0), bool)
     same_user[log.offsets[1:-1] - 1] = False
@@ -65,23 +66,37 @@ def describe(
     return facts
 
 
+def is_sorted_by_id(facts: dict[str, Any]) -> bool:
+    """Whether the sequences are in the order of item ids (or against it) end to end."""
+    share = facts["ascending_ids"]
+    enough = share is not None and facts["interactions"] >= 50
+    return enough and not 1 - SORTED_SHARE < share < SORTED_SHARE
+
+
+def is_tie_biased(facts: dict[str, Any]) -> bool:
+    """Whether P(test id > valid id) is far from one half, chance (4 sigma) allowed for."""
+    above = facts["test_id_above_valid_id"]
+    if above is None:
+        return False
+    return abs(above - 0.5) > max(TIE_BIAS, 2 / facts["users"] ** 0.5)
+
+
 def warn_about(facts: dict[str, Any]) -> None:
     """Warn on stderr about what would make numbers on this log wrong or hard to compare."""
-    ascending = facts["ascending_ids"]
-    if ascending is not None and facts["interactions"] >= 50:
-        if not 1 - SORTED_SHARE < ascending < SORTED_SHARE:
-            warn(
-                "THE SEQUENCES ARE SORTED BY ITEM ID, not by time "
-                f"({ascending:.0%} of neighbouring items have ascending ids; 50% is unbiased): "
-                "every result on this data is meaningless. Get the log with its timestamps"
-            )
-        elif facts["users"] >= 1000 and abs(facts["test_id_above_valid_id"] - 0.5) > 0.1:
-            remedy = "--ties shuffle" if facts["order"] == "time" else "a log with times"
-            warn(
-                f"P(id of the test item > id of the valid item) is "
-                f"{facts['test_id_above_valid_id']:.2f}, 0.50 is unbiased: items taken at the "
-                f"same time seem to be sorted by id. State it with results, or use {remedy}"
-            )
+    above = facts["test_id_above_valid_id"]
+    if is_sorted_by_id(facts):
+        warn(
+            "THE SEQUENCES ARE SORTED BY ITEM ID, not by time "
+            f"({facts['ascending_ids']:.0%} of neighbouring items have ascending ids; 50% is "
+            "unbiased): every result on this data is meaningless. Get the log with its timestamps"
+        )
+    elif is_tie_biased(facts):
+        remedy = "--ties shuffle" if facts["order"] == "time" else "a log with times"
+        warn(
+            f"P(id of the test item > id of the valid item) is {above:.2f}, 0.50 is unbiased: "
+            "items taken at the same time were sorted by id, or ids follow the time. State it with "
+            f"results, or use {remedy}"
+        )
     missing = facts["items_without_text"]
     if missing:
         warn(f"{missing:,} of {facts['items']:,} items have no text; they get their id as title")
@@ -99,7 +114,7 @@ def _share(differences: np.ndarray) -> float | None:
     return round(up / (up + down), 4) if up + down else None
 
 
-def _id_rank(ids: list[str]) -> np.ndarray:
+def id_rank(ids: list[str]) -> np.ndarray:
     """int64 (N,): rank of each external id, numbers by value and others as texts."""
     if all(item.isascii() and item.isdigit() and len(item) < 19 for item in ids):
         return np.array([int(item) for item in ids], np.int64)

@@ -29,6 +29,13 @@ TIME_NAMES = ("timestamp", "time", "ts", "unixreviewtime", "unix_time", "event_t
 POSITION_NAMES = ("position", "pos", "sequence_number")
 _BLOCK = 16 << 20
 ROLES = ("user", "item", "time")
+# What a time may be, as steps of casts: a whole number, a number, a date without and with a zone.
+_TIME_KINDS = (
+    (pa.int64(),),
+    (pa.float64(),),
+    (pa.timestamp("us"), pa.int64()),
+    (pa.timestamp("us", "UTC"), pa.int64()),
+)
 
 
 def read_table(
@@ -83,7 +90,7 @@ def _diagnose(rows: Iterable[object]) -> None:
         pass
 
 
-def _find_roles(found: Sequence[str], columns: Mapping[str, str] | None, path: Path) -> list[str]:
+def find_roles(found: Sequence[str], columns: Mapping[str, str] | None, path: Path) -> list[str]:
     """The user, item and time columns.
 
     Raises:
@@ -129,7 +136,7 @@ def _delimited(
         header = [name.strip() for name in header]
     else:
         first_line(path)  # an empty file is an error here, too
-    roles = _find_roles(header, columns, path)
+    roles = find_roles(header, columns, path)
     reader = csv.open_csv(
         pa.input_stream(str(path), compression="detect"),
         read_options=csv.ReadOptions(
@@ -151,7 +158,7 @@ def _parquet(
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
-    roles = _find_roles(file.schema_arrow.names, columns, path)
+    roles = find_roles(file.schema_arrow.names, columns, path)
     return file.iter_batches(batch_size=1 << 20, columns=roles), roles
 
 
@@ -159,7 +166,7 @@ def _json(
     path: Path, columns: Mapping[str, str] | None
 ) -> tuple[Iterator[pa.RecordBatch], list[str]]:
     found = list(next(iter(json_rows(path)))[1]) if first_line(path) else []
-    roles = _find_roles(found, columns, path)
+    roles = find_roles(found, columns, path)
 
     def batches() -> Iterator[pa.RecordBatch]:
         waiting: list[list[str]] = [[], [], []]
@@ -185,6 +192,7 @@ def _collect(
 ) -> RawLog:
     users, items = Coder(), Coder()
     times: list[np.ndarray] = []
+    were_dates = False
     row = 0
     for batch in batches:
         user, item, time = (batch.column(name) for name in roles)
@@ -192,7 +200,15 @@ def _collect(
             _check_filled(name, values, row, path)
         users.add(_texts(user))
         items.add(_texts(item))
-        times.append(_times(time, roles[2], row, path))
+        parsed, dates = _times(time, roles[2], row, path)
+        if times and dates != were_dates:
+            raise StreamctlError(
+                f"{roles[2]} is a number in some lines and a date in others",
+                where=path,
+                line=line_of_row(path, row),
+            )
+        times.append(parsed)
+        were_dates = dates
         row += len(batch)
     if not row:
         raise StreamctlError("the file holds no interactions", where=path)
@@ -228,45 +244,50 @@ def _check_filled(name: str, values: pa.Array, row: int, path: Path) -> None:
         raise StreamctlError(f"{name} is empty", where=path, line=line_of_row(path, at))
 
 
-def _times(values: pa.Array, name: str, row: int, path: Path) -> np.ndarray:
-    """int64, or float64 where numbers are fractions; dates become microseconds since 1970."""
-    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
-        parsed = values.cast(pa.timestamp("us")).cast(pa.int64())
-    else:
-        parsed = None
-        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-            values = pc.utf8_trim_whitespace(values)
-        kinds = ((pa.int64(),), (pa.float64(),), (pa.timestamp("us"), pa.int64()),
-                 (pa.timestamp("us", "UTC"), pa.int64()))  # fmt: skip
-        for kind in kinds:
-            try:
-                parsed = values
-                for step in kind:
-                    parsed = parsed.cast(step)
-                break
-            except pa.ArrowException:
-                parsed = None
-    if parsed is not None and parsed.null_count == 0:
-        array = parsed.to_numpy(zero_copy_only=False)
-        if np.isfinite(array).all():
-            return array
-    at, text = _bad_time(values)
+def _times(values: pa.Array, name: str, row: int, path: Path) -> tuple[np.ndarray, bool]:
+    """(int64, or float64 where numbers are fractions; whether they were dates)."""
+    parsed = parse_times(values)
+    if parsed is not None:
+        return parsed
+    texts = [str(value) for value in values.to_pylist()]
+    at = next((index for index, text in enumerate(texts) if not is_time(text)), None)
+    problem = "no number and no ISO date" if at is not None else "of another kind than others"
+    at = at or 0
     raise StreamctlError(
-        f"{name} is {text!r}, which is no number and no ISO date",
+        f"{name} is {texts[at]!r}, which is {problem}",
         where=path,
         line=line_of_row(path, row + at),
     )
 
 
-def _bad_time(values: pa.Array) -> tuple[int, object]:
-    """(index, value) of the first time unlike a finite number; else of the first row."""
-    for index, value in enumerate(values.to_pylist()):
+def parse_times(values: pa.Array) -> tuple[np.ndarray, bool] | None:
+    """(numbers as int64 or float64, or dates as int64 microseconds since 1970; whether dates).
+
+    None unless all values are such and of one kind.
+    """
+    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
+        kinds: tuple[tuple[pa.DataType, ...], ...] = ((pa.timestamp("us"), pa.int64()),)
+    else:
+        kinds = _TIME_KINDS
+        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            values = pc.utf8_trim_whitespace(values)
+    for kind in kinds:
+        parsed = values
         try:
-            if not np.isfinite(float(value)):
-                return index, value
-        except (TypeError, ValueError):
-            return index, value
-    return 0, values[0].as_py()
+            for step in kind:
+                parsed = parsed.cast(step)
+        except pa.ArrowException:
+            continue
+        if parsed.null_count:
+            return None
+        array = parsed.to_numpy(zero_copy_only=False)
+        return (array, len(kind) > 1) if np.isfinite(array).all() else None
+    return None
+
+
+def is_time(text: str) -> bool:
+    """Whether a text is a finite number or an ISO date."""
+    return parse_times(pa.array([text])) is not None
 
 
 def whole(parts: list[np.ndarray]) -> np.ndarray:

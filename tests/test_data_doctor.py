@@ -1,0 +1,212 @@
+"""The doctor: finds what was put into a log, with the lines and a remedy, and nothing else."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from conftest import real_data
+from typer.testing import CliRunner
+
+from streamctl.commands.data_doctor import command
+from streamctl.config import DataConfig
+from streamctl.data.doctor import examine
+from streamctl.errors import StreamctlError
+
+START = 1_500_000_000
+
+
+def healthy() -> list[tuple[str, str, int]]:
+    """40 users who take 8 different items each, one a day, all items at least five times."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for user in range(40):
+        taken = rng.permutation(20)[:8]
+        rows += [(f"u{user}", f"i{i:02}", START + 86_400 * k + user) for k, i in enumerate(taken)]
+    return rows
+
+
+def write(folder: Path, rows, extra: str = "", items: list[dict] | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    lines = ["user_id,item_id,timestamp", *(",".join(map(str, row)) for row in rows)]
+    (folder / "interactions.csv").write_text("\n".join(lines) + "\n" + extra)
+    if items is None:
+        items = [{"item_id": f"i{i:02}", "title": f"Thing {i}"} for i in range(20)]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    return folder
+
+
+def findings(source: Path, level: str | None = None, **settings) -> dict[str, str]:
+    """topic -> what, of one level, or of all that are not good."""
+    found = examine(source, DataConfig(source=str(source), **settings)).findings
+    for finding in found:
+        assert finding.level in ("good", "note") or finding.remedy, finding
+    wanted = [f for f in found if (f.level == level if level else f.level != "good")]
+    return {f.topic: f.what for f in wanted}
+
+
+def test_a_healthy_log_has_nothing_but_good_findings(tmp_path):
+    assert findings(write(tmp_path / "s", healthy())) == {}
+
+
+def test_bad_lines_are_all_listed_and_the_rest_is_examined(tmp_path):
+    source = write(tmp_path / "s", healthy(), "u1,i01\nu1,i02,never\n\n,i03,5\n")
+    with open(source / "items.jsonl", "a") as handle:
+        handle.write('\n{"item_id": "i00"}\n{broken\n')
+    found = examine(source, DataConfig(source=str(source)))
+    lines = [line for finding in found.findings for line in finding.lines]
+    at = len(healthy()) + 2
+    assert lines == [
+        f"{source / 'interactions.csv'}:{at}: 2 columns where the header has 3",
+        f"{source / 'interactions.csv'}:{at + 1}: 'never' is no number and no ISO date",
+        f"{source / 'interactions.csv'}:{at + 3}: the user id is empty",
+        f"{source / 'items.jsonl'}:21: item id 'i00' occurs twice",
+        f"{source / 'items.jsonl'}:22: not a JSON object",
+    ]
+    assert found.statistics["interactions"] == len(healthy())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("user_sequence.txt", "u1 a b c\nu2\nu3 a b c d\nu1 a b\n", "2: user 'u2' has no items"),
+        ("x.inter", "user_id:token\titem_id:token\ttimestamp:float\n1\t2\t3\n1\t2\n", "3: 2"),
+        ("ratings.dat", "1::2::5::30\n1::3::5::40\n1::2\n1::4::4::50\n", "3: 2 columns"),
+        ("u.data", "1\t2\t5\t30\n1\t3\t5\tx\n", "2: 'x' is no number"),
+        (
+            "interactions.jsonl",
+            '{"user_id": 1, "item_id": 2, "timestamp": 3}\n[]\n{"user_id": 1}\n',
+            "2: not a JSON object",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_lines_of_every_text_format_are_found(tmp_path, name, content, reason):
+    (tmp_path / name).write_text(content)
+    found = examine(tmp_path, DataConfig(source=str(tmp_path)))
+    lines = [line for finding in found.findings for line in finding.lines]
+    assert lines[0].startswith(f"{tmp_path / name}:{reason}")
+
+
+def test_a_file_cut_short_is_examined_up_to_the_cut(tmp_path):
+    source = write(tmp_path / "s", healthy() * 20)
+    path = source / "interactions.csv"
+    (source / "interactions.csv.gz").write_bytes(gzip.compress(path.read_bytes())[:-200])
+    path.unlink()
+    found = examine(source, DataConfig(source=str(source)))
+    assert "cut short from here on" in found.findings[0].lines[-1]
+    assert found.statistics["interactions"] > 1000
+
+
+def test_duplicates_are_counted_exact_and_in_time(tmp_path):
+    rows = healthy()
+    user, item, moment = rows[0]
+    source = write(tmp_path / "s", [*rows, rows[0], (user, item, moment + 86_400 * 20)])
+    assert "1 row (0.3%) repeat" in findings(source, "warning")["duplicates"]
+    assert "2 interactions" in findings(source, "note")["duplicates"]
+    assert "1 test item (2.5%) are in the user's own history" in findings(source)["leakage"]
+
+
+def test_impossible_and_unordered_times_are_found(tmp_path):
+    rows = healthy()
+    source = write(tmp_path / "s", [*rows[::-1], ("u0", "i19", 0), ("u1", "i19", 9_000_000_000)])
+    assert "2 times before 1990 or in the future" in findings(source, "error")["times"]
+    assert "come before an earlier one" in findings(source, "note")["times"]
+
+
+def test_milliseconds_are_known_as_such(tmp_path):
+    source = write(tmp_path / "s", [(u, i, t * 1000) for u, i, t in healthy()])
+    assert findings(source, "good")["times"] == "in milliseconds, 2017-07-14 to 2017-07-21"
+
+
+def test_sequences_sorted_by_id_are_an_error(tmp_path):
+    rows = sorted(healthy(), key=lambda row: row[:2])
+    source = write(tmp_path / "s", [(u, i, START + n) for n, (u, i, _) in enumerate(rows)])
+    assert "sorted by item id (100%" in findings(source, "error")["order"]
+
+
+def test_ties_sorted_by_id_are_a_warning_and_shuffling_removes_them(tmp_path):
+    rows = [(u, i, START + (t - START) // 259_200) for u, i, t in healthy()]  # three days are one
+    rows += [(f"v{u[1:]}", i, t) for u, i, t in rows] + [(f"w{u[1:]}", i, t) for u, i, t in rows]
+    source = write(tmp_path / "s", sorted(rows, key=lambda r: (r[0], r[2], r[1])))
+    found = examine(source, DataConfig(source=str(source))).findings
+    orders = [f for f in found if f.topic == "order" and f.level == "warning"]
+    assert "P(id of the test item > id of the valid item) is 1.00" in orders[0].what
+    assert orders[0].remedy == "--ties shuffle"
+    assert "100.0% of users have their valid and test item at the same time" in orders[1].what
+    shuffled = examine(source, DataConfig(source=str(source), ties="shuffle")).findings
+    assert not [f for f in shuffled if "P(id of" in f.what and f.level != "good"]
+
+
+def test_filters_and_cold_items_are_reported(tmp_path):
+    rows = [*healthy(), ("rare", "i00", START), ("u0", "new", START + 86_400 * 9)]
+    source = write(tmp_path / "s", rows)
+    what = findings(source)["filters"]
+    assert "1 of 41 users, 1 of 21 items" in what
+    assert "1 test item (2.4%) never occur in training" not in findings(source).get(
+        "cold items", ""
+    )
+    cold = findings(source, min_item=1, min_user=3)["cold items"]
+    assert cold == "1 test item (2.5%) never occur in training"
+    assert "1 item of 21 in the log are not in the items file" in findings(source)["items"]
+
+
+def test_filters_that_leave_nothing_are_an_error_with_a_remedy(tmp_path):
+    source = write(tmp_path / "s", healthy())
+    assert "no usable interactions" in findings(source, "error", min_user=9)["filters"]
+
+
+def test_ids_that_follow_the_time_are_noted(tmp_path):
+    rows = [
+        (f"u{u}", f"i{(u // 3 + 2 * k % 7) % 99:02}", START + 1000 * u + 7 * k)
+        for u in range(60)
+        for k in range(6)
+    ]
+    assert "item ids follow the time" in findings(write(tmp_path / "s", rows))["leakage"]
+
+
+def test_a_log_without_items_file_is_an_error(tmp_path):
+    source = write(tmp_path / "s", healthy())
+    (source / "items.jsonl").unlink()
+    assert "no items file" in findings(source, "error")["items"]
+
+
+def test_what_cannot_be_read_at_all_is_one_error(tmp_path):
+    (tmp_path / "interactions.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StreamctlError, match="not a parquet file"):
+        examine(tmp_path, DataConfig(source=str(tmp_path)))
+    (tmp_path / "interactions.parquet").unlink()
+    (tmp_path / "interactions.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(StreamctlError, match="no column user_id"):
+        examine(tmp_path, DataConfig(source=str(tmp_path)))
+
+
+def test_the_findings_are_plain_json(tmp_path):
+    source = write(tmp_path / "s", healthy())
+    found = json.loads(json.dumps(examine(source, DataConfig(source=str(source))).to_dict()))
+    assert set(found) == {"source", "format", "files", "findings", "statistics"}
+    assert set(found["findings"][0]) == {"topic", "level", "what", "remedy", "lines"}
+
+
+def test_beauty_has_the_tie_artefact_and_is_as_published():
+    source = real_data("amazon-2014-beauty")
+    assert findings(source, "error") == {}
+    assert set(findings(source, "warning")) == {"order"}
+    assert findings(source, "good")["published"].startswith("as Amazon 2014 Beauty")
+
+
+def test_the_command_shows_lines_and_remedies_and_is_strict_on_demand(tmp_path):
+    app = typer.Typer()
+    app.command()(command)
+    source = write(tmp_path / "s", healthy(), "u1,i01\n")
+    answer = CliRunner().invoke(app, [str(source)])
+    assert answer.exit_code == 0, answer.output
+    assert "ERROR  lines: interactions.csv: 1 bad line" in answer.output
+    assert "interactions.csv:322: 2 columns where the header has 3" in answer.output
+    assert "-> mend or delete them" in answer.output
+    assert CliRunner().invoke(app, [str(source), "--strict"]).exit_code == 1
+    answer = CliRunner().invoke(app, [str(source), "--json"])
+    assert json.loads(answer.output)["format"] == "table"
