@@ -97,9 +97,7 @@ class Baseline(nn.Module):
         return rank_scores(self.score(history.to(device), known), k, exclude)
 
 
-def rank_scores(
-    scores: torch.Tensor, k: int, exclude: list[np.ndarray] | None = None
-) -> Ranking:
+def rank_scores(scores: torch.Tensor, k: int, exclude: list[np.ndarray] | None = None) -> Ranking:
     """The k items of highest score, without those excluded.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,7 +41,7 @@ class _Block(nn.Module):
 class BERT4Rec(Baseline):
     """Trained to fill hidden positions; recommends what it would fill in after the history."""
 
-    defaults = {
+    defaults: ClassVar[dict[str, Any]] = {
         "dim": 64, "layers": 2, "heads": 2, "mask": 0.4, "dropout": 0.2, "epochs": 100,
         "patience": 15, "batch": 256, "lr": 1e-3, "weight_decay": 0.01, "warmup": 0.05,
     }  # fmt: skip
@@ -62,7 +64,10 @@ class BERT4Rec(Baseline):
         """(B, S, d) of items (B, S) int64 in which n_items is the mask and -1 is padding."""
         padded = items < 0
         visible = None if not padded.any() else ~padded[:, None, None, :]  # (B, 1, 1, S)
-        x = self.items(items.clamp(min=0)) + self.positions.weight[: items.shape[1]]
+        # Places count from the end, so that what is asked for at the end is always at place 0.
+        end = (~padded).sum(1, keepdim=True) - 1
+        places = (end - torch.arange(items.shape[1], device=items.device)).clamp(min=0)
+        x = self.items(items.clamp(min=0)) + self.positions(places)
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, visible)

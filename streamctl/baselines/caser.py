@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +26,7 @@ class Caser(Baseline):
     A user that training has not seen has the zero vector.
     """
 
-    defaults = {
+    defaults: ClassVar[dict[str, Any]] = {
         "dim": 64, "dropout": 0.5, "epochs": 30, "patience": 6,
         "batch": 512, "lr": 1e-3, "weight_decay": 0.0, "warmup": 0.05,
     }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import nn
 
@@ -15,7 +17,7 @@ from streamctl.training.loop import Batch
 class GRU4Rec(Baseline):
     """Embedding, GRU of twice the width, projection; item embeddings are shared with the output."""
 
-    defaults = {
+    defaults: ClassVar[dict[str, Any]] = {
         "dim": 64, "layers": 1, "dropout": 0.3, "epochs": 40, "patience": 8,
         "batch": 256, "lr": 1e-3, "weight_decay": 0.0, "warmup": 0.05,
     }  # fmt: skip

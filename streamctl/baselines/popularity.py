@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import numpy as np
 import torch
 
@@ -16,7 +18,7 @@ class Popularity(Baseline):
     Equal counts keep the order of the item numbers, which is a random permutation.
     """
 
-    defaults = {}
+    defaults: ClassVar[dict[str, Any]] = {}
     losses = ()
 
     def __init__(self, config: BaselineConfig, split: Split):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,7 +47,7 @@ class SASRec(Baseline):
     published binary cross-entropy with one sampled negative.
     """
 
-    defaults = {
+    defaults: ClassVar[dict[str, Any]] = {
         "dim": 64, "layers": 2, "heads": 2, "dropout": 0.5, "epochs": 40, "patience": 8,
         "batch": 256, "lr": 1e-3, "weight_decay": 0.0, "warmup": 0.05,
     }  # fmt: skip

@@ -88,7 +88,7 @@ def train_baseline(
         result = _train(run, stage, model, config, device) if cls.losses else FitResult()
         model.cpu().save(stage)
         stage.publish(
-            parameters=sum(weight.numel() for weight in model.parameters()),
+            parameters=sum(w.numel() for w in model.parameters() if w.requires_grad),
             epochs=result.epochs,
             best_epoch=result.best_epoch,
             valid=result.best,

@@ -64,5 +64,5 @@ def coverage(items: np.ndarray, n_items: int) -> float:
 
 
 def nested(unmasked: dict[str, Any], masked: dict[str, Any]) -> dict[str, Any]:
-    """A method's entry: figures with seen items left in at the top, those without below `masked`."""
+    """A method's entry: seen items left in at the top level, and masked below `masked`."""
     return {**unmasked, "masked": masked}

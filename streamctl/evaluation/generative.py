@@ -1,0 +1,73 @@
+"""A policy as a recommender: beam search, with its own thoughts, given ones or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from streamctl.decode.beam import recommend
+from streamctl.decode.ranking import Ranking
+from streamctl.device import derive_seed
+from streamctl.model.policy import Policy
+from streamctl.tokenizer.tokens import Tokens
+from streamctl.tokenizer.trie import PrefixTrie
+
+Thoughts = Callable[[torch.Tensor, np.ndarray], torch.Tensor]  # (history, users) -> (B, l)
+
+
+@dataclass(frozen=True)
+class PolicyRecommender:
+    """`evaluation.evaluate.Recommender` over one of a policy's decoders.
+
+    Attributes:
+        policy, trie: the model, on its device, and the catalogue it may recommend.
+        think: l, think tokens before the codes; 0 answers at once.
+        thoughts: where the think tokens come from if they are not the model's own.
+        decoder: "slow", or "direct" (which never thinks).
+        beam: width of the search over codes.
+        seed: of the random order of items that share their codes.
+    """
+
+    policy: Policy
+    trie: PrefixTrie
+    think: int = 0
+    thoughts: Thoughts | None = None
+    decoder: Literal["slow", "direct"] = "slow"
+    beam: int = 50
+    seed: int = 0
+
+    def rank(
+        self,
+        history: torch.Tensor,
+        k: int,
+        *,
+        users: np.ndarray | None = None,
+        exclude: list[np.ndarray] | None = None,
+    ) -> Ranking:
+        """The k best items for each history; `users` is only needed for given thoughts."""
+        history = history.to(self.policy.item_tokens.device)
+        ranking, _ = recommend(
+            self.policy,
+            self.trie,
+            history,
+            k,
+            think=self.think,
+            beam=self.beam,
+            decoder=self.decoder,
+            thoughts=None if self.thoughts is None else self.thoughts(history, users),
+            exclude=exclude,
+            seed=self.seed,
+        )
+        return ranking
+
+
+def random_thoughts(tokens: Tokens, users: int, length: int, seed: int) -> Thoughts:
+    """Uniform think tokens, fixed for each user by the seed."""
+    low, high = tokens.think_range
+    rng = np.random.default_rng(derive_seed(seed, "random thoughts"))
+    drawn = torch.from_numpy(rng.integers(low, high, size=(users, length)))
+    return lambda history, users: drawn[torch.from_numpy(users)].to(history.device)

@@ -1,0 +1,211 @@
+"""The stage `eval`: every method and control of a run, side by side."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamctl.config import EvalConfig, to_dict
+from streamctl.data import Examples, load_data
+from streamctl.evaluation.compare import bootstrap_mean, paired_difference
+from streamctl.evaluation.evaluate import Recommender, evaluate, sample_users
+from streamctl.evaluation.methods import WIDE_BEAM, Models, Row, choose_rows
+from streamctl.evaluation.metrics import gains, nested
+from streamctl.evaluation.report import plot_all
+from streamctl.evaluation.wide import widen
+from streamctl.progress import say
+from streamctl.runs import RunDir, Stage, StageWriter
+
+METRICS, RANKS = "metrics.json", "ranks.safetensors"
+# What each row is compared with, besides TIGER: the strongest baseline, and its own controls.
+AGAINST = {
+    "stream_pt": ("sasrec",),
+    "stream_sft": ("sasrec", "no_thinking", "random_thinking"),
+    "stream_rl": ("sasrec", "no_thinking", "random_thinking_rl", "stream_sft"),
+}
+SLOW = ("stream_sft", "stream_rl")  # the latency that the wide beam gets, the first one present
+FAST = ("no_thinking", "tiger")  # whose beam is widened
+
+
+def evaluate_run(
+    run: RunDir, config: EvalConfig, *, device: str = "auto", force: bool = False
+) -> Stage:
+    """Evaluate every method and control that the run has the stages of.
+
+    Redone whenever a stage it reads, the set of stages, or a setting has changed; the last one is
+    kept as `eval.previous`. Its artifacts hold no timing: latencies, and the wide beam that
+    depends on them, are in the manifest. `read_result` joins them.
+
+    Returns:
+        the eval stage.
+
+    Raises:
+        UsageError: an unknown method is asked for.
+        StreamctlError: no data stage, or a stage that is read is missing or stale.
+    """
+    run.require("data")
+    rows, wants_wide, absent = choose_rows(run, config.methods)
+    parents = list(dict.fromkeys(["data", *(stage for row in rows for stage in row.stages)]))
+    if absent:
+        say(f"not in this run: {', '.join(absent)}")
+    force = force or _outdated(run, config, parents)
+    with run.begin("eval", config, parents=parents, force=force) as stage:
+        if stage is None:
+            say("eval: complete already")
+            return run.stage("eval")
+        _, split = load_data(run)
+        examples = sample_users(getattr(split, config.split), config.users, config.seed)
+        table = _Table(stage, config, examples, split.n_items)
+        models = Models(run, config, examples, device)
+        for row in rows:
+            if row.name not in table.entries:
+                table.add(row.name, row.make(models))
+        wide = _wide_beam(models, rows, table) if wants_wide else None
+        _publish(run, stage, config, rows, table, wide)
+    return run.stage("eval")
+
+
+def _outdated(run: RunDir, config: EvalConfig, parents: list[str]) -> bool:
+    stage = run.stage("eval")
+    if not stage.complete:
+        return False
+    manifest = stage.manifest
+    settings = json.loads(json.dumps(to_dict(config)))
+    return (
+        manifest["config"] != settings
+        or set(manifest["parents"]) != set(parents)
+        or bool(stage.stale_parents())
+    )
+
+
+class _Table:
+    """Ranks and figures of the rows so far; a checkpoint after each row."""
+
+    def __init__(self, stage: StageWriter, config: EvalConfig, examples: Examples, n_items: int):
+        self.stage, self.config, self.examples, self.n_items = stage, config, examples, n_items
+        loaded = stage.load_checkpoint()
+        tensors, meta = loaded if loaded else ({}, {"entries": {}, "latency": {}})
+        self.ranks = {name: tensor.numpy() for name, tensor in tensors.items()}
+        self.entries: dict[str, dict[str, Any]] = meta["entries"]
+        self.latency: dict[str, float] = meta["latency"]
+
+    def run(self, name: str, recommender: Recommender) -> dict[str, Any]:
+        """Evaluate one row, seen items left in and masked."""
+        found = {}
+        for masked in (False, True):
+            done = evaluate(
+                recommender,
+                self.examples,
+                n_items=self.n_items,
+                masked=masked,
+                batch=self.config.batch,
+                title=f"eval {name}{' masked' if masked else ''}",
+            )
+            self.ranks[f"{name}/masked" if masked else name] = done.ranks
+            interval = self.bootstrap(done.ranks)
+            found[masked] = done.metrics | {"interval": [interval.low, interval.high]}
+            if not masked:
+                self.latency[name] = done.ms_per_user
+            self.stage.log(
+                method=name, masked=masked, **done.metrics, ms_per_user=round(done.ms_per_user, 4)
+            )
+        return nested(found[False], found[True])
+
+    def bootstrap(self, ranks: np.ndarray):
+        """Interval of a row's own ndcg@10."""
+        config = self.config
+        return bootstrap_mean(gains(ranks, 10), resamples=config.bootstrap, seed=config.seed)
+
+    def add(self, name: str, recommender: Recommender) -> None:
+        """Evaluate one row and keep it, so that an interruption does not lose it."""
+        self.entries[name] = self.run(name, recommender)
+        tensors = {name: torch.from_numpy(ranks) for name, ranks in self.ranks.items()}
+        self.stage.save_checkpoint(tensors, {"entries": self.entries, "latency": self.latency})
+
+    def compare(self, name: str) -> dict[str, dict[str, Any]]:
+        """Paired differences of a row to those it is measured by, where they are present."""
+        found = {}
+        options = {"resamples": self.config.bootstrap, "seed": self.config.seed}
+        for other in ("tiger", *AGAINST.get(name, ())):
+            if other == name or other not in self.ranks:
+                continue
+            unmasked, masked = (
+                paired_difference(self.ranks[name + end], self.ranks[other + end], **options)
+                for end in ("", "/masked")
+            )
+            found[other] = nested(unmasked.as_dict(), masked.as_dict())
+        return found
+
+
+def _wide_beam(models: Models, rows: list[Row], table: _Table) -> dict[str, Any] | None:
+    """The fast row again, its beam as wide as the slow row's latency allows."""
+    by_name = {row.name: row for row in rows}
+    slow = next((name for name in SLOW if name in by_name), None)
+    fast = next((name for name in FAST if name in by_name), None)
+    if slow is None or fast is None:
+        return None
+    recommender = by_name[fast].make(models)
+    found = widen(recommender, table.examples, table.latency, slow=slow, fast=fast)
+    entry = table.run(WIDE_BEAM, found.recommender)
+    entry["note"] = (
+        f"{fast} with beam {found.beam} instead of {models.config.beam}, "
+        f"to take the {table.latency[slow]:.2f} ms of {slow}"
+    )
+    entry |= {"beam": found.beam, "ms_per_user": table.latency.pop(WIDE_BEAM)}
+    return {"entry": entry, "comparisons": table.compare(WIDE_BEAM)}
+
+
+def _publish(
+    run: RunDir,
+    stage: StageWriter,
+    config: EvalConfig,
+    rows: list[Row],
+    table: _Table,
+    wide: dict[str, Any] | None,
+) -> None:
+    data = run.stage("data")
+    groups: dict[str, dict[str, Any]] = {"methods": {}, "controls": {}}
+    for row in rows:
+        note = {"note": row.note} if row.note else {}
+        entry = table.entries[row.name] | note | {"stages": [s for s in row.stages]}
+        groups["controls" if row.control else "methods"][row.name] = entry
+    result = {
+        "split": config.split,
+        "users": len(table.examples),
+        "items": table.n_items,
+        "ties": {"keep": "kept", "shuffle": "shuffled"}[data.manifest["config"]["ties"]],
+        "beam": config.beam,
+        "seed": config.seed,
+        "data_hash": data.hash,
+        **groups,
+        "comparisons": {row.name: table.compare(row.name) for row in rows},
+        "thinking": None,
+    }
+    stage.save_json(METRICS, result)
+    kept = {
+        name: torch.from_numpy(ranks)
+        for name, ranks in table.ranks.items()
+        if not name.startswith(WIDE_BEAM)
+    }
+    stage.save_tensors(RANKS, kept | {"users": torch.from_numpy(table.examples.users.copy())})
+    extra = {"latency_ms": table.latency, WIDE_BEAM: wide}
+    plot_all(run, _joined(result, extra), stage.path)
+    stage.publish(**extra)
+
+
+def read_result(stage: Stage) -> dict[str, Any]:
+    """The whole result of a complete eval stage: metrics.json, the latencies and the wide beam."""
+    return _joined(stage.json(METRICS), stage.manifest)
+
+
+def _joined(result: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    for group in ("methods", "controls"):
+        for name, entry in result[group].items():
+            entry["ms_per_user"] = extra["latency_ms"][name]
+    if extra[WIDE_BEAM]:
+        result["controls"][WIDE_BEAM] = extra[WIDE_BEAM]["entry"]
+        result["comparisons"][WIDE_BEAM] = extra[WIDE_BEAM]["comparisons"]
+    return result

@@ -1,0 +1,314 @@
+"""Every baseline keeps one contract, learns, and resumes; the losses are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from streamctl.baselines import objectives
+from streamctl.baselines.base import last_states, rank_scores, shifted_targets
+from streamctl.baselines.registry import BASELINES, baseline_class
+from streamctl.baselines.train import settle, train_baseline, whole_sequences
+from streamctl.config import BaselineConfig, DataConfig, TokenizeConfig
+from streamctl.data import Catalog, InteractionLog, Split, load_data
+from streamctl.errors import StreamctlError, UsageError
+from streamctl.evaluation.evaluate import evaluate
+from streamctl.runs import RunDir
+
+N_ITEMS, N_USERS = 24, 160
+
+
+def cycle_log(seed: int = 0) -> InteractionLog:
+    """Users who walk around a circle of items: the next item is always the number plus one."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, 9, N_USERS)
+    starts = rng.integers(0, N_ITEMS, N_USERS)
+    walks = [(start + np.arange(n)) % N_ITEMS for start, n in zip(starts, lengths, strict=True)]
+    return InteractionLog(
+        items=np.concatenate(walks).astype(np.int32),
+        offsets=np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
+        user_ids=[f"u{number}" for number in range(N_USERS)],
+    )
+
+
+def write_cycle(path) -> RunDir:
+    """A run whose data stage is the circle, and whose items have texts to tokenize."""
+    run = RunDir(path)
+    names = ["red", "green", "blue", "white"]
+    things = ["cup", "lamp", "chair", "rope", "bell", "book"]
+    texts = [f"{names[i % 4]} {things[i // 4]}" for i in range(N_ITEMS)]
+    with run.begin("data", DataConfig()) as stage:
+        Catalog([f"i{number}" for number in range(N_ITEMS)], texts, texts).save(stage)
+        cycle_log().save(stage)
+        stage.publish()
+    return run
+
+
+@pytest.fixture(scope="session")
+def cycle(tmp_path_factory):
+    return write_cycle(tmp_path_factory.mktemp("cycle") / "run")
+
+
+@pytest.fixture(scope="session")
+def tokenized(tmp_path_factory):
+    """The circle with a tokenizer stage, for the generative baseline."""
+    from streamctl.tokenizer.stage import tokenize
+
+    run = write_cycle(tmp_path_factory.mktemp("tokenized") / "run")
+    config = TokenizeConfig(
+        encoder="tfidf", dim=8, method="rqkmeans", levels=3, codes=8, neighbours=5
+    )
+    tokenize(run, config)
+    return run
+
+
+class BaselineContract:
+    """What every baseline keeps. A new one passes by setting `name`, and `settings` if it is slow.
+
+    Attributes:
+        name: its name in the registry.
+        settings: configuration that learns the circle in a few seconds.
+        reaches: recall@1 on the circle's test items that it must reach.
+    """
+
+    name: str
+    settings: ClassVar[dict] = {}
+    reaches: float = 0.9
+
+    @pytest.fixture(scope="class")
+    def run(self, cycle):
+        return cycle
+
+    @pytest.fixture(scope="class")
+    def config(self):
+        quick = {"epochs": 30, "batch": 32, "lr": 5e-3, "dropout": 0.1}
+        own = baseline_class(self.name).defaults
+        chosen = {key: value for key, value in quick.items() if key in own} | self.settings
+        return BaselineConfig(name=self.name, **chosen)
+
+    @pytest.fixture(scope="class")
+    def stage(self, run, config):
+        return train_baseline(run, config, device="cpu")
+
+    @pytest.fixture(scope="class")
+    def model(self, stage):
+        return baseline_class(self.name).load(stage)
+
+    @pytest.fixture(scope="class")
+    def split(self, run):
+        return load_data(run)[1]
+
+    def test_it_learns_the_circle(self, model, split):
+        found = evaluate(model, split.test, n_items=N_ITEMS, masked=False)
+        assert found.metrics["recall@1"] >= self.reaches
+
+    def test_a_ranking_holds_every_item_once(self, model, split):
+        history = torch.from_numpy(split.test.histories(np.arange(5)))
+        ranking = model.rank(history, N_ITEMS, users=np.arange(5))
+        expected = torch.arange(N_ITEMS).expand(5, -1)
+        assert torch.equal(ranking.items.cpu().sort(1).values, expected)
+        assert (ranking.scores.diff(dim=1) <= 0).all()
+
+    def test_excluded_items_are_not_recommended(self, model, split):
+        seen = split.test.seen(np.arange(5))
+        history = torch.from_numpy(split.test.histories(np.arange(5)))
+        ranking = model.rank(history, 10, users=np.arange(5), exclude=seen)
+        for items, banned in zip(ranking.items.cpu().numpy(), seen, strict=True):
+            assert not np.isin(items, banned).any()
+
+    def test_padding_does_not_change_a_ranking(self, model, split):
+        history = torch.from_numpy(split.test.histories(np.array([3])))
+        padded = F.pad(history, (0, 4), value=-1)
+        one, other = (model.rank(h, 5, users=np.array([3])) for h in (history, padded))
+        assert torch.equal(one.items, other.items)
+        assert torch.allclose(one.scores, other.scores, atol=1e-4)
+
+    def test_a_stranger_gets_a_ranking_too(self, model):
+        ranking = model.rank(torch.tensor([[3, 4, 5]]), 10)
+        assert (ranking.items >= 0).all()
+
+    def test_training_again_gives_the_same_stage(self, run, config, stage, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("again")
+        copy = _copy_run(run, folder)
+        assert train_baseline(copy, config, device="cpu").hash == stage.hash
+
+    def test_an_interrupted_training_ends_the_same(self, run, config, stage, monkeypatch, tmp_path):
+        if not config_losses(self.name):
+            pytest.skip("nothing is trained")
+        copy = _copy_run(run, tmp_path)
+        calls = 0
+        cls = baseline_class(self.name)
+        loss = cls.training_loss
+
+        def failing(model, batch):
+            nonlocal calls
+            calls += 1
+            if calls == 40:
+                raise KeyboardInterrupt
+            return loss(model, batch)
+
+        monkeypatch.setattr(cls, "training_loss", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train_baseline(copy, config, device="cpu")
+        assert train_baseline(copy, config, device="cpu").hash == stage.hash
+
+    def test_a_complete_stage_is_left_alone(self, run, config, stage):
+        before = stage.manifest
+        assert train_baseline(run, config, device="cpu").manifest == before
+
+
+def config_losses(name):
+    return baseline_class(name).losses
+
+
+def _copy_run(run: RunDir, folder) -> RunDir:
+    """The run's data and tokenizer alone."""
+    import shutil
+
+    for name in ("data", "tokenizer"):
+        if run.stage(name).complete:
+            shutil.copytree(run.stage(name).path, folder / "copy" / name)
+    return RunDir(folder / "copy")
+
+
+class TestPopularity(BaselineContract):
+    name = "popularity"
+    reaches = 0.0
+
+    def test_items_come_in_the_order_of_their_training_counts(self, model, split):
+        items = model.rank(torch.tensor([[1]]), N_ITEMS).items[0].numpy()
+        assert (np.diff(split.popularity()[items]) <= 0).all()
+
+
+class TestSASRec(BaselineContract):
+    name = "sasrec"
+
+
+class TestSASRecBCE(BaselineContract):
+    name = "sasrec"
+    settings: ClassVar[dict] = {"loss": "bce", "epochs": 40}
+
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory):
+        return write_cycle(tmp_path_factory.mktemp("bce") / "run")
+
+
+class TestGRU4Rec(BaselineContract):
+    name = "gru4rec"
+
+
+class TestBERT4Rec(BaselineContract):
+    name = "bert4rec"
+    settings: ClassVar[dict] = {"epochs": 40}
+
+
+class TestCaser(BaselineContract):
+    name = "caser"
+
+
+class TestTiger(BaselineContract):
+    name = "tiger"
+    settings: ClassVar[dict] = {"epochs": 25, "batch": 64, "lr": 3e-3}
+
+    @pytest.fixture(scope="class")
+    def run(self, tokenized):
+        return tokenized
+
+
+def test_every_registered_baseline_keeps_the_contract():
+    tested = {cls.name for cls in BaselineContract.__subclasses__()}
+    assert tested == set(BASELINES)
+
+
+def test_the_in_place_cross_entropy_equals_autograd():
+    torch.manual_seed(0)
+    hidden = torch.randn(1100, 6, requires_grad=True)  # more rows than one chunk
+    weight = torch.randn(17, 6, requires_grad=True)
+    bias = torch.randn(17, requires_grad=True)
+    targets = torch.randint(17, (1100,))
+    ours = objectives.catalogue_cross_entropy(hidden, weight, targets, bias)
+    grads = torch.autograd.grad(3 * ours, (hidden, weight, bias))
+    plain = F.cross_entropy(hidden @ weight.T + bias, targets)
+    expected = torch.autograd.grad(3 * plain, (hidden, weight, bias))
+    assert ours.item() == pytest.approx(plain.item(), abs=1e-5)
+    for one, other in zip(grads, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_sampled_bce_by_hand():
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.5], [-2.0], [1.0]])
+    loss = objectives.sampled_bce(hidden, weight, torch.tensor([0]), torch.tensor([[1, 2]]))
+    by_hand = -np.log(1 / (1 + np.exp(-0.5)))
+    by_hand += -np.log(1 - 1 / (1 + np.exp(2.0))) - np.log(1 - 1 / (1 + np.exp(-1.0)))
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_negatives_are_never_the_users_own_and_reach_every_other_item():
+    taken = torch.tensor([[0, 1, 2], [3, 4, 4]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = objectives.sample_negatives(taken, 400, 6, generator)
+    assert set(drawn[0].tolist()) == {3, 4, 5}
+    assert set(drawn[1].tolist()) == {0, 1, 2, 5}
+    with pytest.raises(ValueError, match="no negatives"):
+        objectives.sample_negatives(taken, 1, 3, generator)
+
+
+def test_whole_sequences_predict_every_training_target_once():
+    log = cycle_log()
+    split = Split(log, history=3, n_items=N_ITEMS)
+    rows = whole_sequences(split.train, 3)
+    found = [
+        (int(user), place)
+        for user, start, end in zip(rows.user, rows.start, rows.end, strict=True)
+        for place in range(start + 1, end + 1)
+    ]
+    wanted = list(zip(split.train.user.tolist(), split.train.end.tolist(), strict=True))
+    assert sorted(found) == sorted(wanted)
+
+
+def test_targets_of_a_sequence_are_what_follows_each_position():
+    history, target = torch.tensor([[4, 5, 6]]), torch.tensor([7])
+    assert shifted_targets(history, target).tolist() == [[5, 6, 7]]
+
+
+def test_the_last_state_is_that_of_the_last_real_item():
+    states = torch.arange(6.0).reshape(2, 3, 1)
+    history = torch.tensor([[1, 2, -1], [1, 2, 3]])
+    assert last_states(states, history).tolist() == [[1.0], [5.0]]
+
+
+def test_too_few_items_left_are_marked():
+    ranking = rank_scores(torch.tensor([[0.1, 0.2, 0.3]]), 3, [np.array([0, 2])])
+    assert ranking.items.tolist() == [[1, -1, -1]]
+
+
+def test_open_settings_take_the_methods_own(cycle):
+    config = settle(cycle, BaselineConfig(name="sasrec", dropout=0.25))
+    own = baseline_class("sasrec").defaults
+    assert config == dataclasses.replace(
+        BaselineConfig(name="sasrec", loss="ce"), **(own | {"dropout": 0.25})
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BaselineConfig(name="sasrek"), "did you mean sasrec"),
+        (BaselineConfig(name="gru4rec", loss="bce"), "takes ce"),
+        (BaselineConfig(name="gru4rec", heads=2), "no setting 'heads'"),
+        (BaselineConfig(name="popularity", epochs=2), "no setting 'epochs'"),
+    ],
+)
+def test_a_setting_the_method_does_not_have_is_refused(cycle, config, message):
+    with pytest.raises(UsageError, match=message):
+        train_baseline(cycle, config)
+
+
+def test_tiger_needs_a_tokenizer(cycle):
+    with pytest.raises(StreamctlError, match="streamctl tokenize"):
+        train_baseline(cycle, BaselineConfig(name="tiger"))
