@@ -1,0 +1,363 @@
+"""The whole model: an encoder of histories, a slow and a direct decoder, and the thinker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from streamctl.errors import StreamctlError
+from streamctl.model.backbone import BackboneConfig, Decoder, Encoder, Past, initialise
+from streamctl.model.thinker import Thinker
+from streamctl.tokenizer.tokens import Tokens
+
+DecoderName = Literal["slow", "direct"]
+# Layers of the encoder and of each decoder, d_model, heads, d_kv, d_ff.
+SIZES = {
+    "tiny": (2, 2, 64, 4, 16, 256),
+    "small": (2, 2, 128, 4, 32, 512),
+    "paper": (4, 4, 256, 4, 64, 1024),
+}
+IGNORED = -100  # a label that counts nothing
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Shape of a policy.
+
+    Attributes:
+        sizes: codes of each level of an item, a de-duplication digit included.
+        history: encoder positions, m an item ("codes") or one an item ("items").
+        think_codebook: tokens that only thoughts use; 0 lets thoughts use the item codes' tokens.
+        dedup: whether the last level is a de-duplication digit.
+    """
+
+    sizes: tuple[int, ...]
+    layers: int = 2
+    decoder_layers: int = 2
+    d_model: int = 64
+    heads: int = 4
+    d_kv: int = 16
+    d_ff: int = 256
+    history: Literal["codes", "items"] = "items"
+    dropout: float = 0.1
+    think_codebook: int = 0
+    dedup: bool = False
+
+    @classmethod
+    def of_size(cls, size: str, sizes: tuple[int, ...], **others) -> PolicyConfig:
+        """The shape named tiny, small or paper (DESIGN, Commands)."""
+        names = ("layers", "decoder_layers", "d_model", "heads", "d_kv", "d_ff")
+        return cls(tuple(sizes), **dict(zip(names, SIZES[size], strict=True)), **others)
+
+    @property
+    def tokens(self) -> Tokens:
+        """The vocabulary."""
+        return Tokens(tuple(self.sizes), self.think_codebook, self.dedup)
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The shape of the encoder and the decoders."""
+        return BackboneConfig(
+            vocabulary=self.tokens.size,
+            d_model=self.d_model,
+            d_kv=self.d_kv,
+            heads=self.heads,
+            d_ff=self.d_ff,
+            layers=self.layers,
+            decoder_layers=self.decoder_layers,
+            dropout=self.dropout,
+        )
+
+
+@dataclass
+class Encoded:
+    """Users as the decoders see them.
+
+    Attributes:
+        states: (B, S, d), the encoder's output.
+        mask: (B, S) bool, True where real; None when nothing is padded.
+    """
+
+    states: torch.Tensor
+    mask: torch.Tensor | None
+    # Cross-attention keys and values by decoder and gradient mode, computed once.
+    memories: dict[tuple[str, bool], list[tuple[torch.Tensor, torch.Tensor]]] = field(
+        default_factory=dict, repr=False
+    )
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def mean(self) -> torch.Tensor:
+        """d_0 (B, d): the mean of the states over real positions."""
+        if self.mask is None:
+            return self.states.mean(1)
+        weight = self.mask[..., None].to(self.states.dtype)
+        return (self.states * weight).sum(1) / weight.sum(1)
+
+    def detach(self) -> Encoded:
+        """The same without gradients."""
+        return Encoded(self.states.detach(), self.mask)
+
+    def rows(self, index: torch.Tensor) -> Encoded:
+        """Some users only, or users repeated: index (B',) int64."""
+        memories = {
+            key: [(k[index], v[index]) for k, v in layers] for key, layers in self.memories.items()
+        }
+        mask = None if self.mask is None else self.mask[index]
+        return Encoded(self.states[index], mask, memories)
+
+
+class Policy(nn.Module):
+    """P(thought, item | history).
+
+    Attributes:
+        config: its shape. tokens: its vocabulary.
+        item_tokens: (N, m) int64 buffer, the tokens of every item.
+    """
+
+    item_tokens: torch.Tensor
+
+    def __init__(self, config: PolicyConfig, item_tokens: torch.Tensor):
+        """An uninitialised policy; see `build` and `load`."""
+        super().__init__()
+        self.config, self.tokens = config, config.tokens
+        shape = config.backbone
+        self.shared = nn.Embedding(shape.vocabulary, shape.d_model)
+        self.encoder = Encoder(shape)
+        self.decoder = Decoder(shape)
+        self.direct = Decoder(shape)
+        self.thinker = Thinker(shape.d_model)
+        items = torch.as_tensor(item_tokens, dtype=torch.int64)
+        if items.ndim != 2 or items.shape[1] != len(config.sizes):
+            wanted = f"(N, {len(config.sizes)})"
+            raise StreamctlError(f"item tokens have shape {tuple(items.shape)}, not {wanted}")
+        self.register_buffer("item_tokens", items, persistent=False)
+
+    @classmethod
+    def build(cls, config: PolicyConfig, item_tokens: torch.Tensor, seed: int) -> Policy:
+        """A new policy with T5's initial weights; the direct decoder begins as the slow one.
+
+        Args:
+            item_tokens: (N, m) int64.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            policy = cls(config, item_tokens)
+        generator = torch.Generator().manual_seed(seed)
+        initialise(policy, config.backbone, generator)
+        policy.direct.load_state_dict(policy.decoder.state_dict())
+        return policy
+
+    @property
+    def device(self) -> torch.device:
+        return self.item_tokens.device
+
+    def stack(self, decoder: DecoderName) -> Decoder:
+        """The slow or the direct decoder."""
+        return self.decoder if decoder == "slow" else self.direct
+
+    def embed_history(self, history: torch.Tensor) -> torch.Tensor:
+        """(B, H) items -> encoder inputs (B, S, d); S is H, or H * m with code positions.
+
+        One position an item is the sum of its code embeddings over sqrt(m), so that it has the
+        variance of one embedding.
+        """
+        tokens = self.item_tokens[history.clamp(min=0)]  # (B, H, m)
+        if self.config.history == "codes":
+            return self.shared(tokens.flatten(1))
+        return self.shared(tokens).sum(2) * tokens.shape[2] ** -0.5
+
+    def encode(self, history: torch.Tensor) -> Encoded:
+        """(B, H) int64 item indexes, -1 on the right, to encoder states."""
+        mask = history >= 0
+        padded = not bool(mask.all())
+        if padded and self.config.history == "codes":
+            mask = mask.repeat_interleave(self.item_tokens.shape[1], 1)
+        mask = mask if padded else None
+        return Encoded(self.encoder(self.embed_history(history), mask), mask)
+
+    def memory(
+        self, encoded: Encoded, decoder: DecoderName
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Cross-attention keys and values of every layer, computed once for each `Encoded`."""
+        key = (decoder, torch.is_grad_enabled())
+        if key not in encoded.memories:
+            encoded.memories[key] = self.stack(decoder).memory(encoded.states)
+        return encoded.memories[key]
+
+    def extend(
+        self,
+        encoded: Encoded,
+        tokens: torch.Tensor,
+        decoder: DecoderName = "slow",
+        past: Past | None = None,
+    ) -> tuple[torch.Tensor, Past]:
+        """Run T more tokens of W branches of each user: the step of every incremental decode.
+
+        Args:
+            tokens: (B, W, T) int64.
+            past: what an earlier call returned, if any.
+
+        Returns:
+            hidden (B, W, T, d), and the past with these tokens.
+        """
+        memory = self.memory(encoded, decoder)
+        return self.stack(decoder)(self.shared(tokens), memory, encoded.mask, past)
+
+    def decode(
+        self, encoded: Encoded, tokens: torch.Tensor, decoder: DecoderName = "slow", repeat: int = 1
+    ) -> torch.Tensor:
+        """Teacher-forced hidden states.
+
+        Args:
+            tokens: (B * repeat, T) int64, the `repeat` rows of a user side by side; they share
+                the user's cross-attention keys.
+
+        Returns:
+            (B * repeat, T, d).
+        """
+        branches = tokens.view(len(encoded), repeat, -1)
+        return self.extend(encoded, branches, decoder)[0].flatten(0, 1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., V), by the tied embedding."""
+        return F.linear(hidden * self.config.d_model**-0.5, self.shared.weight)
+
+    def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """log P(label) over the whole vocabulary (Eq. 11 with tau 1), fp32.
+
+        Args:
+            hidden: (..., d). labels: (...) int64; where it is -100 the result is 0.
+
+        Logits are made only where there is a label.
+        """
+        keep = labels != IGNORED
+        scores = self.logits(hidden[keep]).float()
+        found = -F.cross_entropy(scores, labels[keep], reduction="none")
+        return torch.zeros(labels.shape, device=labels.device).masked_scatter(keep, found)
+
+    def target_inputs(
+        self, items: torch.Tensor, think: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoder inputs and labels of `[think, o_1..o_l, bos, c_1..c_m]`, or `[bos, c_1..c_m]`.
+
+        Args:
+            items: (B,) int64, the targets.
+            think: (B, l) int64 think tokens; None or l = 0 for the layout without a thought,
+                which is also the direct decoder's.
+
+        Returns:
+            inputs (B, T) and labels (B, T), T = l + 1 + m with a thought and m without. Position i
+            predicts token i + 1; `bos` is given and never predicted: its label is -100.
+        """
+        codes = self.item_tokens[items]
+        begin = codes.new_full((len(codes), 1), Tokens.BOS)
+        answer = torch.cat([begin, codes[:, :-1]], 1)
+        if think is None or not think.shape[1]:
+            return answer, codes
+        start = torch.full_like(begin, Tokens.THINK)
+        ignored = torch.full_like(begin, IGNORED)
+        return torch.cat([start, think, answer], 1), torch.cat([think, ignored, codes], 1)
+
+    def prompt(
+        self,
+        encoded: Encoded,
+        think: torch.Tensor | None = None,
+        decoder: DecoderName = "slow",
+    ) -> tuple[torch.Tensor, Past]:
+        """Run `[think, o_1..o_l, bos]` (or `[bos]`), after which an item's codes follow.
+
+        Args:
+            think: (B, l) int64 or None.
+
+        Returns:
+            hidden (B, l + 2 or 1, d), and a past that all branches of a user share.
+        """
+        begin = torch.full((len(encoded), 1), Tokens.BOS, device=encoded.states.device)
+        tokens = begin
+        if think is not None and think.shape[1]:
+            tokens = torch.cat([torch.full_like(begin, Tokens.THINK), think, begin], 1)
+        hidden, past = self.extend(encoded, tokens[:, None], decoder)
+        return hidden[:, 0], past.share()
+
+    def target_logprob(
+        self,
+        encoded: Encoded,
+        items: torch.Tensor,
+        think: torch.Tensor | None = None,
+        decoder: DecoderName = "slow",
+    ) -> torch.Tensor:
+        """log P(the item's m codes | history, thought), the thought not scored.
+
+        Args:
+            items: (B,) or (B, K) int64. K items of a user share the thought, `bos` and the
+                distribution of the first code.
+
+        Returns:
+            float32 of the shape of `items`.
+        """
+        hidden, past = self.prompt(encoded, think, decoder)
+        codes = self.item_tokens[items.view(len(items), -1)]  # (B, K, m)
+        first = torch.log_softmax(self.logits(hidden[:, -1]).float(), -1)
+        total = first.gather(1, codes[..., 0])
+        if codes.shape[2] > 1:
+            later, _ = self.extend(encoded, codes[..., :-1], decoder, past)
+            total = total + self.logprobs(later, codes[..., 1:]).sum(-1)
+        return total.view(items.shape)
+
+    def rollout_logprobs(
+        self,
+        encoded: Encoded,
+        think: torch.Tensor,
+        codes: torch.Tensor,
+        decoder: DecoderName = "slow",
+    ) -> torch.Tensor:
+        """log P of every sampled token of a group, teacher-forced.
+
+        Args:
+            think: (B, G, l) int64. codes: (B, G, m) int64 tokens.
+
+        Returns:
+            (B, G, l + m) float32: thoughts, then codes; `bos` is left out.
+        """
+        begin = torch.full_like(codes[..., :1], Tokens.BOS)
+        length = think.shape[2]
+        tokens = torch.cat([begin, codes[..., :-1]], -1)
+        if length:
+            tokens = torch.cat([torch.full_like(begin, Tokens.THINK), think, tokens], -1)
+        hidden, _ = self.extend(encoded, tokens, decoder)
+        if length:
+            hidden = torch.cat([hidden[..., :length, :], hidden[..., length + 1 :, :]], -2)
+        return self.logprobs(hidden, torch.cat([think, codes], -1))
+
+    def item_vectors(self, items: torch.Tensor) -> torch.Tensor:
+        """t: (...) items -> (..., d), the mean of the learned levels' code embeddings."""
+        learned = len(self.config.sizes) - self.config.dedup
+        return self.shared(self.item_tokens[items][..., :learned]).mean(-2)
+
+    def states(self, encoded: Encoded, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """s_0..s_l (B, l + 1, d) from d_0 and the decoder's states at o_1..o_l (B, l, d)."""
+        return self.thinker.states(encoded.mean(), hidden)
+
+    def save(self, folder: str | Path) -> list[str]:
+        """Write the policy; see `streamctl.model.checkpoint`. Returns the files' names."""
+        from streamctl.model.checkpoint import save
+
+        return save(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, item_tokens: torch.Tensor) -> Policy:
+        """A saved policy, in evaluation mode on the CPU.
+
+        Raises:
+            StreamctlError: a file is missing, damaged, or of another shape.
+        """
+        from streamctl.model.checkpoint import load
+
+        return load(cls, Path(folder), item_tokens)
