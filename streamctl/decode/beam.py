@@ -1,0 +1,257 @@
+"""The decoding engine: think, then search the catalogue's trie for the best items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from streamctl import kernels
+from streamctl.decode.ranking import Ranking, Trace
+from streamctl.decode.think import (
+    Thought,
+    beam_thoughts,
+    given_thought,
+    no_thought,
+    sample_thoughts,
+)
+from streamctl.device import autocast, derive_seed
+from streamctl.errors import UsageError
+from streamctl.model.policy import DecoderName, Encoded, Policy
+from streamctl.tokenizer.trie import PrefixTrie
+
+Mode = Literal["greedy", "joint", "marginal"]
+CHUNK = 256  # users searched together
+
+
+@torch.no_grad()
+def recommend(
+    policy: Policy,
+    trie: PrefixTrie,
+    history: torch.Tensor,
+    k: int,
+    *,
+    think: int = 0,
+    mode: Mode = "greedy",
+    beam: int = 50,
+    decoder: DecoderName = "slow",
+    thoughts: torch.Tensor | None = None,
+    exclude: Sequence[np.ndarray] | None = None,
+    allow: Sequence[np.ndarray | None] | None = None,
+    seed: int = 0,
+    samples: int = 8,
+    exact: bool = False,
+) -> tuple[Ranking, Trace]:
+    """The k best items of each user, and what the model thought.
+
+    An item's score is log P(its codes | history, thought) over the whole vocabulary (Eq. 11);
+    `joint` and `marginal` sum it over thoughts. Items that share their codes share a score; their
+    order is random, fixed by the seed.
+
+    Args:
+        history: (B, H) int64 items, oldest first, -1 on the right.
+        think: l, think tokens before the codes.
+        mode: `greedy`: the likeliest thought token by token; `joint`: one beam over thoughts and
+            codes; `marginal`: `samples` sampled thoughts, score = logsumexp over them.
+        beam: prefixes kept a level; raised to k.
+        decoder: "slow", or "direct", which never thinks.
+        thoughts: (B, l) int64 given think tokens, used instead of the model's own.
+        exclude: for each user, items that must not be recommended.
+        allow: for each user the only items wanted, or None for all.
+        exact: fp32 throughout; otherwise bf16 where the device has it.
+
+    Raises:
+        UsageError: an unknown mode, or a history without items.
+    """
+    if mode not in ("greedy", "joint", "marginal"):
+        raise UsageError(f"unknown mode {mode!r}; known: greedy, joint, marginal")
+    device = policy.item_tokens.device
+    history = torch.as_tensor(history, device=device)
+    lengths = (history >= 0).sum(1)
+    if len(history) and not bool(lengths.min() > 0):
+        raise UsageError("a history needs an item or more")
+    if decoder == "direct":
+        think, thoughts = 0, None
+    width = think if thoughts is None else thoughts.shape[1]
+    items = torch.full((len(history), k), -1, dtype=torch.int64, device=device)
+    scores = torch.full((len(history), k), -torch.inf, device=device)
+    tokens = torch.zeros(len(history), width, dtype=torch.int64, device=device)
+    states = torch.zeros(len(history), width + 1, policy.config.d_model, device=device)
+    # Users of similar lengths side by side: little of a chunk is padding.
+    order = torch.argsort(lengths, stable=True)
+    for number, rows in enumerate(order.split(CHUNK)):
+        part = history[rows, : int(lengths[rows].max())]
+        legal = _legal(trie, rows, exclude, allow)
+        with autocast(device, enabled=not exact):
+            encoded = policy.encode(part)
+            thought = _think(
+                policy, encoded, None if thoughts is None else thoughts[rows].to(device),
+                think, mode, max(beam, k), decoder, samples, derive_seed(seed, "think", number),
+            )  # fmt: skip
+            if mode == "marginal" and thought.tokens.shape[1] > 1:
+                found = _search_each(policy, trie, encoded, thought, max(beam, k), decoder, legal)
+            else:
+                start = thought.logprob if mode == "joint" else torch.zeros_like(thought.logprob)
+                found = _search(policy, trie, encoded, thought, start, max(beam, k), decoder, legal)
+            best = thought.logprob.argmax(1)
+            chosen = torch.arange(len(rows), device=device), best
+            tokens[rows] = thought.tokens[chosen]
+            states[rows] = policy.states(encoded, thought.hidden[chosen]).float()
+        leaves, value = found
+        barred = None if exclude is None else [exclude[row] for row in rows.tolist()]
+        wanted = None if allow is None else [allow[row] for row in rows.tolist()]
+        items[rows], scores[rows] = _items(trie, leaves, value, k, barred, wanted, seed)
+    return Ranking(items, scores), Trace(tokens, states)
+
+
+def _think(
+    policy: Policy,
+    encoded: Encoded,
+    given: torch.Tensor | None,
+    length: int,
+    mode: Mode,
+    beam: int,
+    decoder: DecoderName,
+    samples: int,
+    seed: int,
+) -> Thought:
+    if given is not None and given.shape[1]:
+        return given_thought(policy, encoded, given, decoder)
+    if given is not None or not length:
+        return no_thought(encoded)
+    if mode == "marginal":
+        generator = torch.Generator().manual_seed(seed)
+        thought, _ = sample_thoughts(
+            policy, encoded, length, samples, decoder, temperature=1.0, generator=generator
+        )
+        return thought
+    return beam_thoughts(policy, encoded, length, 1 if mode == "greedy" else beam, decoder)
+
+
+def _search(
+    policy: Policy,
+    trie: PrefixTrie,
+    encoded: Encoded,
+    thought: Thought,
+    score: torch.Tensor,
+    beam: int,
+    decoder: DecoderName,
+    legal: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Beam search over codes: leaves (B, beam) int64, -1 where fewer, and their scores."""
+    device = score.device
+    feed = torch.full((*score.shape, 1), policy.tokens.BOS, device=device)
+    node = torch.full_like(score, trie.root, dtype=torch.int64)
+    past = thought.past
+    if past is not None and score.shape[1] == 1:
+        past = past.share()
+    csr = trie.on(device)
+    score = score.float()
+    for level in range(policy.tokens.levels):
+        hidden, past = policy.extend(encoded, feed, decoder, past)
+        logits = policy.logits(hidden[:, :, -1]).float()
+        if level == 0 and score.shape[1] == 1:
+            past = past.share()
+        score, parent, token, node = kernels.trie_topk(
+            logits, node, score, csr, beam, allowed=legal, normalize="vocabulary"
+        )
+        past = past.reorder(parent)
+        feed = token[..., None]
+    return node, score
+
+
+def _search_each(
+    policy: Policy,
+    trie: PrefixTrie,
+    encoded: Encoded,
+    thought: Thought,
+    beam: int,
+    decoder: DecoderName,
+    legal: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A search for each sampled thought; scores are log-shares of the mean over thoughts."""
+    leaves, scores = [], []
+    count = thought.tokens.shape[1]
+    for number in range(count):
+        only = torch.full((len(encoded), 1), number, device=encoded.states.device)
+        one = Thought(
+            thought.tokens[:, number : number + 1],
+            thought.logprob[:, number : number + 1],
+            thought.hidden[:, number : number + 1],
+            thought.past.reorder(only),
+        )
+        zero = torch.zeros_like(one.logprob)
+        leaf, score = _search(policy, trie, encoded, one, zero, beam, decoder, legal)
+        leaves.append(leaf)
+        scores.append(score - np.log(count))
+    return torch.cat(leaves, 1), torch.cat(scores, 1)
+
+
+def _legal(
+    trie: PrefixTrie,
+    rows: torch.Tensor,
+    exclude: Sequence[np.ndarray] | None,
+    allow: Sequence[np.ndarray | None] | None,
+) -> torch.Tensor | None:
+    """(B, n_nodes) bool: nodes that lead to an item the user may be shown; None for all."""
+    masks = []
+    for row in rows.tolist():
+        denied = None if exclude is None or not len(exclude[row]) else exclude[row]
+        wanted = None if allow is None else allow[row]
+        masks.append(None if denied is None and wanted is None else (wanted, denied))
+    if not any(masks):
+        return None
+    every = torch.ones(trie.n_nodes, dtype=torch.bool)
+    stacked = torch.stack([every if mask is None else trie.mask(*mask) for mask in masks])
+    return stacked.to(rows.device)
+
+
+def _items(
+    trie: PrefixTrie,
+    leaves: torch.Tensor,
+    scores: torch.Tensor,
+    k: int,
+    exclude: Sequence[np.ndarray] | None,
+    allow: Sequence[np.ndarray | None] | None,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leaves with scores -> the k best items of each row.
+
+    A leaf found more than once (through several thoughts) counts with the sum of its
+    probabilities. Items at one leaf are put in a random order fixed by the seed.
+    """
+    batch, width = leaves.shape
+    leaf, value = leaves.cpu().numpy(), scores.cpu().numpy()
+    row = np.repeat(np.arange(batch), width)
+    real = leaf.ravel() >= 0
+    row, leaf, value = row[real], leaf.ravel()[real], value.ravel()[real].astype(np.float64)
+    key, inverse = np.unique(row * trie.n_nodes + leaf, return_inverse=True)
+    top = np.full(len(key), -np.inf)
+    np.maximum.at(top, inverse, value)
+    total = np.bincount(inverse, np.exp(value - top[inverse]), minlength=len(key))
+    value, row, leaf = top + np.log(total), key // trie.n_nodes, key % trie.n_nodes
+
+    first, count = trie.item_start[leaf], np.diff(trie.item_start)[leaf]
+    place = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+    item = trie.items[np.repeat(first, count) + place]
+    row, value = np.repeat(row, count), np.repeat(value, count)
+    keep = np.ones(len(item), bool)
+    for number in range(batch):
+        if exclude is not None and len(exclude[number]):
+            keep &= (row != number) | ~np.isin(item, exclude[number])
+        if allow is not None and allow[number] is not None:
+            keep &= (row != number) | np.isin(item, allow[number])
+    row, value, item = row[keep], value[keep], item[keep]
+    shuffled = np.random.default_rng(derive_seed(seed, "ties")).permutation(len(trie.leaf))
+    order = np.lexsort((shuffled[item], -value, row))
+    row, value, item = row[order], value[order], item[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    kept = rank < k
+    items = torch.full((batch, k), -1, dtype=torch.int64)
+    ranked = torch.full((batch, k), -torch.inf)
+    where = torch.from_numpy(row[kept]), torch.from_numpy(rank[kept])
+    items[where] = torch.from_numpy(item[kept].astype(np.int64))
+    ranked[where] = torch.from_numpy(value[kept]).float()
+    return items.to(leaves.device), ranked.to(leaves.device)

@@ -1,0 +1,40 @@
+"""A ranking: the common currency of evaluation, rewards and serving."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The best items for each user, best first.
+
+    Attributes:
+        items: (B, k) int64, -1 where there are fewer than k.
+        scores: (B, k) float32, -inf where there is no item.
+    """
+
+    items: torch.Tensor
+    scores: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the model thought for each user.
+
+    Attributes:
+        tokens: (B, l) int64 think tokens.
+        states: (B, l + 1, d) float32: s_0 before thinking, then the state after each token.
+    """
+
+    tokens: torch.Tensor
+    states: torch.Tensor
+
+    def row(self, index: int) -> Trace:
+        """One user's trace, its first dimension kept."""
+        return Trace(self.tokens[index : index + 1], self.states[index : index + 1])

@@ -1,0 +1,109 @@
+"""Rollouts: sampled thoughts and codes with the log-probabilities they were drawn with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from streamctl.decode.think import draw, sample_thoughts, think_logits
+from streamctl.device import autocast
+from streamctl.model.policy import Encoded, Policy
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A GRPO group for each user.
+
+    Attributes:
+        think: (B, G, l) int64 think tokens.
+        codes: (B, G, m) int64 tokens sampled after BOS from the whole vocabulary, so that a
+            rollout may be no item at all.
+        logprobs: (B, G, l + m) float32, log-probability of each sampled token when it was drawn.
+    """
+
+    think: torch.Tensor
+    codes: torch.Tensor
+    logprobs: torch.Tensor
+
+    @property
+    def group(self) -> int:
+        return self.codes.shape[1]
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    history: torch.Tensor,
+    *,
+    group: int,
+    think: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    bf16: bool = True,
+) -> Rollout:
+    """Sample `group` thoughts and items for each user; the user is encoded once.
+
+    Args:
+        history: (B, H) int64 items, oldest first, -1 on the right.
+        think: l, think tokens.
+        temperature: of the softmax that tokens are drawn from.
+        seed: the same seed gives the same rollouts.
+
+    The policy's dropout must be off (`policy.eval()`), or the log-probabilities are another
+    model's.
+    """
+    device = policy.item_tokens.device
+    generator = torch.Generator().manual_seed(seed)
+    with autocast(device, bf16):
+        encoded = policy.encode(history.to(device))
+        past, thoughts = None, torch.empty(len(history), group, 0, dtype=torch.int64, device=device)
+        logprobs = []
+        if think:
+            thought, steps = sample_thoughts(
+                policy, encoded, think, group, "slow", temperature=temperature, generator=generator
+            )
+            past, thoughts = thought.past, thought.tokens
+            logprobs.append(steps)
+        feed = torch.full((len(history), group, 1), policy.tokens.BOS, device=device)
+        codes = []
+        for _ in range(policy.tokens.levels):
+            hidden, past = policy.extend(encoded, feed, "slow", past)
+            scores = policy.logits(hidden[:, :, -1]).float() / temperature
+            distribution = torch.log_softmax(scores, -1)
+            drawn = draw(distribution, generator)
+            codes.append(drawn)
+            logprobs.append(distribution.gather(-1, drawn[..., None]))
+            feed = drawn[..., None]
+    return Rollout(thoughts, torch.stack(codes, -1), torch.cat(logprobs, -1))
+
+
+def rollout_logprobs(
+    policy: Policy, encoded: Encoded, rollouts: Rollout, *, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each sampled token by teacher forcing, with gradients.
+
+    Args:
+        encoded: the users of the rollouts, encoded by this policy.
+
+    Returns:
+        logprobs (B, G, l + m) float32, and the decoder's states (B, G, l + m, d) at the positions
+        that predicted them.
+    """
+    think, codes = rollouts.think, rollouts.codes
+    length = think.shape[-1]
+    inputs = torch.cat([torch.full_like(codes[..., :1], policy.tokens.BOS), codes[..., :-1]], -1)
+    if length:
+        begin = torch.full_like(think[..., :1], policy.tokens.THINK)
+        inputs = torch.cat([begin, think, inputs], -1)
+    hidden, _ = policy.extend(encoded, inputs)
+    parts = []
+    if length:
+        low, _ = policy.tokens.think_range
+        distribution = think_logits(policy, hidden[:, :, :length], temperature)
+        parts.append(distribution.gather(-1, (think - low)[..., None])[..., 0])
+        # The position of the last think token predicts BOS, which is given.
+        hidden = torch.cat([hidden[:, :, :length], hidden[:, :, length + 1 :]], 2)
+    scores = policy.logits(hidden[:, :, length:]).float() / temperature
+    parts.append(torch.log_softmax(scores, -1).gather(-1, codes[..., None])[..., 0])
+    return torch.cat(parts, -1), hidden
