@@ -76,6 +76,9 @@ def poisoned_outputs(monkeypatch):
 def test_backend_equals_the_reference(op, backend, name, dtype, poisoned_outputs):
     module = case_module(op)
     case = module.cases(DTYPES[dtype])[name]
+    if backend == "triton" and DEVICE == "cpu" and op in ("nearest_codeword", "residual_quantize"):
+        # The interpreter takes milliseconds a row.
+        case = case._replace(x=case.x[:7], mask=None if case.mask is None else case.mask[:7])
     expected = call(op, case, "reference")
     got = call(op, case, backend)
     for ours, theirs in zip(got, expected, strict=True):
