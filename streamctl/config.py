@@ -60,6 +60,7 @@ class PretrainConfig:
     section: ClassVar[str] = "pretrain"
     size: Size = "tiny"
     history: Literal["codes", "items"] = "items"  # encoder positions: m an item, or one an item
+    think_codebook: int = 0  # tokens that only thoughts use; 0: thoughts use the codes' tokens
     neighbours: int = 2  # retrieved items put before the target (Eq. 9)
     temperature: float = 1.0  # tau of Eq. 11
     direct_weight: float = 1.0  # weight of the direct decoder's loss on the shared encoder
@@ -91,12 +92,14 @@ class SftConfig:
     """Stage 2 (Eqs. 14-19): rounds of annotation and training."""
 
     section: ClassVar[str] = "sft"
+    start: Literal["direct", "pretrain"] = "direct"  # whose weights the slow decoder begins with
     rounds: int = 3
     epochs: int = 4  # epochs a round
     patience: int = 2  # rounds without a better validation ndcg@10 before stopping
     dpo_weight: float = 0.1  # lambda of Eq. 19
     quant_weight: float = 0.25  # mu of Eq. 19
     state_weight: float = 0.1  # delta of Eq. 19
+    direct_weight: float = 1.0  # the direct decoder goes on training beside the slow one
     dpo_beta: float = 0.1
     quant_beta: float = 0.25  # beta of Eq. 15
     state_temperature: float = 0.07
@@ -120,6 +123,7 @@ class RlConfig:
     temperature: float = 1.0
     clip: float = 0.2  # epsilon of Eq. 20
     kl_weight: float = 1e-3  # beta of Eq. 20 (k3 estimator)
+    ratio: Literal["sequence", "token"] = "sequence"  # Eq. 20's letter, or a ratio for each token
     updates: int = 1  # gradient steps on one batch of rollouts
     anchor_weight: float = (
         0.1  # cross-entropy of the target kept beside GRPO; 0 is the paper's letter
