@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pytest
+from test_data_formats import WRITERS
 
 from streamctl.config import DataConfig
-from streamctl.data import prepare
+from streamctl.data import Catalog, prepare
+from streamctl.data.prepare import build
 from streamctl.data.sources import parse_columns, read_source
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
@@ -183,3 +186,65 @@ def test_the_command_ends_with_one_line_and_exit_code_1(streamctl, source, tmp_p
     assert f"{folder / 'interactions.csv'}:38: 2 columns" in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1
     assert not answer.stdout
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        GOOD.replace(",", ";"),
+        GOOD.replace(",", "|"),
+        "\n\n" + GOOD,
+        "\ufeff" + GOOD,
+        GOOD.replace("\n", "\r\n"),
+        '"user_id","item_id","timestamp"\n' + GOOD.partition("\n")[2],
+    ],
+    ids=["semicolons", "bars", "blank-lines-first", "byte-order-mark", "dos-lines", "quotes"],
+)
+def test_usual_oddities_of_csv_are_read(source, content):
+    raw = read_source(source({"interactions.csv": content}))
+    assert len(raw.users) == 36
+    assert raw.user_ids.to_pylist() == [f"u{n}" for n in range(6)]
+
+
+def test_lone_surrogates_of_json_do_not_reach_a_file(source, tmp_path):
+    rows = [
+        json.dumps({"user_id": f"u{u}\ud800", "item_id": f"i{i}", "timestamp": i})
+        for u in range(6)
+        for i in range(6)
+    ]
+    item = json.dumps({"item_id": "i1", "title": "lamp \ud800", "na\ud800me": "x"})
+    folder = source({"interactions.jsonl": "\n".join(rows), "items.jsonl": item})
+    stage = prepare(RunDir(tmp_path / "run"), DataConfig(source=str(folder)))
+    assert "lamp ?" in Catalog.load(stage).titles
+
+
+def test_a_history_of_nothing_is_a_usage_error(source, tmp_path):
+    config = DataConfig(source=str(source({"interactions.csv": GOOD})), history=0)
+    with pytest.raises(UsageError, match="history is 0"):
+        prepare(RunDir(tmp_path / "run"), config)
+
+
+MARKS = [b"\0", b"\xff\xfe", b'"', b",", b"\t", b"\n", b"nan", b"-1", b"9" * 23, b"1e400", b"{",
+         b"null", b"\xc3", b"A" * 70_000, b"[" * 20_000, b"user_id", b"\x1f\x8b", b""]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_damage_to_any_format_is_one_line_or_no_harm(tmp_path, write):
+    rng = random.Random(write.__name__)
+    write(tmp_path)
+    whole = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+    for _ in range(25):
+        path = rng.choice(list(whole))
+        content = bytearray(whole[path])
+        for _ in range(rng.choice((1, 1, 3))):
+            at = rng.randrange(len(content) + 1)
+            if rng.random() < 0.2:
+                del content[at:]
+            else:
+                content[at : at + rng.choice((0, 1, 40))] = rng.choice(MARKS)
+        path.write_bytes(content)
+        try:
+            build(read_source(tmp_path), DataConfig(min_user=3, min_item=1))
+        except StreamctlError as error:
+            assert "\n" not in str(error), error
+        path.write_bytes(whole[path])

@@ -24,7 +24,7 @@ from streamctl.errors import StreamctlError
 
 Level = Literal["good", "note", "warning", "error"]
 _UNITS = ((1e17, "nanoseconds", 1e9), (1e14, "microseconds", 1e6), (1e11, "milliseconds", 1e3))
-_FIRST_YEAR = 1990  # no public log is older
+_FIRST_YEAR, _FIRST_SECOND = 1990, 631_152_000  # no public log is older
 _ID_TIME = 0.5  # rank correlation of id and first appearance from which ids tell the time
 
 
@@ -154,8 +154,7 @@ def _times(raw: RawLog) -> Iterator[Finding]:
             unit, scale = name, parts
             break
     seconds = times / scale
-    first = time.mktime((_FIRST_YEAR, 1, 1, 0, 0, 0, 0, 1, 0))
-    impossible = (seconds < first) | (seconds > time.time() + 86_400)
+    impossible = (seconds < _FIRST_SECOND) | (seconds > time.time() + 86_400)
     if impossible.all():
         yield Finding("times", "note", "the times are no clock times; only their order is used")
         return

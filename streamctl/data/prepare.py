@@ -15,7 +15,7 @@ from streamctl.data.sources import read_source
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.statistics import describe, warn_about
 from streamctl.device import derive_seed
-from streamctl.errors import StreamctlError
+from streamctl.errors import StreamctlError, UsageError
 from streamctl.progress import say, warn
 from streamctl.runs import RunDir, Stage, file_hash
 
@@ -98,8 +98,11 @@ def build(raw: RawLog, config: DataConfig) -> tuple[Catalog, InteractionLog, dic
     or items come in the source: users are sorted by id, items by id and then permuted.
 
     Raises:
+        UsageError: a history of no items.
         StreamctlError: no user is left after filtering.
     """
+    if config.history < 1:
+        raise UsageError(f"data.history is {config.history}; a model needs 1 item or more")
     kept, removed = _filter(raw, config)
     users, items = raw.users[kept], raw.items[kept]
     times = None if raw.times is None else raw.times[kept]

@@ -12,7 +12,7 @@ from pathlib import Path
 from streamctl.data.sources.items import ID_NAMES, find_column
 from streamctl.data.sources.source import Files
 from streamctl.data.sources.table import find_roles, is_time
-from streamctl.data.sources.text import open_binary, plain_name
+from streamctl.data.sources.text import delimiter_of, open_binary, plain_name
 
 SHOWN = 20  # bad lines that are kept; the others are counted
 
@@ -110,13 +110,14 @@ def _interaction_check(path: Path, columns: Mapping[str, str] | None) -> Check |
         mark = "::" if name == "ratings.dat" else "\t"
         names = ["user_id", "item_id", "rating", "timestamp"]
         return _row_check(path, lambda text: text.split(mark), names)
-    return _row_check(path, _splitter(name), None, columns)
+    return _row_check(path, _splitter(path), None, columns)
 
 
-def _splitter(name: str) -> Callable[[str], list[str]]:
+def _splitter(path: Path) -> Callable[[str], list[str]]:
+    name = plain_name(path)
     if name.endswith((".inter", ".item")):
         return lambda text: text.split("\t")
-    delimiter = "\t" if name.endswith(".tsv") else ","
+    delimiter = "\t" if name.endswith(".tsv") else delimiter_of(path)
     return lambda text: next(csv.reader([text], delimiter=delimiter))
 
 
@@ -200,7 +201,7 @@ def _item_check(path: Path) -> Check | None:
         return None
     seen: set[str] = set()
     header: list[str] = []
-    split = None if name.endswith(".jsonl") else _splitter(name)
+    split = None if name.endswith(".jsonl") else _splitter(path)
 
     def check(text: str) -> str | None:
         if split is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamctl.data.sources.raw import ItemTable
-from streamctl.data.sources.text import clean, lines, plain_name
+from streamctl.data.sources.text import clean, delimiter_of, lines, one_line, plain_name
 from streamctl.errors import StreamctlError, close_matches
 
 ID_NAMES = ("item_id", "item", "itemid", "parent_asin", "asin", "movieid", "product_id", "id")
@@ -65,6 +65,7 @@ def make_table(
         for name, value in row.items():
             if name == id_column or (text is not None and name not in text):
                 continue
+            name = clean(name)
             if name not in columns:
                 columns[name] = [""] * len(ids)
             value = clean(value)[:VALUE_LENGTH]
@@ -104,7 +105,7 @@ def read_items(path: Path, **options: Any) -> ItemTable:
     if name.endswith((".jsonl", ".json")):
         return make_table(json_rows(path), path, **options)
     if name.endswith(".csv"):
-        return make_table(delimited_rows(path, ","), path, **options)
+        return make_table(delimited_rows(path, delimiter_of(path)), path, **options)
     if name.endswith((".tsv", ".item")):
         rows = delimited_rows(path, "\t", quoted=name.endswith(".tsv"))
         return make_table(rows, path, **options)
@@ -191,7 +192,7 @@ def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                 number += 1
                 yield number, row
     except (pa.ArrowException, OSError) as error:
-        raise StreamctlError(f"not a parquet file: {error}", where=path) from error
+        raise StreamctlError(f"not a parquet file: {one_line(error)}", where=path) from error
 
 
 def _is_number(text: str) -> bool:

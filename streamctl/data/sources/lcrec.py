@@ -14,7 +14,7 @@ import pyarrow as pa
 from streamctl.data.sources.items import make_table
 from streamctl.data.sources.raw import Coder, RawLog
 from streamctl.data.sources.source import Files, Source, beside, matches, only
-from streamctl.data.sources.text import damaged, open_binary, plain_name, wrong_encoding
+from streamctl.data.sources.text import damaged, open_binary, plain_name, writable, wrong_encoding
 from streamctl.errors import StreamctlError
 
 
@@ -56,7 +56,7 @@ def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
     for user, taken in sequences.items():
         if not isinstance(taken, list) or not all(isinstance(i, int | str) for i in taken):
             raise StreamctlError(f"user {user!r} has no list of item ids", where=path)
-        items.add([str(item) for item in taken])
+        items.add([writable(str(item)) for item in taken])
         lengths.append(len(taken))
     codes, item_ids = items.finish()
     catalogue = None
@@ -73,7 +73,7 @@ def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
     return RawLog(
         users=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
         items=codes,
-        user_ids=pa.array(list(sequences), pa.string()),
+        user_ids=pa.array(map(writable, sequences), pa.string()),
         item_ids=item_ids,
         times=None,
         timed=False,

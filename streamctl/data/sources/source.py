@@ -75,7 +75,7 @@ def only(found: list[Path], path: Path) -> Path | None:
 def begins_with(path: Path, *words: str) -> bool:
     """Whether the first line of a text file holds all of the words."""
     try:
-        line = first_line(path)
+        _, line = first_line(path)
     except StreamctlError:
         return False  # the reader that takes it will say what is wrong
     return all(word in line for word in words)

@@ -14,9 +14,12 @@ from streamctl.data.sources.raw import Coder, ItemTable, RawLog
 from streamctl.data.sources.source import Files, Source, beside, pick
 from streamctl.data.sources.text import (
     damaged,
+    delimiter_of,
     first_line,
     lines,
+    one_line,
     plain_name,
+    writable,
 )
 from streamctl.errors import StreamctlError, close_matches
 
@@ -54,7 +57,7 @@ def read_table(
         path: .csv, .tsv, .parquet, .jsonl or .json, and all but parquet with .gz or .zst.
         columns: `user`, `item` and `time` -> column name, where they are not the usual ones.
         catalogue: the items that go with it.
-        delimiter: for text; by default a comma, or a tab in .tsv and .inter.
+        delimiter: for text; by default a tab in .tsv and .inter, else what parts the header.
         names: the columns, where the file has no header.
         quoted: whether texts may be in double quotes.
 
@@ -69,12 +72,13 @@ def read_table(
         elif name.endswith((".jsonl", ".json")):
             batches, roles = _json(path, columns)
         else:
-            delimiter = delimiter or ("\t" if name.endswith((".tsv", ".inter")) else ",")
+            if delimiter is None:
+                delimiter = "\t" if name.endswith((".tsv", ".inter")) else delimiter_of(path)
             batches, roles = _delimited(path, delimiter, names, quoted, columns)
         return _collect(batches, roles, path, format_name, catalogue)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if name.endswith(".parquet"):
-            raise StreamctlError(f"not a parquet file: {error}", where=path) from error
+            raise StreamctlError(f"not a parquet file: {one_line(error)}", where=path) from error
         # Arrow names no line: a slow pass over the text finds it.
         if name.endswith((".jsonl", ".json")):
             _diagnose(json_rows(path))
@@ -131,16 +135,18 @@ def _delimited(
     from pyarrow import csv
 
     header = list(names)
+    number, text = first_line(path)
     if not header:
-        header = next(text_csv.reader([first_line(path)], delimiter=delimiter))
+        try:
+            header = next(text_csv.reader([text], delimiter=delimiter))
+        except text_csv.Error as error:
+            raise StreamctlError(f"not CSV: {error}", where=path, line=1) from error
         header = [name.strip() for name in header]
-    else:
-        first_line(path)  # an empty file is an error here, too
     roles = find_roles(header, columns, path)
     reader = csv.open_csv(
         pa.input_stream(str(path), compression="detect"),
         read_options=csv.ReadOptions(
-            block_size=_BLOCK, column_names=header, skip_rows=0 if names else 1
+            block_size=_BLOCK, column_names=header, skip_rows=0 if names else number
         ),
         parse_options=csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False),
         convert_options=csv.ConvertOptions(
@@ -165,7 +171,8 @@ def _parquet(
 def _json(
     path: Path, columns: Mapping[str, str] | None
 ) -> tuple[Iterator[pa.RecordBatch], list[str]]:
-    found = list(next(iter(json_rows(path)))[1]) if first_line(path) else []
+    first_line(path)  # an empty file is an error
+    found = list(next(iter(json_rows(path)))[1])
     roles = find_roles(found, columns, path)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -174,7 +181,7 @@ def _json(
             for values, name in zip(waiting, roles, strict=True):
                 if row.get(name) is None:
                     raise StreamctlError(f"no {name!r} here", where=path, line=line)
-                values.append(str(row[name]))
+                values.append(writable(str(row[name])))
             if len(waiting[0]) >= 1 << 18:
                 yield pa.record_batch([pa.array(v, pa.string()) for v in waiting], roles)
                 waiting = [[], [], []]

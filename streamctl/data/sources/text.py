@@ -43,10 +43,15 @@ def open_binary(path: Path) -> BinaryIO:
         raise StreamctlError(f"cannot be read: {error.strerror or error}", where=path) from error
 
 
+def one_line(error: Exception) -> str:
+    """An exception's message without its line ends."""
+    return " ".join(str(error).split())
+
+
 def damaged(path: Path, error: Exception, line: int | None = None) -> StreamctlError:
     """The error of a file that cannot be read to its end."""
     kind = "the compressed file is damaged or cut short" if path.suffix in COMPRESSED else ""
-    reason = kind or f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    reason = kind or f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
     return StreamctlError(reason, where=path, line=line, run="fetch or copy the file again")
 
 
@@ -89,15 +94,26 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
                 yield number, text.rstrip("\r\n")
 
 
-def first_line(path: Path, encoding: str = "utf-8") -> str:
-    """The first line that is not blank.
+def first_line(path: Path, encoding: str = "utf-8") -> tuple[int, str]:
+    """(number, text) of the first line that is not blank.
 
     Raises:
         StreamctlError: the file is empty or unreadable.
     """
-    for _, text in lines(path, encoding):
-        return text
+    for number, text in lines(path, encoding):
+        return number, text
     raise StreamctlError("the file is empty", where=path)
+
+
+def delimiter_of(path: Path) -> str:
+    """Comma, semicolon, tab or bar: the one that parts the first line most often."""
+    _, header = first_line(path)
+    return max(",;\t|", key=header.count)
+
+
+def writable(text: str) -> str:
+    """The text without lone surrogates, which JSON may hold and no file can."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def clean(value: object) -> str:
@@ -106,7 +122,7 @@ def clean(value: object) -> str:
         return ""
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(clean, value)))
-    text = str(value)
+    text = writable(str(value))
     if "&" in text:
         text = html.unescape(text)
     if "<" in text:
