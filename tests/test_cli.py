@@ -32,7 +32,9 @@ def test_help_answers_in_half_a_second():
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "streamctl", "--help"], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "streamctl", "--help"], check=True, capture_output=True
+        )
         times.append(time.perf_counter() - start)
     # The fastest of five: what the program needs, not what a busy machine adds.
     assert min(times) < 0.5, f"median {statistics.median(times):.2f} s"
@@ -48,7 +50,9 @@ def test_help_loads_nothing_heavy():
     assert answer.returncode == 0, answer.stderr
 
 
-@pytest.mark.parametrize(("words", "command"), commands(), ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+@pytest.mark.parametrize(
+    ("words", "command"), commands(), ids=lambda v: " ".join(v) if isinstance(v, tuple) else ""
+)
 def test_every_command_says_what_it_reads_writes_and_what_comes_next(words, command):
     for part in ("Reads:", "Writes:", "Next:"):
         assert part in (command.help or ""), f"{' '.join(words)} lacks {part!r} in its help"
@@ -112,6 +116,8 @@ def test_an_unreachable_encoder_names_the_ways_out(streamctl, shop):
 
 
 def test_json_goes_to_stdout_alone(streamctl, shop, tmp_path):
-    answer = streamctl("data", "synth", "--run", tmp_path / "r", "--users", 50, "--items", 60, "--json")
+    answer = streamctl(
+        "data", "synth", "--run", tmp_path / "r", "--users", 50, "--items", 60, "--json"
+    )
     assert answer.returncode == 0, answer.stderr
     json.loads(answer.stdout)

@@ -76,7 +76,9 @@ def test_nothing_imports_kernels_by_its_folder_name():
 
 
 def test_every_folder_is_packaged():
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    listed = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
     folders = {
         "streamctl" + str(path.parent.relative_to(ROOT)).removeprefix("streamctl").replace("/", ".")
         if path.is_relative_to(ROOT / "streamctl")
@@ -133,7 +135,9 @@ def _with_dependencies(program: str) -> str:
 
 def test_transformers_t5_imports_at_the_root():
     program = "from transformers import T5ForConditionalGeneration"
-    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
     assert answer.returncode == 0, answer.stderr
 
 

@@ -37,10 +37,10 @@ def test_a_stage_is_complete_when_its_manifest_is_there(tmp_path):
 
 
 def test_a_missing_run_and_a_missing_stage_name_the_command(tmp_path):
-    with pytest.raises(StreamctlError, match="no such run.*data prepare"):
+    with pytest.raises(StreamctlError, match=r"no such run.*data prepare"):
         RunDir(tmp_path / "none").require("data")
     make(RunDir(tmp_path / "r"), "data", 1)
-    with pytest.raises(StreamctlError, match="stage tokenizer is missing.*streamctl tokenize --run"):
+    with pytest.raises(StreamctlError, match=r"tokenizer is missing.*streamctl tokenize --run"):
         RunDir(tmp_path / "r").require("tokenizer")
 
 
@@ -182,7 +182,7 @@ def test_wrong_choices_and_tables_are_named(tmp_path):
         resolve(PretrainConfig, size="huge")
     file = tmp_path / "c.toml"
     file.write_text("[pretrian]\nlr = 1\n")
-    with pytest.raises(UsageError, match="did you mean pretrain"):
+    with pytest.raises(UsageError, match=r"did you mean pretrain"):
         resolve(PretrainConfig, file=file)
     file.write_text("[pretrain\n")
     with pytest.raises(StreamctlError, match="not a TOML file"):

@@ -1,4 +1,4 @@
-"""The thinking part of decoding: think tokens, the states they lead to, and the cache they leave."""
+"""Thinking: think tokens, the states they lead to, and the cache they leave."""
 
 from __future__ import annotations
 

@@ -1,0 +1,148 @@
+"""`streamctl recommend`: one history in the terminal with its reasoning, or a file of users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from streamctl.commands.options import Device, Json, Run, print_json
+
+if TYPE_CHECKING:
+    from streamctl.runs import RunDir
+
+
+def command(
+    run: Run,
+    user: Annotated[
+        Optional[str],  # noqa: UP045 - Typer reads Optional
+        typer.Option("--user", help="A user of the log."),
+    ] = None,
+    history: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--history", help="Item ids, oldest first, comma-separated."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="Items wanted.", min=1, max=100)] = 10,
+    think: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--think", help="Think tokens; default: as trained.", min=0, max=8),
+    ] = None,
+    mode: Annotated[str, typer.Option("--mode", help="greedy, joint or marginal.")] = "greedy",
+    keep_seen: Annotated[
+        bool, typer.Option("--keep-seen", help="Recommend items of the history, too.")
+    ] = False,
+    input_: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--input", help="Parquet of users to answer in bulk (user_id or history)."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", help="Where the bulk answers go, as parquet."),
+    ] = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Recommend for one user or history and show what the model thought, or for a file of users.
+
+    Each think token is shown as the words and items that its code stands for, with the ranking
+    after it.
+
+    Reads: the best finished stage of the run (rl, else sft, else pretrain).
+    Writes: nothing, or the file that --output names.
+    Next: `streamctl serve --run RUN` answers the same over HTTP.
+    """
+    from streamctl.errors import UsageError
+    from streamctl.runs import RunDir
+
+    chosen = [
+        name
+        for name, given in (("--user", user), ("--history", history), ("--input", input_))
+        if given
+    ]
+    if len(chosen) != 1:
+        given = " and ".join(chosen) or "none of them"
+        raise UsageError(f"give one of --user, --history and --input, not {given}")
+    if (input_ is None) != (output is None):
+        raise UsageError("--input and --output go together")
+    folder = RunDir(run)
+    if input_ is not None:
+        from streamctl.serving.bulk import recommend_file
+
+        summary = recommend_file(
+            folder, input_, output, k=k, think=think, mode=mode, exclude_seen=not keep_seen,
+            device=device,
+        )  # fmt: skip
+        print_json(summary)
+        return
+    query: dict[str, Any] = {"k": k, "mode": mode, "exclude_seen": not keep_seen}
+    query["think"] = "auto" if think is None else think
+    if user is not None:
+        query["user_id"] = user
+    else:
+        query["history"] = [item.strip() for item in history.split(",") if item.strip()]
+    answer = ask(folder, query, device)
+    print_json(answer) if json_ else show(answer)
+
+
+def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
+    """One explained answer of the engine, with the history it was given."""
+    from pydantic import ValidationError
+
+    from streamctl.errors import StreamctlError, UsageError
+    from streamctl.serving.catalogue import Refused
+    from streamctl.serving.engine import Engine
+    from streamctl.serving.schemas import Query
+
+    engine = Engine(run, journal=run.path / "serving" / "items.jsonl", device=device)
+    try:
+        job = engine.prepare(Query(explain=True, **query))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = first["loc"][0] if first["loc"] else "query"
+        raise UsageError(f"--{name}: {first['msg']}") from error
+    except Refused as error:
+        raise StreamctlError(str(error), where=run.path) from error
+    described = [engine.catalogue.describe(item) for item in job.history.tolist()]
+    return {"model": engine.model, "history": described, **engine.recommend([job])[0]}
+
+
+def show(answer: dict[str, Any]) -> None:
+    """Print history, thought and ranking."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]History[/] ({answer['model']['stage']} of {answer['model']['run']})")
+    for item in answer["history"]:
+        console.print(f"  {escape(item['title'])}  [dim]{escape(item['id'])}[/]")
+    steps = answer["explain"]["steps"]
+    console.print("[bold]Thought[/]" if steps else "[bold]No thought[/] (l = 0)")
+    before = [item["id"] for item in answer["explain"]["before"]]
+    for number, step in enumerate(steps, 1):
+        level = "" if step["level"] is None else f"level {step['level'] + 1}, "
+        words = ", ".join(step["words"]) or "-"
+        console.print(f"  o_{number} = {level}code {step['code']}: [cyan]{escape(words)}[/]")
+        for item in step["items"][:3]:
+            console.print(f"        such as {escape(item['title'])}", style="dim")
+        ranking = [item["id"] for item in step["ranking"]]
+        new = [item for item in ranking if item not in before]
+        top = step["ranking"][0]["title"] if ranking else "-"
+        console.print(f"        now first: {escape(top)}; {len(new)} new among {len(ranking)}")
+        before = ranking
+    table = Table(title="Recommended", title_justify="left")
+    for name in ("", "item", "title", "log P"):
+        table.add_column(name, justify="right" if name in ("", "log P") else "left")
+    for place, item in enumerate(answer["items"], 1):
+        row = (str(place), escape(item["id"]), escape(item["title"]), f"{item['score']:.3f}")
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_first_user(run: RunDir, *, device: str) -> None:
+    """The reasoning for the log's first user (what `demo` ends with)."""
+    from streamctl.data import load_data
+
+    _, split = load_data(run)
+    show(ask(run, {"user_id": split.log.user_ids[0]}, device))
