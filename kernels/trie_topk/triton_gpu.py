@@ -72,12 +72,13 @@ def _children_kernel(
     tl.store(errors + beam, error)
     norm = tl.where(total > 0, highest + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
 
-    # Second walk: the scores.
+    # Second walk: the scores (none after an error: the run is about to be refused).
+    past = tl.where(error > 0, first, past)
     out = scores + beam * most
     for at in range(0, most, BLOCK):
         place = (at + tl.arange(0, BLOCK)).to(tl.int64)
         edge = first + place
-        inside = (edge < past) & (error == 0)
+        inside = edge < past
         token = tl.load(tokens + edge, mask=inside, other=0).to(tl.int64)
         if MASKED:
             child = tl.load(children + edge, mask=inside, other=0)
