@@ -104,23 +104,28 @@ def build(raw: RawLog, config: DataConfig) -> tuple[Catalog, InteractionLog, dic
     if config.history < 1:
         raise UsageError(f"data.history is {config.history}; a model needs 1 item or more")
     kept, removed = _filter(raw, config)
-    users, items = raw.users[kept], raw.items[kept]
-    times = None if raw.times is None else raw.times[kept]
-
-    user_rank, user_ids = _rank(users, raw.user_ids)
-    item_names, item_dense = _number_items(raw, items, config)
-    order = _order(user_rank, times, config, raw.timed)
-    log = InteractionLog(
-        items=item_dense[items[order]],
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(user_rank))]).astype(np.int64),
-        user_ids=user_ids,
-        timestamps=times[order] if raw.timed else None,
-    )
-    catalog, without_text = _catalog(raw, item_names)
+    log, names = _number(raw, kept, config)
+    catalog, without_text = _catalog(raw, names)
     statistics = describe(raw, log, catalog, config)
     statistics["removed"] = removed
     statistics["items_without_text"] = without_text
     return catalog, log, statistics
+
+
+def _number(raw: RawLog, kept: np.ndarray, config: DataConfig) -> tuple[InteractionLog, list[str]]:
+    """(the kept interactions in order with dense indexes, external id of each item index)."""
+    users, user_ids = _rank(raw.users[kept], raw.user_ids)
+    items = raw.items[kept]
+    times = None if raw.times is None else raw.times[kept]
+    names, dense = _number_items(raw, items, config)
+    order = _order(users, times, config, raw.timed)
+    log = InteractionLog(
+        items=dense[items[order]],
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(users))]).astype(np.int64),
+        user_ids=user_ids,
+        timestamps=times[order] if raw.timed else None,
+    )
+    return log, names
 
 
 def minimums(raw: RawLog, config: DataConfig) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from streamctl.config import DataConfig
@@ -29,14 +31,10 @@ def describe(
     """
     users, items, total = log.n_users, len(catalog), len(log)
     lengths = log.lengths
-    rank = id_rank(catalog.ids)[log.items]
-    last = log.offsets[1:] - 1
-    same_user = np.ones(max(total - 1, 0), bool)
-    same_user[log.offsets[1:-1] - 1] = False
-    owner = np.repeat(np.arange(users, dtype=np.int64), lengths)
-    pairs = np.sort(owner * items + log.items)
-    facts = {
-        "source": config.source,
+    rank = id_rank(catalog.ids)
+    last = log.items[log.offsets[1:] - 1], log.items[log.offsets[1:] - 2]
+    return {
+        "source": Path(config.source).name,  # the name alone: the same data in another place
         "format": raw.format,
         "read": {
             "users": len(raw.user_ids),
@@ -52,18 +50,37 @@ def describe(
         "longest": int(lengths.max()),
         "sparsity": round(1 - total / (users * items), 6),
         "train_prefixes": int((lengths - 3).sum()),
-        "repeats": int((pairs[1:] == pairs[:-1]).sum()),
+        "repeats": _repeats(log, items),
         "order": "time" if raw.timed else "position",
         "ties": config.ties,
-        "tied_neighbours": None,
-        "test_id_above_valid_id": _share(rank[last] - rank[last - 1]),
-        "ascending_ids": _share((rank[1:] - rank[:-1])[same_user]),
+        "tied_neighbours": _tied(log),
+        "test_id_above_valid_id": _share(rank[last[0]] - rank[last[1]]),
+        "ascending_ids": _share(np.diff(rank[log.items])[_same_user(log)]),
+        "published": published(raw.format, raw.files),
     }
-    if log.timestamps is not None:
-        tied = (log.timestamps[1:] == log.timestamps[:-1])[same_user]
-        facts["tied_neighbours"] = round(float(tied.mean()), 4) if len(tied) else 0.0
-    facts["published"] = published(raw.format, raw.files)
-    return facts
+
+
+def _same_user(log: InteractionLog) -> np.ndarray:
+    """bool (T - 1,): whether interaction t + 1 is by the user of interaction t."""
+    same = np.ones(len(log) - 1, bool)
+    same[log.offsets[1:-1] - 1] = False
+    return same
+
+
+def _repeats(log: InteractionLog, items: int) -> int:
+    """Interactions with an item that their user took before."""
+    pairs = np.repeat(np.arange(log.n_users, dtype=np.int64) * items, log.lengths)
+    pairs += log.items
+    pairs.sort()
+    return int((pairs[1:] == pairs[:-1]).sum())
+
+
+def _tied(log: InteractionLog) -> float | None:
+    """Share of neighbours in a sequence with equal times."""
+    if log.timestamps is None:
+        return None
+    tied = (log.timestamps[1:] == log.timestamps[:-1])[_same_user(log)]
+    return round(float(tied.mean()), 4)
 
 
 def is_sorted_by_id(facts: dict[str, Any]) -> bool:
@@ -115,11 +132,9 @@ def _share(differences: np.ndarray) -> float | None:
 
 
 def id_rank(ids: list[str]) -> np.ndarray:
-    """int64 (N,): rank of each external id, numbers by value and others as texts."""
-    if all(item.isascii() and item.isdigit() and len(item) < 19 for item in ids):
-        return np.array([int(item) for item in ids], np.int64)
-    import pyarrow as pa
-
-    ranks = np.empty(len(ids), np.int64)
-    ranks[pc.sort_indices(pa.array(ids, pa.string())).to_numpy()] = np.arange(len(ids))
+    """int32 (N,): rank of each external id, numbers by value and others as texts."""
+    numeric = all(item.isascii() and item.isdigit() and len(item) < 19 for item in ids)
+    names = pa.array(map(int, ids), pa.int64()) if numeric else pa.array(ids, pa.string())
+    ranks = np.empty(len(ids), np.int32)
+    ranks[pc.sort_indices(names).to_numpy()] = np.arange(len(ids))
     return ranks
