@@ -179,6 +179,9 @@ def test_what_cannot_be_read_at_all_is_one_error(tmp_path):
     with pytest.raises(StreamctlError, match="not a parquet file"):
         examine(tmp_path, DataConfig(source=str(tmp_path)))
     (tmp_path / "interactions.parquet").unlink()
+    (tmp_path / "interactions.csv").write_text("user_id,item_id,timestamp\n1,2\n")
+    with pytest.raises(StreamctlError, match=f"{tmp_path}/interactions.csv:2: 2 columns"):
+        examine(tmp_path, DataConfig(source=str(tmp_path)))
     (tmp_path / "interactions.csv").write_text("a,b\n1,2\n")
     with pytest.raises(StreamctlError, match="no column user_id"):
         examine(tmp_path, DataConfig(source=str(tmp_path)))

@@ -7,6 +7,8 @@ import json
 import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_data_formats import WRITERS
 
@@ -216,6 +218,18 @@ def test_lone_surrogates_of_json_do_not_reach_a_file(source, tmp_path):
     folder = source({"interactions.jsonl": "\n".join(rows), "items.jsonl": item})
     stage = prepare(RunDir(tmp_path / "run"), DataConfig(source=str(folder)))
     assert "lamp ?" in Catalog.load(stage).titles
+
+
+@pytest.mark.parametrize("name", ["interactions.parquet", "items.parquet"])
+def test_parquet_texts_that_are_not_utf_8_are_an_error(source, tmp_path, name):
+    folder = source({"interactions.csv": GOOD})
+    column = pa.array([b"i\xd7(", b"i2"]).cast(pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 2, column.buffers())
+    table = pa.table({"user_id": ["a", "b"], "item_id": text, "timestamp": [1, 2]})
+    pq.write_table(table, folder / name)
+    path = folder / name if name.startswith("interactions") else folder
+    with pytest.raises(StreamctlError, match=r"not a parquet file.*(UTF|utf)"):
+        read_source(path)
 
 
 def test_a_history_of_nothing_is_a_usage_error(source, tmp_path):

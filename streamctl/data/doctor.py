@@ -72,11 +72,14 @@ def examine(
         try:
             raw = kind.read(files, columns)
             damages: list[Damage] = []
-        except StreamctlError:
+        except StreamctlError as first:
             kept, damages = salvage(files, Path(folder), columns)
             if not damages:
                 raise
-            raw = kind.read(kept, columns)
+            try:
+                raw = kind.read(kept, columns)
+            except StreamctlError:
+                raise first from None  # it names the source's file, not the copy
     raw.files = tuple(filter(None, (files.interactions, files.items)))
     findings += _bad_lines(damages)
     findings += [*_duplicates(raw), *_times(raw), *_catalogue(raw)]

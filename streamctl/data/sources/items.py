@@ -191,7 +191,7 @@ def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise StreamctlError(f"not a parquet file: {one_line(error)}", where=path) from error
 
 

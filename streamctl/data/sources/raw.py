@@ -75,10 +75,15 @@ class Coder:
             self._fold()
 
     def finish(self) -> tuple[np.ndarray, pa.Array]:
-        """(int32 (T,) codes, string array of the distinct texts)."""
+        """(int32 (T,) codes, string array of the distinct texts).
+
+        Raises:
+            pyarrow.ArrowInvalid: a text is not UTF-8 (parquet files are not checked on reading).
+        """
         self._fold()
         known = pa.array([], pa.string()) if self._known is None else self._known
         codes = np.concatenate(self._codes) if self._codes else np.zeros(0, np.int32)
+        known.validate(full=True)
         return codes, known.cast(pa.string())
 
     def _fold(self) -> None:
