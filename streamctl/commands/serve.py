@@ -1,0 +1,80 @@
+"""`streamctl serve`: recommendations over HTTP, and a page that shows the reasoning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from streamctl.commands.options import Device, Run
+
+
+def command(
+    run: Run,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8000,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes; each holds its own model.")
+    ] = 1,
+    keys: Annotated[
+        Optional[Path],  # noqa: UP045 - Typer reads Optional
+        typer.Option("--keys", help="File of API keys: a line `read KEY` or `write KEY` each."),
+    ] = None,
+    open_to_all: Annotated[
+        bool, typer.Option("--open-to-all", help="Answer without keys on a public address.")
+    ] = False,
+    items: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--items", help="Journal of added items [default: RUN/serving/items.jsonl]."),
+    ] = None,
+    beam: Annotated[int, typer.Option("--beam", min=1, max=500, help="Beam width.")] = 20,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, max=1024, help="Most requests computed together.")
+    ] = 32,
+    max_wait_ms: Annotated[
+        float, typer.Option("--max-wait-ms", min=0, help="Longest wait for others to join a batch.")
+    ] = 2.0,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, help="Most requests waiting; beyond it 429.")
+    ] = 256,
+    deadline_ms: Annotated[
+        int, typer.Option("--deadline-ms", min=1, help="Deadline of requests that name none.")
+    ] = 1000,
+    drain_seconds: Annotated[
+        float, typer.Option("--drain-seconds", min=0, help="Goes on so long after SIGTERM.")
+    ] = 1.0,
+    threads: Annotated[
+        int, typer.Option("--threads", min=0, help="CPU threads a worker [default: a fair share].")
+    ] = 0,
+    device: Device = "auto",
+) -> None:
+    """Serve a trained run: an API under /v1, its description at /docs, a page at /.
+
+    Reads: the best finished stage of the run (rl, else sft, else pretrain) and its journal of
+    added items; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS. Writes: the journal.
+    Next: `curl -X POST localhost:8000/v1/recommend -H 'content-type: application/json'
+    -d '{"user_id": "u17"}'`, or open http://localhost:8000/.
+    """
+    from streamctl.serving.server import serve
+    from streamctl.serving.service import Settings
+
+    serve(
+        Settings(
+            run=run,
+            host=host,
+            port=port,
+            workers=workers,
+            device=device,
+            items=items,
+            keys=keys,
+            open_to_all=open_to_all,
+            beam=beam,
+            max_batch=max_batch,
+            max_wait_ms=max_wait_ms,
+            queue=queue,
+            deadline_ms=deadline_ms,
+            drain_s=drain_seconds,
+            threads=threads,
+        )
+    )

@@ -1,0 +1,248 @@
+"""The live catalogue: what may be recommended now, and the durable changes to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from streamctl.data import Catalog
+from streamctl.errors import close_matches
+from streamctl.runs import Stage
+from streamctl.serving.items import LiveItems
+from streamctl.serving.journal import Journal
+from streamctl.serving.schemas import NewItem
+from streamctl.tokenizer import PrefixTrie, SemanticIds, Tokens
+from streamctl.tokenizer.tokenizer import Tokenizer
+
+Kind = Literal["invalid", "unknown", "taken"]
+_HINTS_UP_TO = 20_000  # items; close matches among more take too long
+
+
+class Refused(Exception):
+    """A request that cannot be answered: why, and the field at fault.
+
+    Args:
+        kind: "invalid" value, "unknown" item or user, "taken" id.
+        field: JSON pointer into the body, or the parameter's name.
+    """
+
+    def __init__(self, kind: Kind, field: str, detail: str):
+        super().__init__(detail)
+        self.kind, self.field, self.detail = kind, field, detail
+
+
+class LiveCatalogue:
+    """The run's items with those added and removed since, and the trie that leads to them.
+
+    Questions may be asked from any thread; `add`, `remove`, `announce` and `refresh` belong to
+    the model's thread.
+
+    Args:
+        catalog, ids: the run's.
+        vocabulary: turns codes into tokens.
+        stage: the tokenizer stage; gives new texts their codes.
+        journal: file of the changes.
+        joined: called with the index and the tokens (m,) int64 of every item that joins.
+
+    Raises:
+        StreamctlError: the journal is damaged.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        ids: SemanticIds,
+        vocabulary: Tokens,
+        stage: Stage,
+        journal: Path,
+        joined: Callable[[int, np.ndarray], None],
+    ):
+        self.items = LiveItems(catalog, ids.codes)
+        self.trie = PrefixTrie(vocabulary.item_tokens(ids.codes))
+        self._vocabulary, self._stage, self._joined = vocabulary, stage, joined
+        self._dedup = ids.dedup
+        self._tokenizer: Tokenizer | None = None
+        self._journal = Journal(journal)
+        self._announced: dict[str, Any] | None = None
+        self.refresh()
+        self._announced = None  # which run was served in an earlier life does not matter now
+
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
+        """int64 (n, learned levels): codes of new texts. Loads the text encoder when it is first needed."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.load(self._stage)
+        return self._tokenizer.encode(list(texts))
+
+    def check_new(self, new: NewItem) -> None:
+        """Refuse an item whose id is taken or whose fields the catalogue does not have."""
+        if self.items.index(new.id) is not None:
+            raise Refused("taken", "/id", "an item with this id is in the catalogue")
+        for name in new.fields:
+            if name not in self.items.field_names:
+                raise Refused("invalid", f"/fields/{name}", self.no_field(name))
+
+    def add(self, new: NewItem, codes: np.ndarray) -> dict[str, Any]:
+        """Write a new item to the journal and give it its place.
+
+        Args:
+            codes: those of its text, learned levels only; if they are taken it moves to free ones.
+
+        Raises:
+            Refused: the id is taken, or an unknown field.
+            OSError: the journal cannot be written; nothing has changed.
+        """
+        with self._journal.lock():
+            self.refresh()
+            self.check_new(new)
+            self._record(
+                op="add",
+                id=new.id,
+                title=new.title,
+                text=new.text or new.title,
+                fields=new.fields,
+                codes=self._free(codes),
+                tokenizer=self._stage.hash,
+            )
+        return self.item(new.id)
+
+    def remove(self, item_id: str) -> None:
+        """Write to the journal that an item is gone, and leave it out from now on.
+
+        Raises:
+            Refused: there is no such item.
+            OSError: the journal cannot be written; nothing has changed.
+        """
+        with self._journal.lock():
+            self.refresh()
+            if self.items.index(item_id) is None:
+                raise Refused("unknown", "id", self.no_item(item_id))
+            self._record(op="remove", id=item_id)
+
+    def announce(self, run: str, process: int) -> None:
+        """Tell the other workers, through the journal, which run to serve."""
+        with self._journal.lock():
+            self.refresh()
+            self._record(op="run", name=run, process=process)
+
+    def take_announced(self, process: int) -> str | None:
+        """The run that another worker announced since the last call."""
+        record, self._announced = self._announced, None
+        return record["name"] if record and record["process"] != process else None
+
+    def refresh(self) -> None:
+        """Apply what the journal has gained; costs a look at the file's size when nothing has.
+
+        Raises:
+            StreamctlError: a damaged line.
+        """
+        for record in self._journal.news():
+            self._apply(record)
+
+    def _record(self, **record: Any) -> None:
+        record["time"] = round(time.time(), 3)
+        self._journal.append(record)
+        self._apply(record)
+
+    def _apply(self, record: dict[str, Any]) -> None:
+        match record["op"]:
+            case "add":
+                self._join(record)
+            case "remove":
+                item = self.items.index(record["id"])
+                if item is not None:
+                    self.items.remove(item)
+            case "run":
+                self._announced = record
+
+    def _join(self, record: dict[str, Any]) -> None:
+        if self.items.index(record["id"]) is not None:
+            return  # the run has learned the item in the meantime
+        codes = record["codes"]
+        if record["tokenizer"] != self._stage.hash:
+            codes = self._free(self.tokenize([record["text"]])[0])
+        tokens = self._vocabulary.item_tokens(np.array(codes))
+        number = self.items.add(record["id"], record["title"], record["fields"], codes)
+        self.trie.add(number, tokens)
+        self._joined(number, tokens)
+
+    def _free(self, codes: np.ndarray) -> list[int]:
+        """The codes, with the last one moved to the nearest that no present item has.
+
+        Under a prefix whose last level is full the item shares the codes that are its own.
+        """
+        codes = [int(code) for code in codes]
+        prefix, last = (codes, 0) if self._dedup else (codes[:-1], codes[-1])
+        order = np.arange(self._vocabulary.sizes[-1])
+        if not self._dedup:
+            book = self._stage.array("codebooks.npy")[-1]
+            order = np.argsort(((book - book[last]) ** 2).sum(axis=1), kind="stable")
+        for code in order.tolist():
+            if not self._holds([*prefix, code]):
+                return [*prefix, code]
+        return [*prefix, last]
+
+    def _holds(self, codes: Sequence[int]) -> bool:
+        leaf = self.trie.walk(self._vocabulary.item_tokens(np.array(codes)).tolist())
+        return leaf >= 0 and any(
+            item not in self.items.removed for item in self.trie.items_at(leaf).tolist()
+        )
+
+    # Questions
+
+    def no_item(self, item_id: str) -> str:
+        """That there is no such item, and which ids are nearly the same."""
+        small = len(self.items.ids) < _HINTS_UP_TO
+        hint = close_matches(item_id, self.items.ids) if small else ""
+        return f"no such item; {hint}" if hint.startswith("did") else "no such item"
+
+    def no_field(self, name: str) -> str:
+        """That the catalogue has no such field, and which it has."""
+        return f"no such field; {close_matches(name, self.items.field_names)}"
+
+    def known(self, ids: Sequence[str], field: str) -> np.ndarray:
+        """int64: items with these ids, removed ones included.
+
+        Raises:
+            Refused: an id that never was in the catalogue, with its place in the request.
+        """
+        found = np.empty(len(ids), np.int64)
+        for place, item_id in enumerate(ids):
+            index = self.items.index_ever(item_id)
+            if index is None:
+                raise Refused("invalid", f"{field}/{place}", self.no_item(item_id))
+            found[place] = index
+        return found
+
+    def search(self, words: str, limit: int) -> dict[str, Any]:
+        """Present items by title; some of them where there are no words."""
+        if not words.strip():
+            found, total = self.items.first(limit), len(self.items)
+        else:
+            found = self.items.search(words)
+            total = len(found)
+        return {"items": [self.describe(item) for item in found[:limit]], "total": total}
+
+    def item(self, item_id: str) -> dict[str, Any]:
+        """One present item.
+
+        Raises:
+            Refused: there is none.
+        """
+        index = self.items.index(item_id)
+        if index is None:
+            raise Refused("unknown", "id", self.no_item(item_id))
+        return self.describe(index)
+
+    def describe(self, item: int) -> dict[str, Any]:
+        """An item, present or not, by its index."""
+        return {
+            "id": self.items.ids[item],
+            "title": self.items.titles[item],
+            "fields": self.items.fields(item),
+            "codes": list(self.items.codes[item]),
+            "added": item >= self.items.base,
+        }

@@ -1,0 +1,161 @@
+"""Thoughts in words: what each think token stands for, and what the ranking was after it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from streamctl.decode import Ranking, Trace, recommend
+from streamctl.model import Policy
+from streamctl.serving.search import words_of
+from streamctl.tokenizer import PrefixTrie
+
+WORDS = 8
+EXAMPLES = 5
+
+
+def decoder_for(think: int) -> Literal["slow", "direct"]:
+    """The decoder that answers after so many think tokens: without any, the one trained for it."""
+    return "slow" if think else "direct"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a code stands for: words that tell its items from others, and some of the items."""
+
+    words: list[str]
+    items: list[int]
+
+
+class Meanings:
+    """The meaning of every code, worked out when it is asked for.
+
+    Args:
+        titles: N titles.
+        codes: (N, m) the items' codes.
+    """
+
+    def __init__(self, titles: Sequence[str], codes: Sequence[Sequence[int]] | np.ndarray):
+        self.titles = list(titles)
+        self.codes = np.asarray(codes, np.int64)
+        self._known: dict[tuple[int, int], Meaning] = {}
+
+    @cached_property
+    def _words(self) -> tuple[list[set[str]], Counter[str]]:
+        sets = [{w for w in words_of(title) if len(w) > 1} for title in self.titles]
+        return sets, Counter(word for words in sets for word in words)
+
+    def of(self, level: int, code: int) -> Meaning:
+        """The words are ranked by their log-likelihood ratio against the whole catalogue."""
+        if (level, code) not in self._known:
+            items = np.flatnonzero(self.codes[:, level] == code)
+            self._known[level, code] = Meaning(self._telling(items), items[:EXAMPLES].tolist())
+        return self._known[level, code]
+
+    def _telling(self, items: np.ndarray) -> list[str]:
+        sets, totals = self._words
+        inside = Counter(word for item in items.tolist() for word in sets[item])
+
+        def gain(word: str) -> float:
+            share = totals[word] / len(sets)
+            return inside[word] * math.log(inside[word] / len(items) / share)
+
+        ranked = sorted(inside, key=lambda word: (-gain(word), word))
+        return [word for word in ranked if gain(word) > 0][:WORDS]
+
+
+@dataclass(frozen=True)
+class ThoughtStep:
+    """One think token of one user.
+
+    Attributes:
+        token: its id in the vocabulary.
+        level, code: what it is; level None for a token of a think codebook.
+        meaning: its words and items; empty for a token of a think codebook.
+        moved: how far the state moved, ||s_i - s_{i-1}||.
+        items, scores: (k,) the ranking if thinking stopped after this token; -1 where fewer.
+    """
+
+    token: int
+    level: int | None
+    code: int
+    meaning: Meaning
+    moved: float
+    items: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One user's thought: the ranking without thinking, and the steps."""
+
+    items: np.ndarray
+    scores: np.ndarray
+    steps: list[ThoughtStep]
+
+
+def explain_thought(
+    policy: Policy,
+    trie: PrefixTrie,
+    meanings: Meanings,
+    history: np.ndarray,
+    trace: Trace,
+    k: int,
+    **options: Any,
+) -> list[Explained]:
+    """Each user's thought in words and rankings.
+
+    Args:
+        history: (B, H) int64 items, -1 on the right.
+        trace: what `recommend` returned for these histories.
+        k: length of the rankings.
+        options: as `recommend` was called, less `think`, `thoughts` and `decoder`.
+    """
+    tokens = trace.tokens
+    length = tokens.shape[1]
+    rankings: list[Ranking] = []
+    for done in range(length + 1):
+        ranking, _ = recommend(
+            policy,
+            trie,
+            history,
+            k,
+            thoughts=tokens[:, :done],
+            decoder=decoder_for(done),
+            **options,
+        )
+        rankings.append(ranking)
+    moved = (trace.states[:, 1:] - trace.states[:, :-1]).float().norm(dim=-1)
+    explained = []
+    for row in range(len(tokens)):
+        steps = []
+        for step in range(length):
+            token = int(tokens[row, step])
+            place = policy.tokens.locate(token)
+            level, code = place or (None, token - policy.tokens.think_range[0])
+            steps.append(
+                ThoughtStep(
+                    token=token,
+                    level=level,
+                    code=code,
+                    meaning=meanings.of(level, code) if place else Meaning([], []),
+                    moved=float(moved[row, step]),
+                    items=_row(rankings[step + 1].items, row),
+                    scores=_row(rankings[step + 1].scores, row),
+                )
+            )
+        explained.append(
+            Explained(_row(rankings[0].items, row), _row(rankings[0].scores, row), steps)
+        )
+    return explained
+
+
+def _row(values: torch.Tensor, row: int) -> np.ndarray:
+    return values[row].cpu().numpy()

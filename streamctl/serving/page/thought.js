@@ -1,0 +1,91 @@
+// The thought as a path from the history over the think tokens to the items.
+
+import { byId, make } from "./dom.js";
+import { rank } from "./recommend.js";
+
+let stops = []; // {name, words, detail, ranking, before}
+let at = 0;
+
+export function clearThought() {
+  byId("thought").hidden = true;
+}
+
+const LETTERS = "abcdefgh";
+
+function nameOf(step) {
+  return step.level === null ? `o${step.code}` : `${LETTERS[step.level]}${step.code}`;
+}
+
+export function showThought(answer) {
+  const { before, steps } = answer.explain;
+  stops = [{ name: "History", words: "before thinking", ranking: before, before: null, step: null }];
+  for (const step of steps) {
+    stops.push({
+      name: nameOf(step),
+      words: step.words.slice(0, 3).join(", "),
+      ranking: step.ranking,
+      before: stops[stops.length - 1].ranking,
+      step,
+    });
+  }
+  byId("thought").hidden = false;
+  byId("path").replaceChildren(
+    ...stops.map((stop, index) =>
+      make(
+        "div",
+        { class: "stop", role: "presentation" },
+        make(
+          "button",
+          {
+            type: "button", role: "tab", id: `stop-${index}`, "aria-controls": "step",
+            onclick: () => choose(index), onkeydown: walk,
+          },
+          make("span", { class: "token" }, stop.name),
+          make("span", { class: "words" }, stop.words),
+        ),
+      ),
+    ),
+  );
+  choose(stops.length - 1);
+}
+
+function walk(event) {
+  const target = {
+    ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1,
+    Home: 0, End: stops.length - 1,
+  }[event.key];
+  if (target === undefined) return;
+  event.preventDefault();
+  choose(Math.max(0, Math.min(stops.length - 1, target)));
+  byId(`stop-${at}`).focus();
+}
+
+function choose(index) {
+  at = index;
+  for (const [number] of stops.entries()) {
+    const button = byId(`stop-${number}`);
+    button.setAttribute("aria-selected", String(number === index));
+    button.tabIndex = number === index ? 0 : -1;
+  }
+  const { step, ranking, before } = stops[index];
+  const list = make("ol", { class: "ranking" });
+  rank(list, ranking, before, null);
+  const title = index === 0 ? "The ranking before thinking" : `The ranking after ${index} of ${stops.length - 1}`;
+  byId("step").setAttribute("aria-labelledby", `stop-${index}`);
+  byId("step").replaceChildren(
+    make("div", {}, ...(step ? meaning(step) : [make("p", {}, "The model has read the history and has not thought yet.")])),
+    make("div", {}, make("h3", {}, title), list),
+  );
+}
+
+function meaning(step) {
+  const where = step.level === null ? "a token that only thoughts use" : `level ${step.level + 1}, code ${step.code}`;
+  return [
+    make("h3", {}, `Think token ${nameOf(step)}`),
+    make("p", { class: "quiet" }, `${where}; the state moved by ${step.moved.toFixed(2)}`),
+    step.words.length ? make("p", {}, "Words of its items' titles") : null,
+    make("ul", { class: "words-list" }, ...step.words.map((word) => make("li", {}, word))),
+    step.items.length ? make("p", {}, "Items with this code") : null,
+    make("ul", { class: "plain" }, ...step.items.map((item) => make("li", {}, item.title))),
+  ];
+}

@@ -1,0 +1,133 @@
+"""Errors as answers: problem+json (RFC 9457) with the field at fault."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from streamctl.serving.catalogue import Refused
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class FieldError(BaseModel):
+    """One thing wrong in a request."""
+
+    field: str = Field(description="JSON pointer into the body, or the parameter's name.")
+    detail: str
+
+
+class ProblemDetails(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldError] = []
+
+
+class Problem(Exception):
+    """An answer that is not a success.
+
+    Args:
+        status: the HTTP status.
+        detail: what happened and what would put it right.
+        errors: (field, detail) of each field at fault.
+        retry_after: seconds after which a try may succeed.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        errors: Sequence[tuple[str, str]] = (),
+        retry_after: float | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(detail)
+        self.status, self.detail, self.errors = status, detail, list(errors)
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+
+    def response(self) -> JSONResponse:
+        body = {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "errors": [{"field": field, "detail": detail} for field, detail in self.errors],
+        }
+        return ProblemResponse(body, self.status, self.headers)
+
+
+class ProblemResponse(JSONResponse):
+    media_type = MEDIA_TYPE
+
+    def render(self, content: Any) -> bytes:
+        """JSON in ASCII: a request may hold lone surrogates, which UTF-8 cannot carry."""
+        import json
+
+        return json.dumps(content).encode("ascii")
+
+
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` argument of a route that may answer with these problems."""
+    schema = {"$ref": "#/components/schemas/ProblemDetails"}
+    return {
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "content": {MEDIA_TYPE: {"schema": schema}},
+        }
+        for status in statuses
+    }
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the application with problem+json."""
+
+    @app.exception_handler(Problem)
+    async def problem(_: Request, error: Problem) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> JSONResponse:
+        status = {"invalid": 422, "unknown": 404, "taken": 409}[error.kind]
+        errors = [(error.field, error.detail)]
+        return Problem(status, f"{error.field}: {error.detail}", errors=errors).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        errors = [(_pointer(one["loc"]), _sentence(one["msg"])) for one in error.errors()[:20]]
+        detail = "; ".join(f"{field}: {text}" for field, text in errors[:3])
+        return Problem(422, detail, errors=errors).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        return Problem(error.status_code, str(error.detail), headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return Problem(500, "the server failed; its log has the traceback").response()
+
+
+def _pointer(location: Sequence[str | int]) -> str:
+    """`("body", "history", 3)` as `/history/3`; a parameter as its name."""
+    where, *rest = location
+    if where == "body":
+        return "/" + "/".join(str(part) for part in rest)
+    return str(rest[0]) if rest else str(where)
+
+
+def _sentence(message: str) -> str:
+    return message.removeprefix("Value error, ")

@@ -1,0 +1,105 @@
+"""What the page shows of a run: its stages, the metrics table, training curves, code usage."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamctl.runs import RunDir, Stage
+from streamctl.tokenizer import SemanticIds
+
+STAGES = ("data", "tokenizer", "pretrain", "annotate", "sft", "rl")
+MOST_POINTS = 200  # of a curve
+_SILENT = ("seconds", "_s", "lr", "memory", "per_s")
+
+
+def run_report(run: RunDir, name: str, stage: str) -> dict[str, Any]:
+    """The report as plain JSON values.
+
+    Args:
+        run: a run with a finished model.
+        name, stage: what is being served.
+    """
+    names = [*STAGES, *sorted(f"baselines/{p.name}" for p in run.path.glob("baselines/*"))]
+    done = [run.stage(one) for one in names if run.stage(one).complete]
+    ids = SemanticIds.load(run.stage("tokenizer"))
+    codes = ids.report()
+    for level, summary in enumerate(codes["levels"]):
+        counts = np.bincount(ids.codes[:, level], minlength=summary["codes"])
+        summary["counts"] = counts.tolist()
+    return {
+        "run": name,
+        "stage": stage,
+        "stages": [_summary(one) for one in done],
+        "evaluation": _evaluation(run),
+        "curves": [curve for one in done for curve in curves(one.path / "metrics.jsonl", one.name)],
+        "codes": {key: codes[key] for key in ("items", "distinct", "collision_rate", "levels")},
+    }
+
+
+def _summary(stage: Stage) -> dict[str, Any]:
+    manifest = stage.manifest
+    keys = ("seed", "wall_s", "peak_memory_mb", "git")
+    return {"name": stage.name, **{key: manifest.get(key) for key in keys}}
+
+
+def _evaluation(run: RunDir) -> list[dict[str, Any]]:
+    """Tables of the eval stage: {title, columns, rows}; none where it has not run."""
+    stage = run.stage("eval")
+    if not stage.complete:
+        return []
+    tables = []
+    results = stage.json("results.json")
+    for view in ("unmasked", "masked"):
+        rows = {
+            name: row[view]
+            for group in ("methods", "controls")
+            for name, row in results.get(group, {}).items()
+            if isinstance(row, dict) and view in row
+        }
+        if rows:
+            metrics = list(next(iter(rows.values())))
+            tables.append(
+                {
+                    "title": f"Full catalogue, items seen before {view}",
+                    "columns": ["method", *metrics],
+                    "rows": [[n, *(row.get(m) for m in metrics)] for n, row in rows.items()],
+                }
+            )
+    return tables
+
+
+def curves(path: Path, stage: str) -> list[dict[str, Any]]:
+    """Each numeric metric of a log as points (place in the log, value); fewer than two: left out.
+
+    Args:
+        path: a metrics.jsonl; one that is missing or half written gives what can be read.
+        stage: named in every curve.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    if not path.is_file():
+        return []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        place = next((record[key] for key in ("epoch", "step") if key in record), number)
+        for metric, value in record.items():
+            known = isinstance(value, int | float) and not isinstance(value, bool)
+            silent = metric in ("epoch", "step", "round") or metric.endswith(_SILENT)
+            if known and np.isfinite(value) and not silent:
+                series.setdefault(metric, []).append((place, value))
+    found = []
+    for metric, points in series.items():
+        places = [place for place, _ in points]
+        if any(b <= a for a, b in pairwise(places)):
+            points = [(number, value) for number, (_, value) in enumerate(points, 1)]
+        step = -(-len(points) // MOST_POINTS)
+        if len(points) > 1:
+            found.append({"stage": stage, "metric": metric, "points": points[::step]})
+    return found

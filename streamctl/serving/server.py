@@ -1,0 +1,77 @@
+"""Starting and stopping the server process."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import tempfile
+
+from streamctl.errors import StreamctlError
+from streamctl.progress import say, warn
+from streamctl.runs import RunDir
+from streamctl.serving.model import servable
+from streamctl.serving.service import Settings
+
+HEALTH_CHECK_S = 60  # a worker that loads a model may be silent for this long
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what is in work and return.
+
+    Raises:
+        StreamctlError: the run cannot be served, the key file is wrong, or an address that
+            others can reach would be open to all.
+    """
+    import uvicorn
+    from uvicorn.supervisors import Multiprocess
+
+    stage = servable(RunDir(settings.run))
+    with tempfile.TemporaryDirectory(prefix="streamctl-metrics-") as folder:
+        if settings.workers > 1:
+            # prometheus-client adds the workers' metrics up through files in this folder; it
+            # looks at the variable when it is imported.
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        from streamctl.serving.http import create_app
+
+        _check_address(settings)
+        factory = functools.partial(create_app, settings)
+        config = uvicorn.Config(
+            factory() if settings.workers == 1 else factory,
+            factory=settings.workers > 1,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.workers,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_worker_healthcheck=HEALTH_CHECK_S,
+        )
+        say(f"loading {settings.run} ({stage.name}) for http://{settings.host}:{settings.port}")
+        # uvicorn raises the signal again when it has stopped: by then there is nothing to end.
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, lambda *_: None)
+        if settings.workers > 1:
+            Multiprocess(config, sockets=[config.bind_socket()]).run()
+            return
+        server = uvicorn.Server(config)
+        service = config.app.state.service
+        service.failed = lambda: setattr(server, "should_exit", True)
+        server.run()
+        if service.failure is not None:
+            raise service.failure
+
+
+def _check_address(settings: Settings) -> None:
+    from streamctl.serving.http import is_loopback
+    from streamctl.serving.keys import KeyRing
+
+    if is_loopback(settings.host) or KeyRing(settings.keys).guards_reading:
+        return
+    if not settings.open_to_all:
+        raise StreamctlError(
+            "others can reach this address and no API key is set",
+            where=f"--host {settings.host}",
+            run="--keys FILE, or --open-to-all if that is wanted",
+        )
+    warn("everyone who reaches this address can read recommendations and histories")

@@ -1,0 +1,47 @@
+"""A small shop with an untrained model: enough for a server to be tested on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from streamctl.config import AnnotateConfig, PretrainConfig, SftConfig, TokenizeConfig
+from streamctl.data import synthesize
+from streamctl.model import Policy, PolicyConfig
+from streamctl.runs import RunDir
+from streamctl.tokenizer import SemanticIds
+from streamctl.tokenizer.stage import tokenize
+
+THINK = 3
+KEYS = {"read": "reading-key-0123456789", "write": "writing-key-0123456789"}
+
+
+def make_run(path: Path, seed: int = 0) -> RunDir:
+    """Data, codes, and a micro model with seeded random weights published as the sft stage."""
+    run = RunDir(path)
+    synthesize(run, users=150, items=120, seed=0)
+    tokenizer = TokenizeConfig(
+        encoder="tfidf", dim=16, method="rqkmeans", levels=3, codes=16, neighbours=5
+    )
+    tokenize(run, tokenizer)
+    ids = SemanticIds.load(run.stage("tokenizer"))
+    shape = {"layers": 1, "decoder_layers": 1, "d_model": 16, "heads": 2, "d_kv": 8, "d_ff": 32}
+    config = PolicyConfig(sizes=ids.sizes, dedup=ids.dedup, **shape)
+    tokens = torch.from_numpy(ids.tokens().item_tokens(ids.codes))
+    policy = Policy.build(config, tokens, seed)
+    with torch.no_grad():  # T5's initial weights are near uniform: sharpen the rankings
+        policy.shared.weight.mul_(3)
+    publish(run, "pretrain", PretrainConfig(seed=seed), ["data", "tokenizer"], policy)
+    publish(run, "annotate", AnnotateConfig(length=THINK), ["pretrain"])
+    publish(run, "sft", SftConfig(seed=seed), ["annotate"], policy)
+    return run
+
+
+def publish(run: RunDir, name: str, config, parents: list[str], policy: Policy | None = None):
+    with run.begin(name, config, parents=parents) as stage:
+        for file in policy.save(stage.path) if policy else ():
+            stage.adopt(file)
+        for epoch in range(3):
+            stage.log(epoch=epoch, loss=1.0 / (epoch + 1))
+        stage.publish()
