@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from streamctl.model.policy import IGNORED
 from streamctl.training import losses
 
 
@@ -24,7 +25,7 @@ def test_eq_10_pretraining_loss_sums_over_every_position():
 
 def test_eq_10_a_position_that_is_given_is_not_scored():
     logits = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1]], [[0.5, 0.5], [0.2, 0.8]]]))
-    labels = torch.tensor([[losses.IGNORED, 0], [losses.IGNORED, 1]])
+    labels = torch.tensor([[IGNORED, 0], [IGNORED, 1]])
     assert losses.sequence_loss(logits, labels).item() == pytest.approx(
         -(math.log(0.9) + math.log(0.8)) / 2, rel=1e-6
     )

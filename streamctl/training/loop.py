@@ -251,10 +251,10 @@ def fit(
     state.load(device)
     log = MetricLog(stage)
     with progress_bar(title, epochs * len(examples), unit) as bar:
+        bar.start_at(state.epoch * len(examples) + int(state.weight))
         while state.epoch < epochs and not state.stopped:
             if before_epoch is not None:
                 before_epoch(state.epoch)
-            bar.start_at(state.epoch * len(examples) + int(state.weight))
             began = time.monotonic()
             begun_at = state.weight
             module.train()

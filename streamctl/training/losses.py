@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100  # label of a position that predicts nothing
+from streamctl.model.policy import IGNORED
+
 ADVANTAGE_EPS = 1e-4
 
 
@@ -22,7 +23,7 @@ def sequence_loss(
 
     Args:
         logits: (B, T, V) float, p(c) of Eq. 11.
-        labels: (B, T) int64 tokens, `IGNORED` where nothing is predicted.
+        labels: (B, T) int64 tokens, `model.policy.IGNORED` where nothing is predicted.
         temperature: tau of Eq. 11.
 
     Returns:

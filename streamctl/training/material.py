@@ -1,0 +1,66 @@
+"""What every generative stage reads: split, Semantic IDs, text neighbours, trie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from streamctl.data import load_data
+from streamctl.data.split import Split
+from streamctl.model.policy import Policy
+from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.tokenizer.semantic_ids import SemanticIds
+from streamctl.tokenizer.trie import PrefixTrie
+
+
+@dataclass(frozen=True)
+class Material:
+    """The inputs of training.
+
+    Attributes:
+        split: train, valid and test examples.
+        ids: the Semantic IDs.
+        neighbours: (N, K) int64 text neighbours of each item, nearest first.
+    """
+
+    split: Split
+    ids: SemanticIds
+    neighbours: np.ndarray
+
+    @classmethod
+    def load(cls, run: RunDir) -> Material:
+        """From a run whose data and tokenizer stages are complete."""
+        tokenizer = run.stage("tokenizer")
+        split = load_data(run)[1]
+        return cls(split, SemanticIds.load(tokenizer), tokenizer.array("neighbours.npy"))
+
+    @cached_property
+    def item_tokens(self) -> torch.Tensor:
+        """(N, m) int64."""
+        return torch.from_numpy(self.ids.tokens().item_tokens(self.ids.codes))
+
+    @cached_property
+    def trie(self) -> PrefixTrie:
+        return PrefixTrie(self.item_tokens.numpy())
+
+    def look_alikes(self, device: torch.device, count: int | None = None) -> torch.Tensor:
+        """The first `count` text neighbours of each item, on the device: (N, <= count) int64."""
+        return torch.from_numpy(np.ascontiguousarray(self.neighbours[:, :count])).to(device)
+
+    def policy(self, stage: Stage, device: torch.device, dropout: float | None = None) -> Policy:
+        """A stage's policy on the device, in evaluation mode; with another dropout if given."""
+        policy = Policy.load(stage.path, self.item_tokens)
+        if dropout is not None and dropout != policy.config.dropout:
+            weights = policy.state_dict()
+            policy = Policy(replace(policy.config, dropout=dropout), self.item_tokens)
+            policy.load_state_dict(weights)
+        return policy.to(device).eval()
+
+
+def save_policy(stage: StageWriter, policy: Policy) -> None:
+    """Write a policy into the stage's folder as artifacts."""
+    for name in policy.save(stage.path):
+        stage.adopt(name)

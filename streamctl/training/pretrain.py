@@ -1,0 +1,101 @@
+"""Stage 1: long answers on a shared encoder, and the direct decoder beside them (Eqs. 9-11)."""
+
+from __future__ import annotations
+
+import torch
+
+from streamctl.config import PretrainConfig
+from streamctl.device import derive_seed, resolve_device
+from streamctl.model.policy import Policy, PolicyConfig
+from streamctl.progress import say
+from streamctl.runs import RunDir, Stage
+from streamctl.training.losses import sequence_loss
+from streamctl.training.loop import Batch, fit
+from streamctl.training.material import Material, save_policy
+from streamctl.training.validation import Validator
+
+
+def retrieved_tokens(
+    item_tokens: torch.Tensor, look_alikes: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """c'_1..c'_q of Eq. 9: the codes of the target's nearest items, the less similar first.
+
+    Args:
+        item_tokens: (N, m) int64.
+        look_alikes: (N, n) int64, each item's n neighbours, nearest first.
+        targets: (B,) int64.
+
+    Returns:
+        (B, n * m) int64; the decoder reads them where thoughts will stand later.
+    """
+    return item_tokens[look_alikes[targets].flip(1)].flatten(1)
+
+
+def pretrain_loss(
+    policy: Policy, batch: Batch, look_alikes: torch.Tensor, config: PretrainConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eq. 10 for the slow decoder's long answer plus the direct decoder's cross-entropy."""
+    encoded = policy.encode(batch.history)
+    retrieved = retrieved_tokens(policy.item_tokens, look_alikes, batch.target)
+    inputs, labels = policy.target_inputs(batch.target, retrieved)
+    logits = policy.logits(policy.decode(encoded, inputs))
+    slow = sequence_loss(logits, labels, config.temperature)
+    direct = direct_loss(policy, batch, encoded, config.temperature)
+    return slow + config.direct_weight * direct, {"slow": slow, "direct": direct}
+
+
+def direct_loss(
+    policy: Policy, batch: Batch, encoded: object, temperature: float = 1.0
+) -> torch.Tensor:
+    """Cross-entropy of the target's codes under the direct decoder."""
+    inputs, labels = policy.target_inputs(batch.target)
+    logits = policy.logits(policy.decode(encoded, inputs, "direct"))
+    return sequence_loss(logits, labels, temperature)
+
+
+def pretrain(
+    run: RunDir, config: PretrainConfig, *, device: str = "auto", force: bool = False
+) -> Stage:
+    """Train the encoder, the slow decoder on Eq. 9's long answers and the direct decoder.
+
+    The epoch of the best direct ndcg@10 on validation is kept: the encoder and the direct decoder
+    are what later stages build on and compare with, while the long answers themselves are only
+    practice. The slow path's figures are measured at the end.
+
+    Writes the policy and report.json.
+    """
+    with run.begin("pretrain", config, ["data", "tokenizer"], force=force) as stage:
+        if stage is None:
+            say("pretrain: complete already")
+            return run.stage("pretrain")
+        where = resolve_device(device)
+        material = Material.load(run)
+        shape = PolicyConfig.of_size(
+            config.size, material.ids.sizes, history=config.history, dropout=config.dropout,
+            think_codebook=config.think_codebook, dedup=material.ids.dedup,
+        )  # fmt: skip
+        seed = derive_seed(config.seed, "initial weights")
+        policy = Policy.build(shape, material.item_tokens, seed).to(where)
+        look_alikes = material.look_alikes(where, config.neighbours)
+        validator = Validator(policy, material, config.seed)
+        result = fit(
+            stage, policy, loss=lambda batch: pretrain_loss(policy, batch, look_alikes, config),
+            examples=material.split.train, epochs=config.epochs, batch=config.batch,
+            lr=config.lr, weight_decay=config.weight_decay, warmup=config.warmup,
+            patience=config.patience, validate=lambda: validator(decoder="direct"),
+            seed=config.seed, device=where, title="pretrain",
+        )  # fmt: skip
+        length = look_alikes.shape[1] * material.ids.levels
+        report = {
+            "epochs": result.epochs,
+            "best_epoch": result.best_epoch,
+            "valid": {"direct": result.best, "slow": validator(think=length)},
+        }
+        save_policy(stage, policy)
+        stage.save_json("report.json", report)
+        stage.publish(**report)
+        say(
+            f"pretrain: direct ndcg@10 {result.best['ndcg@10']:.4f}, "
+            f"slow {report['valid']['slow']['ndcg@10']:.4f} on validation users"
+        )
+    return run.stage("pretrain")

@@ -1,0 +1,275 @@
+"""Stage 2: rounds of annotation and training on the annotated thoughts (Eqs. 14-19)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from streamctl.config import SftConfig
+from streamctl.device import resolve_device
+from streamctl.model.policy import Encoded, Policy
+from streamctl.progress import say
+from streamctl.runs import RunDir, Stage, StageWriter, read_json
+from streamctl.training.annotate import (
+    Mode,
+    announce,
+    check_strict,
+    label,
+    label_all,
+    think_vectors,
+)
+from streamctl.training.losses import (
+    dpo_loss,
+    quantization_loss,
+    sequence_loss,
+    state_target_loss,
+)
+from streamctl.training.loop import Batch, fit
+from streamctl.training.material import Material, save_policy
+from streamctl.training.pretrain import direct_loss
+from streamctl.training.validation import Validator
+
+TWIN = "baselines/no_thinking"
+
+
+def total_loss(terms: dict[str, torch.Tensor], config: SftConfig) -> torch.Tensor:
+    """L_SFT + lambda L_DPO + mu L_Quant + delta L_State (Eq. 19)."""
+    return (
+        terms["sft"]
+        + config.dpo_weight * terms["dpo"]
+        + config.quant_weight * terms["quant"]
+        + config.state_weight * terms["state"]
+    )
+
+
+def corrupt(
+    thoughts: torch.Tensor, probability: float, low: int, high: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Thoughts (B, l) with each token replaced, with the probability, by a random one.
+
+    Labels have seen the target and the model's own thoughts have not: an answer that leans on
+    every think token would be lost without its teacher.
+    """
+    chance = torch.rand(thoughts.shape, generator=generator)
+    others = torch.randint(low, high, thoughts.shape, generator=generator)
+    return torch.where((chance < probability).to(thoughts.device), others.to(thoughts), thoughts)
+
+
+@dataclass
+class Tuner:
+    """The loss of one SFT stage.
+
+    Attributes:
+        policy: in training.
+        reference: the pretrained policy, frozen: pi_ref is its direct decoder on its own encoder,
+            so that the reference does not move with the encoder that both decoders share.
+        look_alikes: (N, 50) text neighbours, from which y- is drawn.
+        mode: of the annotation.
+    """
+
+    policy: Policy
+    reference: Policy
+    look_alikes: torch.Tensor
+    config: SftConfig
+    mode: Mode
+    thoughts: torch.Tensor | None = None  # (E, l) labels of the round, on the CPU
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Eq. 19, plus the direct decoder's own cross-entropy."""
+        policy, config = self.policy, self.config
+        device = batch.target.device
+        labels = self.thoughts[batch.index.cpu()].to(device)
+        low, high = policy.tokens.think_range
+        generator = batch.generator("corrupt")
+        given = corrupt(labels, config.corrupt, low, high, generator)
+        encoded = policy.encode(batch.history)
+        inputs, _ = policy.target_inputs(batch.target, given)
+        _, wanted = policy.target_inputs(batch.target, labels)
+        hidden = policy.decode(encoded, inputs)
+        length, m = labels.shape[1], policy.tokens.levels
+        logits = policy.logits(hidden)
+        chosen = self._logprob(logits[:, -m:], wanted[:, -m:])
+        think = sequence_loss(logits[:, :length], labels)
+        terms = {
+            "sft": think - chosen.mean(),
+            "dpo": self._dpo(batch, encoded, given, chosen),
+            **self._state_terms(batch, encoded, hidden[:, 1 : length + 1], labels),
+        }
+        value = total_loss(terms, config)
+        terms |= {"think": think, "target": -chosen.mean()}
+        terms["direct"] = direct_loss(policy, batch, encoded)
+        return value + config.direct_weight * terms["direct"], terms
+
+    @staticmethod
+    def _logprob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        distribution = torch.log_softmax(logits.float(), -1)
+        return distribution.gather(-1, labels[..., None])[..., 0].sum(-1)
+
+    def _dpo(
+        self, batch: Batch, encoded: Encoded, given: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        """Eqs. 16-18; think tokens are conditioned on and not scored."""
+        if not self.config.dpo_weight:
+            return chosen.new_zeros(())
+        generator = batch.generator("look-alike")
+        pick = torch.randint(self.look_alikes.shape[1], (len(batch),), generator=generator)
+        rejected = self.look_alikes[batch.target, pick.to(batch.target.device)]
+        pair = torch.stack([batch.target, rejected], 1)
+        with torch.no_grad():
+            seen = self.reference.encode(batch.history)
+            reference = self.reference.target_logprob(seen, pair, decoder="direct")
+        minus = self.policy.target_logprob(encoded, rejected, given)
+        return dpo_loss(chosen, minus, reference[:, 0], reference[:, 1], self.config.dpo_beta)
+
+    def _state_terms(
+        self, batch: Batch, encoded: Encoded, hidden: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Eqs. 14 and 15. Targets carry no gradient (Sec. 2.3.1); the tokens of Eq. 15 do."""
+        policy, config = self.policy, self.config
+        target = policy.item_vectors(batch.target).detach().float()
+        states = policy.states(encoded, hidden).float()
+        normalise = self.mode == "normalised"
+        residuals = policy.thinker.residual(target[:, None], states[:, :-1], normalise=normalise)
+        vectors = think_vectors(policy, self.mode)[labels - policy.tokens.think_range[0]]
+        return {
+            "state": state_target_loss(states, target, batch.target, config.state_temperature),
+            "quant": quantization_loss(residuals, vectors, config.quant_beta),
+        }
+
+    def twin_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The same decoders without thoughts: plain cross-entropy of both."""
+        encoded = self.policy.encode(batch.history)
+        inputs, labels = self.policy.target_inputs(batch.target)
+        target = sequence_loss(self.policy.logits(self.policy.decode(encoded, inputs)), labels)
+        direct = direct_loss(self.policy, batch, encoded)
+        return target + self.config.direct_weight * direct, {"target": target, "direct": direct}
+
+
+class Rounds:
+    """The labels of each round; called by the loop before each epoch.
+
+    Round 0 has the annotate stage's; each later round's are made by the model as it is when the
+    round begins, and kept in thoughts-ROUND.npy and .json, where a resumed run finds them.
+    """
+
+    def __init__(self, stage: StageWriter, tuner: Tuner, material: Material, first: Stage):
+        self.stage, self.tuner, self.material = stage, tuner, material
+        self.first = first.array("thoughts.npy")
+        self.batch = first.manifest["config"]["batch"]
+        self.reports = [first.json("report.json")]
+
+    def __call__(self, epoch: int) -> None:
+        number = epoch // self.tuner.config.epochs
+        if number and len(self.reports) <= number:
+            self._label(number)
+        thoughts = self.first if number == 0 else np.load(self._file(number, "npy"))
+        self.tuner.thoughts = torch.from_numpy(thoughts.astype(np.int64))
+
+    def _file(self, number: int, kind: str) -> Path:
+        return self.stage.path / f"thoughts-{number}.{kind}"
+
+    def _label(self, number: int) -> None:
+        for earlier in range(len(self.reports), number):  # rounds before an interruption
+            self._adopt(earlier)
+        if self._file(number, "npy").is_file():
+            self._adopt(number)
+            return
+        thoughts, report = label_all(
+            self.tuner.policy, self.material.split.train, self.first.shape[1], self.tuner.mode,
+            self.batch, f"sft: labels of round {number + 1}",
+        )  # fmt: skip
+        announce(report, f"sft round {number + 1}")
+        self.reports.append(report)
+        self.stage.save_json(self._file(number, "json").name, report)
+        self.stage.save_array(self._file(number, "npy").name, thoughts)
+
+    def _adopt(self, number: int) -> None:
+        for kind in ("json", "npy"):
+            self.stage.adopt(self._file(number, kind).name)
+        self.reports.append(read_json(self._file(number, "json")))
+
+
+def starting_policy(
+    run: RunDir, config: SftConfig, material: Material, device: torch.device
+) -> Policy:
+    """The pretrained policy, its slow decoder with the weights that `start` names."""
+    policy = material.policy(run.stage("pretrain"), device, config.dropout)
+    if config.start == "direct":
+        policy.decoder.load_state_dict(policy.direct.state_dict())
+    return policy
+
+
+def sft(
+    run: RunDir,
+    config: SftConfig,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    twin: bool = False,
+    strict: bool = False,
+) -> Stage:
+    """Rounds of annotation and training until validation ndcg@10 stops rising.
+
+    The epoch whose own greedy thoughts rank best on validation is kept. The direct decoder goes on
+    training on the shared encoder, so that it still fits it; DPO's reference is the pretrained
+    pair, frozen. Writes the policy, report.json and the labels of each later round.
+
+    Args:
+        twin: train the l = 0 control instead (stage baselines/no_thinking): the same start, steps,
+            schedule and choice of epoch, with plain cross-entropy and no thoughts.
+        strict: fail, after writing the stage, when the labels of a round have collapsed.
+
+    Raises:
+        StreamctlError: under `strict`, labels that have collapsed.
+    """
+    name = TWIN if twin else "sft"
+    parents = ["data", "tokenizer", "pretrain"] + ([] if twin else ["annotate"])
+    with run.begin(name, config, parents, force=force) as stage:
+        if stage is None:
+            say(f"{name}: complete already")
+            return run.stage(name) if twin else check_strict(run.stage(name), strict)
+        where = resolve_device(device)
+        material = Material.load(run)
+        policy = starting_policy(run, config, material, where)
+        reference = material.policy(run.stage("pretrain"), where).requires_grad_(False)
+        look_alikes = material.look_alikes(where)
+        tuner = Tuner(policy, reference, look_alikes, config, "normalised")
+        validator = Validator(policy, material, config.seed)
+        length, before = 0, None
+        if not twin:
+            annotation = run.stage("annotate")
+            settings = annotation.manifest["config"]
+            length, tuner.mode = settings["length"], settings["mode"]
+            policy.thinker.load_state_dict(load_file(annotation.file("thinker.safetensors")))
+            before = Rounds(stage, tuner, material, annotation)
+        result = fit(
+            stage, policy, loss=tuner.twin_loss if twin else tuner.loss,
+            examples=material.split.train, epochs=config.rounds * config.epochs,
+            batch=config.batch, lr=config.lr, weight_decay=config.weight_decay,
+            warmup=config.warmup, patience=config.patience * config.epochs,
+            validate=lambda: validator(think=length), seed=config.seed, device=where,
+            title=name, before_epoch=before,
+        )  # fmt: skip
+        report: dict[str, Any] = {
+            "epochs": result.epochs,
+            "best_epoch": result.best_epoch,
+            "valid": {"self": result.best, "direct": validator(decoder="direct")},
+        }
+        if before is not None:
+            report["valid"]["oracle"] = validator(
+                think=length,
+                thoughts=lambda history, target: label(policy, history, target, length, tuner.mode),
+            )
+            report["labels"] = before.reports
+            report["collapsed"] = any(each["collapsed"] for each in before.reports)
+        save_policy(stage, policy)
+        stage.save_json("report.json", report)
+        stage.publish(**report)
+        shown = (f"{key} {value['ndcg@10']:.4f}" for key, value in report["valid"].items())
+        say(f"{name}: ndcg@10 on validation users: " + ", ".join(shown))
+    return run.stage(name) if twin else check_strict(run.stage(name), strict)
