@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import ClassVar
 
 import numpy as np
@@ -86,7 +87,7 @@ class BaselineContract:
 
     @pytest.fixture(scope="class")
     def config(self):
-        quick = {"epochs": 30, "batch": 32, "lr": 5e-3, "dropout": 0.1}
+        quick = {"epochs": 20, "batch": 32, "lr": 5e-3, "dropout": 0.1, "dim": 32}
         own = baseline_class(self.name).defaults
         chosen = {key: value for key, value in quick.items() if key in own} | self.settings
         return BaselineConfig(name=self.name, **chosen)
@@ -132,48 +133,39 @@ class BaselineContract:
         ranking = model.rank(torch.tensor([[3, 4, 5]]), 10)
         assert (ranking.items >= 0).all()
 
-    def test_training_again_gives_the_same_stage(self, run, config, stage, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("again")
-        copy = _copy_run(run, folder)
-        assert train_baseline(copy, config, device="cpu").hash == stage.hash
-
-    def test_an_interrupted_training_ends_the_same(self, run, config, stage, monkeypatch, tmp_path):
-        if not config_losses(self.name):
-            pytest.skip("nothing is trained")
-        copy = _copy_run(run, tmp_path)
-        calls = 0
+    def test_an_interrupted_training_ends_bit_identical(self, run, config, monkeypatch, tmp_path):
         cls = baseline_class(self.name)
-        loss = cls.training_loss
+        if not cls.losses:
+            pytest.skip("nothing is trained")
+        short = dataclasses.replace(config, epochs=2)
+        whole = train_baseline(_copy_run(run, tmp_path / "whole"), short, device="cpu")
+        cut = _copy_run(run, tmp_path / "cut")
+        steps, loss = 0, cls.training_loss
 
         def failing(model, batch):
-            nonlocal calls
-            calls += 1
-            if calls == 40:
+            nonlocal steps
+            steps += 1
+            if batch.epoch == 1 and steps % 3 == 0:
                 raise KeyboardInterrupt
             return loss(model, batch)
 
-        monkeypatch.setattr(cls, "training_loss", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train_baseline(copy, config, device="cpu")
-        assert train_baseline(copy, config, device="cpu").hash == stage.hash
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cls, "training_loss", failing)
+            train_baseline(cut, short, device="cpu")
+        assert not cut.stage(f"baselines/{self.name}").complete
+        assert train_baseline(cut, short, device="cpu").hash == whole.hash
 
     def test_a_complete_stage_is_left_alone(self, run, config, stage):
         before = stage.manifest
         assert train_baseline(run, config, device="cpu").manifest == before
 
 
-def config_losses(name):
-    return baseline_class(name).losses
-
-
 def _copy_run(run: RunDir, folder) -> RunDir:
     """The run's data and tokenizer alone."""
-    import shutil
-
     for name in ("data", "tokenizer"):
         if run.stage(name).complete:
-            shutil.copytree(run.stage(name).path, folder / "copy" / name)
-    return RunDir(folder / "copy")
+            shutil.copytree(run.stage(name).path, folder / name)
+    return RunDir(folder)
 
 
 class TestPopularity(BaselineContract):
@@ -192,6 +184,7 @@ class TestSASRec(BaselineContract):
 class TestSASRecBCE(BaselineContract):
     name = "sasrec"
     settings: ClassVar[dict] = {"loss": "bce", "epochs": 40}
+    reaches = 0.6  # one negative a position learns slower
 
     @pytest.fixture(scope="class")
     def run(self, tmp_path_factory):
@@ -204,7 +197,7 @@ class TestGRU4Rec(BaselineContract):
 
 class TestBERT4Rec(BaselineContract):
     name = "bert4rec"
-    settings: ClassVar[dict] = {"epochs": 40}
+    settings: ClassVar[dict] = {"epochs": 30}
 
 
 class TestCaser(BaselineContract):
@@ -213,7 +206,8 @@ class TestCaser(BaselineContract):
 
 class TestTiger(BaselineContract):
     name = "tiger"
-    settings: ClassVar[dict] = {"epochs": 25, "batch": 64, "lr": 3e-3}
+    settings: ClassVar[dict] = {"epochs": 12, "batch": 64, "lr": 6e-3}
+    reaches = 0.5  # a few epochs only
 
     @pytest.fixture(scope="class")
     def run(self, tokenized):

@@ -58,7 +58,11 @@ class Tiger(Baseline):
     def build(cls, run: RunDir, config: BaselineConfig) -> Self:
         ids, item_tokens = cls._item_tokens(run)
         shape = PolicyConfig.of_size(
-            config.size, ids.tokens(), history=config.history, dropout=config.dropout
+            config.size,
+            ids.sizes,
+            history=config.history,
+            dropout=config.dropout,
+            dedup=ids.dedup,
         )
         seed = derive_seed(config.seed, "initial weights")
         return cls(config, Policy.build(shape, item_tokens, seed))

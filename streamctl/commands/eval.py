@@ -82,7 +82,7 @@ def render(stage: Stage, json_: bool, *, strict: bool = False) -> None:
     else:
         show(result)
         typer.echo(f"plots: {', '.join(str(path) for path in sorted(stage.path.glob('*.png')))}")
-    if strict and result["thinking"] and result["thinking"]["collapsed"]:
+    if strict and result["collapsed"]:
         raise StreamctlError(
             "the think labels have collapsed",
             where=stage.run.path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,8 @@ from streamctl.evaluation.evaluate import Recommender
 from streamctl.evaluation.generative import PolicyRecommender, random_thoughts
 from streamctl.model.policy import Policy
 from streamctl.runs import RunDir
-from streamctl.tokenizer.semantic_ids import SemanticIds
-from streamctl.tokenizer.trie import PrefixTrie
 from streamctl.training.annotate import label
+from streamctl.training.material import Material
 
 TWIN = "baselines/no_thinking"
 
@@ -45,55 +45,48 @@ class Models:
         return load_data(self.run)[1]
 
     @cached_property
-    def ids(self) -> SemanticIds:
-        return SemanticIds.load(self.run.stage("tokenizer"))
-
-    @cached_property
-    def item_tokens(self) -> torch.Tensor:
-        return torch.from_numpy(self.ids.tokens().item_tokens(self.ids.codes))
-
-    @cached_property
-    def trie(self) -> PrefixTrie:
-        return PrefixTrie(self.item_tokens.numpy())
+    def material(self) -> Material:
+        return Material.load(self.run)
 
     @property
-    def length(self) -> int:
-        """l: the think tokens that SFT and RL were trained with."""
-        return self.run.stage("annotate").manifest["config"]["length"]
+    def annotation(self) -> dict[str, Any]:
+        """How the labels of SFT and RL were made: `length` is l, `mode` how residuals are taken."""
+        return self.run.stage("annotate").manifest["config"]
 
     def _policy(self, stage: str) -> Policy:
-        policy = Policy.load(self.run.stage(stage).path, self.item_tokens)
-        return policy.to(self.device).eval()
+        return self.material.policy(self.run.stage(stage), self.device)
 
-    def generative(self, stage: str, **options: object) -> PolicyRecommender:
+    def generative(self, stage: str, **options: Any) -> PolicyRecommender:
         """A stage's policy with its beam search."""
-        policy = self.policy(stage)
         settings = {"beam": self.config.beam, "seed": self.config.seed} | options
-        return PolicyRecommender(policy, self.trie, **settings)
+        return PolicyRecommender(self.policy(stage), self.material.trie, **settings)
 
     def pretrained(self) -> PolicyRecommender:
         """The slow path of pretraining: it writes its retrieved neighbours' codes first (Eq. 9)."""
         neighbours = self.run.stage("pretrain").manifest["config"]["neighbours"]
-        return self.generative("pretrain", think=neighbours * self.ids.levels)
+        return self.generative("pretrain", think=neighbours * self.material.ids.levels)
+
+    def thinking(self, stage: str) -> PolicyRecommender:
+        """A policy that thinks greedily for l tokens of its own."""
+        return self.generative(stage, think=self.annotation["length"])
 
     def random(self, stage: str) -> PolicyRecommender:
         """A thinking policy given thoughts that mean nothing."""
-        tokens = self.policy(stage).config.tokens
-        users = self.split.log.n_users
-        thoughts = random_thoughts(tokens, users, self.length, self.config.seed)
-        return self.generative(stage, think=self.length, thoughts=thoughts)
+        tokens, users = self.policy(stage).config.tokens, self.split.log.n_users
+        thoughts = random_thoughts(tokens, users, self.annotation["length"], self.config.seed)
+        return self.generative(stage, thoughts=thoughts)
 
     def oracle(self, stage: str) -> PolicyRecommender:
         """A thinking policy given the thoughts that annotation derives from the target itself."""
-        policy = self.policy(stage)
+        policy, how = self.policy(stage), self.annotation
         targets = np.zeros(self.split.log.n_users, dtype=np.int64)
         targets[self.examples.users] = self.examples.targets
 
         def thoughts(history: torch.Tensor, users: np.ndarray) -> torch.Tensor:
             target = torch.from_numpy(targets[users]).to(history.device)
-            return label(policy, history, target, self.length)
+            return label(policy, history, target, how["length"], how["mode"])
 
-        return self.generative(stage, think=self.length, thoughts=thoughts)
+        return self.generative(stage, thoughts=thoughts)
 
     def baseline(self, name: str) -> Recommender:
         return baseline_class(name).load(self.run.stage(f"baselines/{name}")).to(self.device)
@@ -149,14 +142,14 @@ def known_rows(run: RunDir) -> dict[str, Row]:
             Row(
                 f"stream_{stage}",
                 ("tokenizer", "annotate", stage),
-                lambda models, stage=stage: models.generative(stage, think=models.length),
+                lambda models, stage=stage: models.thinking(stage),
             )
             for stage in ("sft", "rl")
         ),
         Row(
             "no_thinking",
             ("tokenizer", TWIN),
-            lambda models: models.generative(TWIN, think=0),
+            lambda models: models.generative(TWIN),
             control=True,
         ),
         *(

@@ -78,18 +78,19 @@ def show(result: Mapping[str, Any]) -> None:
         for name, row in result[group].items():
             if note := row.get("note"):
                 console.print(f"{name}: {note}", style="dim", highlight=False)
-    thinking = result.get("thinking")
-    if thinking:
-        text = (
-            f"think labels: {thinking['chains']:,} distinct chains, perplexity by step "
-            + ", ".join(f"{value:.1f}" for value in thinking["perplexity"])
-        )
-        console.print(text, highlight=False)
-        if thinking["collapsed"]:
+    for stage, report in result["thinking"].items():
+        if "distinct_chains" in report:
+            steps = ", ".join(f"{value:.1f}" for value in report["perplexity_by_step"])
             console.print(
-                "think labels have collapsed: the thoughts of this run say next to nothing",
-                style="bold red",
+                f"think labels of {stage}: {report['distinct_chains']:,} distinct chains for "
+                f"{report['distinct_targets']:,} targets, perplexity by step {steps}",
+                highlight=False,
             )
+    if result["collapsed"]:
+        console.print(
+            "the think labels have collapsed: thoughts of this run say next to nothing",
+            style="bold red",
+        )
 
 
 def plot_all(run: RunDir, result: Mapping[str, Any], folder: Path) -> list[Path]:

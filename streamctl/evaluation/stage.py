@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -170,8 +171,9 @@ def _publish(
     groups: dict[str, dict[str, Any]] = {"methods": {}, "controls": {}}
     for row in rows:
         note = {"note": row.note} if row.note else {}
-        entry = table.entries[row.name] | note | {"stages": [s for s in row.stages]}
+        entry = table.entries[row.name] | note | {"stages": list(row.stages)}
         groups["controls" if row.control else "methods"][row.name] = entry
+    labels = _labels(run, stage.parents)
     result = {
         "split": config.split,
         "users": len(table.examples),
@@ -182,7 +184,8 @@ def _publish(
         "data_hash": data.hash,
         **groups,
         "comparisons": {row.name: table.compare(row.name) for row in rows},
-        "thinking": None,
+        "thinking": labels,
+        "collapsed": any(report["collapsed"] for report in labels.values()),
     }
     stage.save_json(METRICS, result)
     kept = {
@@ -194,6 +197,18 @@ def _publish(
     extra = {"latency_ms": table.latency, WIDE_BEAM: wide}
     plot_all(run, _joined(result, extra), stage.path)
     stage.publish(**extra)
+
+
+def _labels(run: RunDir, parents: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How varied the think labels are, by the stage that reports it."""
+    kept = ("distinct_chains", "distinct_targets", "vocabulary", "perplexity", "perplexity_by_step")
+    found = {}
+    for name in parents:
+        manifest = run.stage(name).manifest
+        if "collapsed" in manifest:
+            report = {key: manifest[key] for key in kept if key in manifest}
+            found[name] = report | {"collapsed": manifest["collapsed"]}
+    return found
 
 
 def read_result(stage: Stage) -> dict[str, Any]:

@@ -1,0 +1,286 @@
+"""`eval`: which rows a run has, controls that are what they say, redone when its inputs change."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_baselines import N_ITEMS, N_USERS, write_cycle
+
+from streamctl.config import (
+    AnnotateConfig,
+    BaselineConfig,
+    EvalConfig,
+    PretrainConfig,
+    RlConfig,
+    SftConfig,
+    TokenizeConfig,
+)
+from streamctl.data import load_data
+from streamctl.errors import StreamctlError, UsageError
+from streamctl.evaluation import stage as stage_module
+from streamctl.evaluation.evaluate import evaluate
+from streamctl.evaluation.methods import Models, choose_rows, known_rows
+from streamctl.evaluation.report import SAME, plot_all, table
+from streamctl.evaluation.stage import evaluate_run, read_result
+from streamctl.evaluation.wide import widen
+from streamctl.runs import RunDir
+from streamctl.training.annotate import annotate
+from streamctl.training.material import Material, save_policy
+from streamctl.training.pretrain import pretrain
+
+CONFIG = EvalConfig(beam=10, bootstrap=200)
+KEYS = {
+    *(f"recall@{k}" for k in (1, 5, 10, 20, 50)),
+    *(f"ndcg@{k}" for k in (5, 10, 20)),
+    "coverage@10",
+}
+
+
+def publish_policy(run: RunDir, name: str, config, parents) -> None:
+    """The pretrained policy under another stage's name: rows need weights, not good ones."""
+    material = Material.load(run)
+    with run.begin(name, config, parents) as stage:
+        save_policy(stage, material.policy(run.stage("pretrain"), torch.device("cpu")))
+        stage.publish()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The circle with every stage that generative rows read."""
+    from streamctl.tokenizer.stage import tokenize
+
+    run = write_cycle(tmp_path_factory.mktemp("eval") / "run")
+    tokenize(
+        run,
+        TokenizeConfig(encoder="tfidf", dim=8, method="rqkmeans", levels=3, codes=4, neighbours=5),
+    )
+    pretrain(run, PretrainConfig(epochs=2, batch=64, lr=5e-3), device="cpu")
+    annotate(run, AnnotateConfig(length=2, fit_epochs=0), device="cpu")
+    parents = ["data", "tokenizer", "pretrain", "annotate"]
+    publish_policy(run, "sft", SftConfig(), parents)
+    publish_policy(run, "rl", RlConfig(), [*parents, "sft"])
+    publish_policy(run, "baselines/no_thinking", SftConfig(), parents[:3])
+    return run
+
+
+@pytest.fixture(scope="module")
+def stage(run):
+    return evaluate_run(run, CONFIG, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def result(stage):
+    return read_result(stage)
+
+
+@pytest.fixture
+def models(run):
+    return Models(run, CONFIG, load_data(run)[1].test, "cpu")
+
+
+def test_every_row_that_the_run_has_is_there(result):
+    methods, controls = set(result["methods"]), set(result["controls"])
+    assert methods == {"popularity", "tiger", "stream_pt", "stream_sft", "stream_rl"}
+    assert controls == {
+        "no_thinking",
+        "random_thinking",
+        "random_thinking_rl",
+        "oracle_thinking",
+        "wide_beam",
+    }
+
+
+def test_every_row_has_both_sets_of_figures_apart(result):
+    for row in (*result["methods"].values(), *result["controls"].values()):
+        assert row.keys() >= KEYS
+        assert row["masked"].keys() >= KEYS
+        assert row["interval"][0] <= row["ndcg@10"] <= row["interval"][1]
+        assert row["ms_per_user"] > 0
+
+
+def test_the_result_says_what_it_is_of(result, run):
+    assert result["split"] == "test"
+    assert result["users"] == N_USERS
+    assert result["items"] == N_ITEMS
+    assert result["ties"] == "kept"
+    assert result["data_hash"] == run.stage("data").hash
+    assert result["thinking"]["annotate"]["distinct_chains"] > 0
+    assert isinstance(result["collapsed"], bool)
+
+
+def test_stream_rows_come_with_paired_intervals(result):
+    for name in ("stream_pt", "stream_sft", "stream_rl"):
+        found = result["comparisons"][name]["tiger"]
+        own = result["methods"][name]["ndcg@10"] - result["methods"]["tiger"]["ndcg@10"]
+        assert found["difference"] == pytest.approx(own)
+        assert found["low"] <= found["difference"] <= found["high"]
+        assert found["masked"]["low"] <= found["masked"]["high"]
+    assert "random_thinking" in result["comparisons"]["stream_sft"]
+    assert "no_thinking" in result["comparisons"]["stream_sft"]
+
+
+def test_rows_that_mislead_without_a_note_have_one(result):
+    assert "seen the answer" in result["controls"]["oracle_thinking"]["note"]
+    assert "direct decoder of pretraining" in result["methods"]["tiger"]["note"]
+    assert result["controls"]["wide_beam"]["beam"] >= CONFIG.beam
+
+
+def test_artifacts_hold_no_timing(stage):
+    assert "ms_per_user" not in (stage.path / "metrics.json").read_text()
+    assert set(stage.manifest["artifacts"]) == {"metrics.json", "ranks.safetensors"}
+
+
+def test_a_complete_evaluation_is_not_redone(run, stage):
+    before = run.stage("eval").manifest
+    assert evaluate_run(run, CONFIG, device="cpu").manifest == before
+
+
+def test_it_is_redone_when_a_stage_appears_and_the_last_one_kept(tmp_path):
+    from streamctl.baselines.train import train_baseline
+
+    run, config = write_cycle(tmp_path / "run"), EvalConfig(bootstrap=50)
+    old = evaluate_run(run, config, device="cpu").hash
+    train_baseline(run, BaselineConfig(name="gru4rec", dim=8, epochs=1), device="cpu")
+    found = evaluate_run(run, config, device="cpu")
+    assert "gru4rec" in read_result(found)["methods"]
+    previous = json.loads((run.path / "eval.previous" / "manifest.json").read_text())
+    assert previous["hash"] == old
+
+
+def test_an_interrupted_evaluation_keeps_its_rows_and_ends_bit_identical(run, stage, monkeypatch):
+    config = EvalConfig(beam=4, bootstrap=50, methods=("popularity", "tiger", "stream_pt"))
+    whole = evaluate_run(run, config, device="cpu", force=True).hash
+    titles, real = [], stage_module.evaluate
+
+    def watched(*args, title, **options):
+        if len(titles) == 3:
+            raise KeyboardInterrupt
+        titles.append(title)
+        return real(*args, title=title, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage_module, "evaluate", watched)
+        evaluate_run(run, config, device="cpu", force=True)
+    assert titles == ["eval popularity", "eval popularity masked", "eval tiger"]
+    titles.clear()
+
+    def resumed(*args, title, **options):
+        titles.append(title)
+        return real(*args, title=title, **options)
+
+    monkeypatch.setattr(stage_module, "evaluate", resumed)
+    assert evaluate_run(run, config, device="cpu").hash == whole
+    assert "eval popularity" not in titles, "a finished row was evaluated again"
+    assert "eval tiger" in titles
+
+
+def test_items_that_share_a_code_are_ordered_by_chance_and_only_one_is_credited(models):
+    search = models.generative("pretrain", decoder="direct")
+    policy, trie_of = search.policy, type(search.trie)
+    tokens = policy.item_tokens.clone()
+    tokens[1] = tokens[0]  # items 0 and 1 collide
+    orders = set()
+    for seed in range(12):
+        policy.item_tokens = tokens
+        recommender = models.generative("pretrain", decoder="direct", seed=seed)
+        object.__setattr__(recommender, "trie", trie_of(tokens.numpy()))
+        items = recommender.rank(torch.tensor([[5, 6]]), N_ITEMS).items[0].tolist()
+        assert sorted(items) == list(range(N_ITEMS))
+        assert abs(items.index(0) - items.index(1)) == 1
+        orders.add(items.index(0) < items.index(1))
+    assert orders == {True, False}
+
+
+def test_random_thoughts_are_a_users_own_and_legal(models):
+    recommender = models.random("sft")
+    history = torch.zeros(3, 2, dtype=torch.int64)
+    given = recommender.thoughts(history, np.array([4, 5, 4]))
+    low, high = models.policy("sft").config.tokens.think_range
+    assert given.shape == (3, 2)
+    assert ((given >= low) & (given < high)).all()
+    assert torch.equal(given[0], given[2])
+    assert not torch.equal(given[0], given[1])
+
+
+def test_oracle_thoughts_depend_on_the_target(models):
+    recommender, examples = models.oracle("sft"), models.examples
+    users = np.arange(40)
+    history = torch.from_numpy(examples.histories(users))
+    thoughts = recommender.thoughts(history, users)
+    assert thoughts.shape == (40, 2)
+    other = Models(models.run, CONFIG, load_data(models.run)[1].valid, "cpu").oracle("sft")
+    assert not torch.equal(thoughts, other.thoughts(history, users))
+
+
+def test_the_wide_beam_takes_about_the_slow_rows_time(models, monkeypatch):
+    # A pretended clock: 1 ms and 0.1 ms for each unit of the beam.
+    def pretended(recommender, *args, **options):
+        return SimpleNamespace(ms_per_user=1 + 0.1 * recommender.beam)
+
+    monkeypatch.setattr("streamctl.evaluation.wide.evaluate", pretended)
+    fast = models.generative("pretrain", decoder="direct", beam=4)
+    latency = {"slow": 2.6, "fast": 1.4}
+    found = widen(fast, models.examples, latency, slow="slow", fast="fast")
+    assert found.beam == found.recommender.beam == 16
+    latency = {"slow": 1.2, "fast": 1.4}
+    assert widen(fast, models.examples, latency, slow="slow", fast="fast").beam == 4
+
+
+def test_a_sample_of_users_and_some_rows_can_be_asked_for(run, tmp_path):
+    config = EvalConfig(users=20, methods=("popularity",), bootstrap=50)
+    copy = write_cycle(tmp_path / "run")
+    found = read_result(evaluate_run(copy, config, device="cpu"))
+    assert list(found["methods"]) == ["popularity"]
+    assert found["users"] == 20
+    assert not found["controls"]
+
+
+def test_popularity_alone_equals_its_counts(tmp_path):
+    copy = write_cycle(tmp_path / "run")
+    found = read_result(evaluate_run(copy, EvalConfig(bootstrap=50), device="cpu"))
+    split = load_data(copy)[1]
+    order = np.argsort(-split.popularity(), kind="stable")
+    place = np.argsort(order)[split.test.targets]
+    assert found["methods"]["popularity"]["recall@5"] == pytest.approx((place < 5).mean())
+
+
+def test_an_unknown_row_and_a_missing_stage_are_named(run, tmp_path):
+    with pytest.raises(UsageError, match="did you mean"):
+        choose_rows(run, ("stream_sfd",))
+    copy = write_cycle(tmp_path / "run")
+    with pytest.raises(StreamctlError, match=r"streamctl (tokenize|annotate|sft)"):
+        evaluate_run(copy, EvalConfig(methods=("stream_sft",)), device="cpu")
+
+
+def test_tiger_is_the_one_trained_alone_when_there_is_one(run):
+    assert known_rows(run)["tiger"].stages == ("tokenizer", "pretrain")
+
+
+def test_the_table_and_the_plots_show_every_row(run, result, tmp_path):
+    shown = table(result)
+    assert shown.row_count == len(result["methods"]) + len(result["controls"])
+    assert SAME in shown.caption
+    names = {path.name for path in plot_all(run, result, tmp_path)}
+    assert names == {"ndcg.png", "training.png", "codes.png"}
+    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+
+
+def test_collapsed_labels_are_an_error_under_strict(run, stage, monkeypatch, capsys):
+    from streamctl.commands.eval import render
+
+    real = read_result(stage)
+    monkeypatch.setattr(stage_module, "read_result", lambda stage: real | {"collapsed": True})
+    render(stage, False)
+    assert "collapsed" in capsys.readouterr().out
+    with pytest.raises(StreamctlError, match="collapsed"):
+        render(stage, True, strict=True)
+
+
+def test_the_evaluator_agrees_with_the_result(models, result):
+    recommender = models.generative("pretrain", decoder="direct")
+    found = evaluate(recommender, models.examples, n_items=N_ITEMS, masked=True)
+    assert found.metrics["ndcg@10"] == result["methods"]["tiger"]["masked"]["ndcg@10"]
