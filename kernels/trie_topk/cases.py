@@ -23,14 +23,13 @@ class Case(NamedTuple):
 
 def build_trie(items):
     """A CsrTrie of rows of codes (N, m) int64, level by level; node 0 is the root."""
-    items = torch.unique(items, dim=0)  # sorted
     prefix = torch.zeros(len(items), dtype=torch.int64)  # node of each row's prefix so far
     parents, tokens, total = [], [], 1
     for column in items.T:
-        pairs = torch.stack([prefix, column], 1)
-        edges, prefix = torch.unique(pairs, dim=0, return_inverse=True)
-        parents.append(edges[:, 0])
-        tokens.append(edges[:, 1])
+        base = int(column.max()) + 1
+        edges, prefix = torch.unique(prefix * base + column, return_inverse=True)  # sorted
+        parents.append(edges // base)
+        tokens.append(edges % base)
         prefix = prefix + total
         total += len(edges)
     counts = torch.bincount(torch.cat(parents), minlength=total)
