@@ -10,32 +10,12 @@ from torch import nn
 
 from streamctl.baselines.base import Baseline
 from streamctl.baselines.objectives import catalogue_cross_entropy
+from streamctl.baselines.transformer import INITIAL_STD, Block
 from streamctl.config import BaselineConfig
 from streamctl.data import Split
 from streamctl.training.loop import Batch
 
 LAST_ONLY = 0.25  # share of training sequences in which the last item alone is hidden
-
-
-class _Block(nn.Module):
-    """Attention and a GELU network, each normalised after its residual, as in BERT."""
-
-    def __init__(self, dim: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads, self.rate = heads, dropout
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-        parts = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        rate = self.rate if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=rate)
-        mixed = self.out(mixed.transpose(1, 2).flatten(2))
-        x = self.norm_attention(x + self.dropout(mixed))
-        return self.norm_ffn(x + self.dropout(self.ffn(x)))
 
 
 class BERT4Rec(Baseline):
@@ -53,9 +33,9 @@ class BERT4Rec(Baseline):
         self.items = nn.Embedding(self.n_items + 1, dim)  # the last row is the mask
         self.positions = nn.Embedding(split.history + 1, dim)
         for table in (self.items, self.positions):
-            nn.init.normal_(table.weight, std=dim**-0.5)
+            nn.init.normal_(table.weight, std=INITIAL_STD)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
-        blocks = (_Block(dim, config.heads, config.dropout) for _ in range(config.layers))
+        blocks = (Block(dim, config.heads, config.dropout) for _ in range(config.layers))
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))
         self.bias = nn.Parameter(torch.zeros(self.n_items))
@@ -70,7 +50,7 @@ class BERT4Rec(Baseline):
         x = self.items(items.clamp(min=0)) + self.positions(places)
         x = self.dropout(self.norm(x))
         for block in self.blocks:
-            x = block(x, visible)
+            x = block(x, visible=visible)
         return self.head(x)
 
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -206,8 +206,9 @@ def _labels(run: RunDir, parents: Iterable[str]) -> dict[str, dict[str, Any]]:
     for name in parents:
         manifest = run.stage(name).manifest
         if "collapsed" in manifest:
-            report = {key: manifest[key] for key in kept if key in manifest}
-            found[name] = report | {"collapsed": manifest["collapsed"]}
+            report = manifest["labels"][-1] if manifest.get("labels") else manifest  # last round's
+            shown = {key: report[key] for key in kept if key in report}
+            found[name] = shown | {"collapsed": manifest["collapsed"]}
     return found
 
 
