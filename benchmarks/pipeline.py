@@ -1,6 +1,6 @@
 """Quality receipt of a whole run: `data prepare` + `streamctl run`, what it reached, how long.
 
-    python benchmarks/pipeline.py SOURCE --run runs/sci --size tiny --seed 0 --json --save scientific
+    python benchmarks/pipeline.py SOURCE --run runs/sci --size tiny --seed 0 --json --save sci
 
 A finished run is not trained again: its manifests hold every stage's configuration, seed, versions
 and wall time, and the receipt is read from them.

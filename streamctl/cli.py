@@ -21,12 +21,15 @@ COMMANDS = (
     ("baseline", "baseline"),
     ("eval", "eval"),
     ("recommend", "recommend"),
+    ("serve", "serve"),
     ("run", "run"),
     ("demo", "demo"),
 )
 DATA_COMMANDS = (
     ("data_prepare", "prepare"),
     ("data_synth", "synth"),
+    ("data_doctor", "doctor"),
+    ("data_export", "export"),
 )
 
 
