@@ -1,0 +1,86 @@
+"""`streamctl reproduce`: the whole table, method by method and seed by seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from streamctl.commands.options import Device, Json, Sets, print_json, print_table
+
+
+def command(
+    target: Annotated[
+        str, typer.Argument(help="A run's folder, or NAME for runs/NAME, such as beauty.")
+    ],
+    methods: Annotated[
+        Optional[str],  # noqa: UP045 - Typer reads Optional
+        typer.Option(
+            "--methods",
+            help="Comma-separated: popularity, caser, gru4rec, bert4rec, sasrec_bce, sasrec_ce, "
+            "tiger, stream; default: all.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Seeds 0..N-1 of each.", min=1)] = 1,
+    size: Annotated[
+        str, typer.Option("--size", help="Generative models: tiny, small or paper.")
+    ] = "small",
+    budget: Annotated[
+        float, typer.Option("--budget", help="Hours after which no job begins; 0: none.", min=0)
+    ] = 0.0,
+    save: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--save", help="Write the table to this file too."),
+    ] = None,
+    set_: Sets = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Train and evaluate every method with every seed, and print the table.
+
+    Interrupt it at any time: the same command continues, job by job.
+
+    Reads: data and tokenizer of the run. Writes: RUN/reproduce (a run and a receipt for each job,
+    table.json).
+    Next: `streamctl eval --run RUN/reproduce/stream-0`.
+    """
+    import json
+
+    from streamctl.errors import UsageError
+    from streamctl.evaluation.reproduce import JOBS, Plan, reproduce
+    from streamctl.runs import RunDir
+
+    if size not in ("tiny", "small", "paper"):
+        raise UsageError(f"--size is {size!r}; it takes one of tiny, small, paper")
+    for text in set_ or ():
+        if "." not in text.partition("=")[0]:
+            raise UsageError(
+                f"--set {text}: `reproduce` takes stage.key=value, such as sft.lr=1e-3"
+            )
+    folder = Path(target) if Path(target).is_dir() else Path("runs") / target
+    chosen = tuple(methods.split(",")) if methods else tuple(JOBS)
+    plan = Plan(chosen, tuple(range(seeds)), size, tuple(set_ or ()), budget, device)
+    table = reproduce(RunDir(folder), plan)
+    if save is not None:
+        save.write_text(json.dumps(table, indent=1) + "\n")
+    if json_:
+        print_json(table)
+        return
+    columns = ["recall@5", "ndcg@5", "recall@10", "ndcg@10", "ndcg@10_masked", "ms_per_user"]
+    rows = []
+    for row in table["rows"]:
+        published = row["published"]
+        shown = f"{published['ndcg@10']:.4f}" if published else ""
+        versus = [
+            f"[{row[key][0]:+.4f}, {row[key][1]:+.4f}]" if row[key] else ""
+            for key in ("vs_tiger", "vs_sasrec_ce")
+        ]
+        rows.append(
+            [row["method"], row["seeds"], *(row[column] for column in columns), shown, *versus]
+        )
+    print_table(
+        f"{table['data']}, size {table['size']}",
+        ["", "seeds", *columns, "published ndcg@10", "less TIGER", "less SASRec-CE"],
+        rows,
+    )
