@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
+from streamctl.config import TokenizeConfig
 from streamctl.device import derive_seed
 from streamctl.kernels import codeword_sums, nearest_codeword, residual_quantize
 
@@ -75,19 +77,33 @@ def residual_kmeans(
 
 
 class RQKMeans:
-    """Residual k-means in the space of the item vectors."""
+    """Residual k-means of the first principal components of the item vectors.
 
-    def __init__(self, codebooks: torch.Tensor):
-        """codebooks: (L, K, dim) float32."""
-        self.codebooks = codebooks
+    As many components as an RQ-VAE's latent vector has: standardised to one deviation, the later
+    ones are mostly noise, on which k-means spends its codes (on Amazon Scientific, 128 components
+    left 27% of the items without a code of their own and the last level a perplexity of 12;
+    32 components 15% and 117).
+    """
+
+    def __init__(self, codebooks: torch.Tensor, dim: int):
+        """codebooks: (L, K, D) float32, D <= dim. dim: width of the item vectors."""
+        self.codebooks, self.dim = codebooks, dim
+
+    @classmethod
+    def fit(cls, x: torch.Tensor, config: TokenizeConfig, codes: int) -> RQKMeans:
+        """From item vectors (N, dim) float32; codes: K, at most `config.codes`."""
+        seed = derive_seed(config.seed, "rqkmeans")
+        latents = x[:, : config.latent].contiguous()
+        codebooks = residual_kmeans(latents, config.levels, codes, config.kmeans_iterations, seed)
+        return cls(codebooks, x.shape[1])
 
     def latent(self, x: torch.Tensor) -> torch.Tensor:
-        """What the codebooks quantize: the vectors themselves, (N, dim)."""
-        return x
+        """What the codebooks quantize: (N, dim) -> (N, D)."""
+        return x[:, : self.codebooks.shape[2]]
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        """Sums of codewords -> vectors: the same, (N, dim)."""
-        return quantized
+        """Sums of codewords (N, D) -> vectors (N, dim); the other components are zero."""
+        return functional.pad(quantized, (0, self.dim - quantized.shape[1]))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"codebooks": self.codebooks}

@@ -19,7 +19,7 @@ from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.tokenizer.collisions import dedup_digit, reassign
 from streamctl.tokenizer.encoders import SentenceEncoder
 from streamctl.tokenizer.projection import Projection
-from streamctl.tokenizer.rqkmeans import RQKMeans, residual_kmeans
+from streamctl.tokenizer.rqkmeans import RQKMeans
 from streamctl.tokenizer.rqvae import RQVAE, RQVAETrainer
 from streamctl.tokenizer.semantic_ids import SemanticIds, describe
 from streamctl.tokenizer.tfidf import TfidfEncoder
@@ -67,10 +67,7 @@ def tokenize(
         if config.method == "rqvae":
             quantizer = train_rqvae(stage, x, config, codes, state)
         else:
-            seed = derive_seed(config.seed, "rqkmeans")
-            quantizer = RQKMeans(
-                residual_kmeans(x, config.levels, codes, config.kmeans_iterations, seed)
-            )
+            quantizer = RQKMeans.fit(x, config, codes)
         semantic_ids = assign(quantize(quantizer, x), quantizer.codebooks.detach(), config)
         report = semantic_ids.report()
         for text in complaints(report, config):

@@ -77,7 +77,8 @@ class Tokenizer:
             encoder = SentenceEncoder(saved["name"], device)
         projection = Projection.load(stage)
         if config.method == "rqkmeans":
-            return cls(encoder, projection, RQKMeans(tensors["codebooks"]))
+            quantizer = RQKMeans(tensors["codebooks"], len(projection.components))
+            return cls(encoder, projection, quantizer)
         codes = tensors["codebooks"].shape[1]
         model = RQVAE.build(len(projection.components), config, codes)
         model.load_state_dict(tensors)
