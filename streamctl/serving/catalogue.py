@@ -72,7 +72,7 @@ class LiveCatalogue:
         self._announced = None  # which run was served in an earlier life does not matter now
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
-        """int64 (n, learned levels): codes of new texts. Loads the text encoder when it is first needed."""
+        """int64 (n, learned levels): codes of new texts; the first call loads the encoder."""
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.load(self._stage)
         return self._tokenizer.encode(list(texts))

@@ -73,7 +73,7 @@ class Engine:
         self._report: dict[str, Any] | None = None
 
     def _joined(self, item: int, tokens: np.ndarray) -> None:
-        """Make an added item readable in histories: its codes are all that the model knows of it."""
+        """Make an added item readable in histories: the model knows its codes and no more."""
         known = self.policy.item_tokens
         row = torch.from_numpy(tokens).to(known)[None]
         self.policy.item_tokens = torch.cat([known[:item], row])

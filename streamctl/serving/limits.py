@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streamctl.serving.problems import Problem
 
 MAX_BODY = 1 << 20  # bytes
+TOO_LARGE = f"the body is larger than {MAX_BODY} bytes"
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -35,7 +37,7 @@ class Limits:
         send = self._with_headers(scope, send)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared[:20]) > MAX_BODY:
-            await too_large().response()(scope, receive, send)
+            await Problem(413, TOO_LARGE).response()(scope, receive, send)
             return
         received = 0
 
@@ -44,7 +46,8 @@ class Limits:
             message = await receive()
             received += len(message.get("body", b""))
             if received > MAX_BODY:
-                raise too_large()
+                # Of all exceptions FastAPI lets only this one through while it reads a body.
+                raise HTTPException(413, TOO_LARGE)
             return message
 
         await self.app(scope, counting, send)
@@ -63,7 +66,3 @@ class Limits:
             await send(message)
 
         return sending
-
-
-def too_large() -> Problem:
-    return Problem(413, f"the body is larger than {MAX_BODY} bytes")

@@ -1,0 +1,523 @@
+"""The server as its users meet it: a real process on loopback, spoken to over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from serving_run import KEYS, THINK, make_run
+
+START = "import typer; from streamctl.commands.serve import command; typer.run(command)"
+READ = {"Authorization": f"Bearer {KEYS['read']}"}
+WRITE = {"Authorization": f"Bearer {KEYS['write']}"}
+pytestmark = pytest.mark.xdist_group("serving")
+
+
+class Server:
+    """`streamctl serve` in a process of its own."""
+
+    def __init__(self, run: Path, *options: object, keys: Path | None = None):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        words = ["--run", run, "--port", self.port, *options]
+        if keys:
+            words += ["--keys", keys]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, *map(str, words)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = httpx.Client(base_url=self.url, headers=READ, timeout=30)
+
+    def wait(self, seconds: float = 90) -> Server:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise AssertionError(self.process.stderr.read())
+            try:
+                if self.client.get("/readyz").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError("not ready in time")
+
+    def recommend(self, **query) -> dict:
+        answer = self.client.post("/v1/recommend", json=query)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def ids(self, **query) -> list[str]:
+        return [item["id"] for item in self.recommend(**query)["items"]]
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs side by side, `first` and `second`, with different weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "first", seed=0)
+    make_run(folder / "second", seed=1)
+    (folder / "keys").write_text(f"read {KEYS['read']}\nwrite {KEYS['write']}\n")
+    return folder
+
+
+@pytest.fixture
+def own(runs, tmp_path):
+    """A copy of the runs that a test may change."""
+    return shutil.copytree(runs, tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def server(runs):
+    server = Server(
+        runs / "first", "--deadline-ms", 20000, "--items", runs / "x.jsonl", keys=runs / "keys"
+    )
+    yield server.wait()
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def history(server):
+    return [item["id"] for item in server.client.get("/v1/users/u017").json()["history"]]
+
+
+def test_a_history_gets_ranked_items_that_it_does_not_hold(server, history):
+    answer = server.recommend(history=history, k=7)
+    assert len(answer["items"]) == 7 and answer["think"] == THINK
+    scores = [item["score"] for item in answer["items"]]
+    assert scores == sorted(scores, reverse=True)
+    assert not {item["id"] for item in answer["items"]} & set(history)
+    assert answer["model"]["run"] == "first" and answer["model"]["stage"] == "sft"
+
+
+def test_a_known_user_stands_for_the_history(server, history):
+    assert server.ids(user_id="u017") == server.ids(history=history)
+
+
+def test_seen_items_may_be_asked_for(server, history):
+    every = server.ids(history=history, k=100, exclude_seen=False)
+    assert set(history) & set(every)
+
+
+def test_the_thinking_budget_and_the_mode_are_the_callers(server, history):
+    for think in (0, 1, 8):
+        assert server.recommend(history=history, think=think)["think"] == think
+    for mode in ("greedy", "joint", "marginal"):
+        assert server.recommend(history=history, mode=mode)["mode"] == mode
+
+
+def test_allow_deny_and_filter_are_obeyed(server, history):
+    best = server.ids(history=history, k=5)
+    assert server.ids(history=history, allow=best[1:3]) == best[1:3]
+    assert server.ids(history=history, k=4, deny=best[:1]) == best[1:]
+    brand = server.client.get(f"/v1/items/{best[0]}").json()["fields"]["brand"]
+    found = server.ids(history=history, k=50, filter={"brand": [brand]})
+    assert best[0] in found
+    for item in found:
+        assert server.client.get(f"/v1/items/{item}").json()["fields"]["brand"] == brand
+    assert server.ids(history=history, filter={"brand": []}) == []
+
+
+def test_the_explanation_holds_each_think_token_and_the_rankings(server, history):
+    answer = server.recommend(history=history, k=5, explain=True)
+    explain = answer["explain"]
+    assert len(explain["steps"]) == THINK
+    last = [item["id"] for item in explain["steps"][-1]["ranking"]]
+    assert last == [item["id"] for item in answer["items"]]
+    assert [item["id"] for item in explain["before"]] == server.ids(history=history, k=5, think=0)
+    for step in explain["steps"]:
+        for item in step["items"]:
+            codes = server.client.get(f"/v1/items/{item['id']}").json()["codes"]
+            assert codes[step["level"]] == step["code"]
+        titles = " ".join(item["title"].lower() for item in step["items"])
+        assert step["words"] and (len(step["items"]) >= 5 or step["words"][0] in titles)
+
+
+def test_the_batch_form_gives_what_single_requests_give(server, history):
+    questions = [{"history": history, "k": 3}, {"user_id": "u020", "k": 5, "think": 0}]
+    answer = server.client.post("/v1/recommend/batch", json={"requests": questions}).json()
+    together = [[item["id"] for item in one["items"]] for one in answer["answers"]]
+    assert together == [server.ids(**question) for question in questions]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "/"),
+        ({"history": []}, "/history"),
+        ({"history": ["i001", "nothing"]}, "/history/1"),
+        ({"history": ["i001"], "user_id": "u017"}, "/"),
+        ({"user_id": "nobody"}, "/user_id"),
+        ({"user_id": "u017", "k": 0}, "/k"),
+        ({"user_id": "u017", "k": 101}, "/k"),
+        ({"user_id": "u017", "think": 9}, "/think/constrained-int"),
+        ({"user_id": "u017", "mode": "deep"}, "/mode"),
+        ({"user_id": "u017", "kk": 1}, "/kk"),
+        ({"user_id": "u017", "filter": {"brnd": ["x"]}}, "/filter/brnd"),
+        ({"user_id": "u017", "allow": ["nothing"]}, "/allow/0"),
+        ({"history": ["i001"] * 201}, "/history"),
+        ({"history": ["\ud800"]}, "/history/0"),
+    ],
+)
+def test_a_wrong_request_names_the_field_at_fault(server, body, field):
+    answer = server.client.post(
+        "/v1/recommend", content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["status"] == 422 and problem["errors"][0]["field"] == field
+    assert problem["detail"]
+
+
+def test_a_close_id_is_suggested(server):
+    item = server.client.get("/v1/items", params={"limit": 1}).json()["items"][0]["id"]
+    answer = server.client.post("/v1/recommend", json={"history": [item + "0"]})
+    assert f"did you mean {item}" in answer.json()["errors"][0]["detail"]
+
+
+def test_a_wrong_place_in_a_batch_is_named(server):
+    body = {"requests": [{"user_id": "u017"}, {"user_id": "nobody"}]}
+    answer = server.client.post("/v1/recommend/batch", json=body)
+    assert answer.json()["errors"][0]["field"] == "/requests/1/user_id"
+
+
+def test_bodies_over_a_mebibyte_are_refused_declared_or_not(server):
+    large = b'{"user_id": "' + b"x" * (1 << 20) + b'"}'
+    for content in (large, iter([large[: 1 << 19], large[1 << 19 :]])):
+        answer = server.client.post(
+            "/v1/recommend", content=content, headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == 413
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 50_000, b"NaN"])
+def test_what_is_not_a_json_object_is_refused_and_not_fallen_over(server, content):
+    answer = server.client.post(
+        "/v1/recommend", content=content, headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code in (400, 422)
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_body_that_is_not_declared_as_json_is_refused(server):
+    # A form or plain text could be sent by any web page without asking the server first.
+    answer = server.client.post(
+        "/v1/recommend", content=b'{"user_id": "u017"}', headers={"Content-Type": "text/plain"}
+    )
+    assert answer.status_code == 422
+
+
+def test_without_the_right_key_nothing_is_read_or_changed(server):
+    new = {"id": "zzz", "title": "Zzz"}
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic eDp5"}):
+        with httpx.Client(base_url=server.url, headers=headers) as client:
+            assert client.post("/v1/recommend", json={"user_id": "u017"}).status_code == 401
+            for path in ("/v1/items", "/v1/users", "/v1/run", "/metrics"):
+                assert client.get(path).status_code == 401
+            assert client.post("/v1/items", json=new).status_code == 401
+            assert client.get("/healthz").status_code == 200
+            assert client.get("/").status_code == 200
+    assert server.client.post("/v1/items", json=new).status_code == 403
+    assert server.client.delete("/v1/items/i001").status_code == 403
+    assert server.client.post("/v1/reload", json={}).status_code == 403
+
+
+def test_every_answer_carries_the_protective_headers(server):
+    for path in ("/", "/docs", "/page/main.js", "/v1/items", "/nothing"):
+        headers = server.client.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("path", ["/page/../http.py", "/page/..%2fhttp.py", "/page//etc/passwd"])
+def test_only_the_pages_own_files_can_be_fetched(server, path):
+    assert server.client.get(path).status_code == 404
+
+
+def test_an_added_item_is_found_read_and_recommended(server):
+    new = {"id": "new-1", "title": "Wrenfield varnish brush", "fields": {"brand": "Wrenfield"}}
+    added = server.client.post("/v1/items", json=new, headers=WRITE)
+    assert added.status_code == 201 and added.json()["added"]
+    codes = added.json()["codes"]
+    others = server.client.get("/v1/items", params={"q": "", "limit": 100}).json()["items"]
+    assert codes not in [item["codes"] for item in others if item["id"] != "new-1"]
+    found = server.client.get("/v1/items", params={"q": "varnish brush"}).json()
+    assert "new-1" in [item["id"] for item in found["items"]]
+    assert server.ids(user_id="u017", allow=["new-1"]) == ["new-1"]
+    assert server.ids(history=["new-1"], k=3)
+    again = server.client.post("/v1/items", json=new, headers=WRITE)
+    assert again.status_code == 409 and again.json()["errors"][0]["field"] == "/id"
+    wrong = {**new, "id": "new-2", "fields": {"brnd": "x"}}
+    refused = server.client.post("/v1/items", json=wrong, headers=WRITE)
+    assert refused.status_code == 422 and "brand" in refused.json()["detail"]
+    assert server.client.delete("/v1/items/new-1", headers=WRITE).status_code == 204
+    assert server.client.get("/v1/items/new-1").status_code == 404
+    assert server.client.delete("/v1/items/new-1", headers=WRITE).status_code == 404
+    assert server.ids(user_id="u017", allow=["new-1"]) == []
+    assert server.ids(history=["new-1"], k=3)
+
+
+def test_items_with_equal_texts_get_codes_of_their_own(server):
+    made = []
+    for number in range(6):
+        new = {"id": f"twin-{number}", "title": "Copperleaf wax seal kit"}
+        made.append(server.client.post("/v1/items", json=new, headers=WRITE).json()["codes"])
+    assert len({tuple(codes) for codes in made}) == 6
+    assert len({tuple(codes[:-1]) for codes in made}) == 1
+    for number in range(6):
+        assert server.client.delete(f"/v1/items/twin-{number}", headers=WRITE).is_success
+
+
+def test_an_item_of_the_run_can_be_taken_out(server):
+    first = server.ids(user_id="u033", k=3)
+    assert server.client.delete(f"/v1/items/{first[0]}", headers=WRITE).status_code == 204
+    assert server.ids(user_id="u033", k=2) == first[1:]
+
+
+def test_the_metrics_count_what_happened(server, history):
+    server.ids(history=history, think=2)
+    text = server.client.get("/metrics").text
+    assert 'streamctl_recommend_seconds_count{think="2"}' in text
+    for name in ("batch_size", "queue_length", "queue_seconds", "rejected", "expired", "items"):
+        assert f"streamctl_{name}" in text
+
+
+def test_the_run_report_has_stages_curves_and_code_usage(server):
+    report = server.client.get("/v1/run").json()
+    assert [stage["name"] for stage in report["stages"]][:2] == ["data", "tokenizer"]
+    assert any(curve["stage"] == "sft" and curve["metric"] == "loss" for curve in report["curves"])
+    assert len(report["codes"]["levels"]) == 3
+    assert sum(report["codes"]["levels"][0]["counts"]) == 120
+
+
+def test_users_are_listed_and_searched(server):
+    listed = server.client.get("/v1/users", params={"limit": 5}).json()
+    assert len(listed["users"]) == 5 and listed["total"] == 150
+    found = server.client.get("/v1/users", params={"q": "u01"}).json()
+    assert found["users"] and all(user.startswith("u01") for user in found["users"])
+    assert server.client.get("/v1/users/nobody").status_code == 404
+
+
+def test_without_keys_reading_works_from_loopback_only_and_writing_not_at_all(runs):
+    server = Server(runs / "first").wait()
+    try:
+        client = httpx.Client(base_url=server.url)
+        assert client.post("/v1/recommend", json={"user_id": "u017"}).status_code == 200
+        assert client.post("/v1/items", json={"id": "a", "title": "A"}).status_code == 403
+        # A web page that points its own name at 127.0.0.1 must not read through the browser.
+        foreign = client.get("/v1/items", headers={"Host": "evil.example"})
+        assert foreign.status_code == 421
+    finally:
+        server.kill()
+
+
+def test_a_public_address_without_keys_is_refused(runs):
+    server = Server(runs / "first", "--host", "0.0.0.0")
+    _, errors = server.process.communicate(timeout=60)
+    assert server.process.returncode != 0
+    assert "no API key is set" in errors
+
+
+def test_overload_gives_429_with_retry_after_and_no_other_error(own):
+    server = Server(own / "first", "--queue", 4, "--max-batch", 2, keys=own / "keys").wait()
+    try:
+        with ThreadPoolExecutor(24) as pool:
+            call = lambda n: server.client.post(  # noqa: E731
+                "/v1/recommend", json={"user_id": f"u{n % 100:03}", "deadline_ms": 20000}
+            )
+            answers = list(pool.map(call, range(240)))
+        statuses = {answer.status_code for answer in answers}
+        assert statuses == {200, 429}
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert refused.headers["content-type"] == "application/problem+json"
+        late = server.client.post("/v1/recommend", json={"user_id": "u001", "deadline_ms": 1})
+        assert late.status_code == 504
+    finally:
+        server.kill()
+
+
+class Traffic:
+    """Requests from several threads until told to stop; each must get its full answer."""
+
+    def __init__(self, server: Server, threads: int = 4):
+        self.server, self.done = server, threading.Event()
+        self.answers: list[dict] = []
+        self.failures: list[str] = []
+        self.refused = 0
+        self.threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        client = httpx.Client(base_url=self.server.url, headers=READ, timeout=30)
+        while not self.done.is_set():
+            body = {"user_id": f"u{number:03}", "k": 5, "think": number % 2, "deadline_ms": 20000}
+            try:
+                answer = client.post("/v1/recommend", json=body)
+            except httpx.ConnectError:
+                self.refused += 1  # nobody listens any more: the request was never sent
+                return
+            except httpx.HTTPError as error:
+                self.failures.append(repr(error))
+                return
+            if answer.status_code != 200:
+                self.failures.append(answer.text)
+                return
+            self.answers.append({"user": number, **answer.json()})
+
+    def stop(self) -> None:
+        self.done.set()
+        for thread in self.threads:
+            thread.join(60)
+
+
+def test_requests_during_a_reload_all_succeed_and_each_is_of_one_model(own):
+    server = Server(own / "first", keys=own / "keys").wait()
+    try:
+        traffic = Traffic(server)
+        for name in ("second", "first", "second"):
+            answer = server.client.post("/v1/reload", json={"run": name}, headers=WRITE)
+            assert answer.status_code == 200 and answer.json()["model"]["run"] == name
+        time.sleep(0.3)
+        traffic.stop()
+        assert not traffic.failures
+        lists = {}
+        for answer in traffic.answers:
+            key = answer["user"], answer["model"]["run"]
+            lists.setdefault(key, []).append([item["id"] for item in answer["items"]])
+        assert {run for _, run in lists} == {"first", "second"}
+        for found in lists.values():
+            assert all(one == found[0] for one in found)
+        refused = server.client.post("/v1/reload", json={"run": "../x"}, headers=WRITE)
+        assert refused.status_code == 422 and refused.json()["errors"][0]["field"] == "/run"
+    finally:
+        server.kill()
+
+
+def test_requests_during_additions_all_succeed_and_additions_show_at_once(own):
+    server = Server(own / "first", keys=own / "keys").wait()
+    try:
+        traffic = Traffic(server)
+        for number in range(12):
+            new = {"id": f"new-{number}", "title": f"Harbour black ink {number}"}
+            assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
+            assert server.ids(user_id="u017", allow=[f"new-{number}"]) == [f"new-{number}"]
+        traffic.stop()
+        assert not traffic.failures and len(traffic.answers) > 20
+    finally:
+        server.kill()
+
+
+def test_sigterm_under_load_loses_no_request_that_was_accepted(own):
+    server = Server(own / "first", "--drain-seconds", 1.0, keys=own / "keys").wait()
+    traffic = Traffic(server, threads=6)
+    time.sleep(1.0)
+    before = len(traffic.answers)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.4)
+    draining = httpx.get(f"{server.url}/readyz")
+    assert draining.status_code == 503
+    code = server.process.wait(60)
+    traffic.stop()
+    assert not traffic.failures
+    assert traffic.refused == 6
+    assert len(traffic.answers) > before
+    assert code == 0
+
+
+def test_a_killed_server_comes_back_with_everything_that_was_added(own):
+    server = Server(own / "first", keys=own / "keys").wait()
+    for number in range(5):
+        new = {"id": f"new-{number}", "title": f"Alder pigment {number}"}
+        assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
+    assert server.client.delete("/v1/items/new-2", headers=WRITE).status_code == 204
+    codes = [server.client.get(f"/v1/items/new-{n}").json().get("codes") for n in range(5)]
+    best = server.ids(user_id="u017", k=20)
+    server.kill()
+    journal = own / "first" / "serving" / "items.jsonl"
+    with open(journal, "ab") as handle:
+        handle.write(b'{"op": "add", "id": "half')  # the kill came in the middle of a write
+    server = Server(own / "first", keys=own / "keys").wait()
+    try:
+        again = [server.client.get(f"/v1/items/new-{n}").json().get("codes") for n in range(5)]
+        assert again == codes and again[2] is None and again[0]
+        assert server.ids(user_id="u017", k=20) == best
+        new = {"id": "new-9", "title": "Alder pigment 9"}
+        assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
+    finally:
+        server.kill()
+
+
+def test_added_items_follow_to_a_run_with_other_codes(own):
+    server = Server(own / "first", keys=own / "keys").wait()
+    try:
+        new = {"id": "new-1", "title": "Northwind broad nibs", "text": "Northwind broad nibs"}
+        assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
+        answer = server.client.post("/v1/reload", json={"run": "second"}, headers=WRITE)
+        assert answer.status_code == 200
+        assert server.ids(user_id="u017", allow=["new-1"]) == ["new-1"]
+    finally:
+        server.kill()
+
+
+def test_two_workers_agree_on_items_and_follow_a_reload(own):
+    server = Server(own / "first", "--workers", 2, "--threads", 1, keys=own / "keys").wait()
+    try:
+        time.sleep(1.0)
+
+        def everywhere(check) -> bool:
+            """Each call on a connection of its own, so that both workers are met."""
+            for _ in range(16):
+                with httpx.Client(base_url=server.url, headers=READ, timeout=30) as client:
+                    while client.get("/readyz").status_code != 200:
+                        time.sleep(0.1)
+                    if not check(client):
+                        return False
+            return True
+
+        new = {"id": "new-1", "title": "Quillon layout paper"}
+        assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
+        body = {"user_id": "u017", "allow": ["new-1"], "deadline_ms": 20000}
+        time.sleep(1.2)
+        assert everywhere(
+            lambda client: (
+                client.post("/v1/recommend", json=body).json()["items"][0]["id"] == "new-1"
+            )
+        )
+        server.client.post("/v1/reload", json={"run": "second"}, headers=WRITE)
+        end = time.monotonic() + 30
+        while time.monotonic() < end and not everywhere(
+            lambda client: client.get("/readyz").json()["model"]["run"] == "second"
+        ):
+            time.sleep(0.2)
+        assert everywhere(lambda client: client.get("/readyz").json()["model"]["run"] == "second")
+        metrics = server.client.get("/metrics").text
+        assert "streamctl_recommend_seconds_count" in metrics
+        assert server.stop() == 0
+    finally:
+        server.kill()
