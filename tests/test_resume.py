@@ -174,8 +174,10 @@ def test_a_killed_stage_continues_to_the_same_artifacts(clean, tmp_path, stage, 
 def test_a_stage_after_a_changed_parent_is_refused(clean, tmp_path):
     copy, settings = before(clean, "sft", tmp_path)
     redone = subprocess.run(
-        [sys.executable, "-m", "streamctl", "pretrain", "--run", str(copy), "--force"]
-        + ["--config", str(settings), "--set", "pretrain.lr=0.002"],
+        [
+            *(sys.executable, "-m", "streamctl", "pretrain", "--run", str(copy), "--force"),
+            *("--config", str(settings), "--set", "pretrain.lr=0.002"),
+        ],
         capture_output=True,
         text=True,
     )

@@ -51,3 +51,25 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     for row in rows:
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
     Console().print(table)
+
+
+def print_stage(stage: Any, json_: bool, rows: list[list[Any]]) -> None:
+    """A finished training stage: its report as JSON, or `rows` and the time it took as a table."""
+    if json_:
+        print_json({"stage": stage.name, **stage.json("report.json")})
+        return
+    seconds = ["seconds", f"{stage.manifest['wall_s']:.0f}"]
+    print_table(f"{stage.path}", ["", "value"], [*rows, seconds])
+
+
+def valid_rows(report: dict[str, Any]) -> list[list[Any]]:
+    """ndcg@10 on validation users, a row for each way of answering in a stage's report."""
+    return [
+        [f"validation ndcg@10, {name}", metrics["ndcg@10"]]
+        for name, metrics in report["valid"].items()
+    ]
+
+
+def epochs_row(report: dict[str, Any]) -> list[Any]:
+    """How many epochs were trained and, counted from 1, which was kept."""
+    return ["epochs (best)", f"{report['epochs']} ({report['best_epoch'] + 1})"]

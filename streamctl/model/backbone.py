@@ -370,7 +370,11 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def initialise(module: nn.Module, config: BackboneConfig, generator: torch.Generator) -> None:
-    """T5's initial weights: normal, with the deviations that its unscaled attention needs."""
+    """T5's initial weights: normal, with the deviations that its unscaled attention needs.
+
+    Args:
+        module: an encoder or decoder of this shape.
+    """
     inner = config.heads * config.d_kv
     deviations = {
         "q.weight": (config.d_model * config.d_kv) ** -0.5,
@@ -380,9 +384,8 @@ def initialise(module: nn.Module, config: BackboneConfig, generator: torch.Gener
         "wi.weight": config.d_model**-0.5,
         "wo.weight": config.d_ff**-0.5,
         "relative_attention_bias.weight": config.d_model**-0.5,
-        "shared.weight": 1.0,
     }
     for name, parameter in module.named_parameters():
         for ending, deviation in deviations.items():
-            if name.endswith("." + ending) or name == ending:
+            if name.endswith("." + ending):
                 parameter.normal_(0.0, deviation, generator=generator)

@@ -1,9 +1,9 @@
 """A policy on disk: two folders that transformers loads, the thinker, and its shape.
 
-    config.json, model.safetensors           encoder and slow decoder (T5ForConditionalGeneration)
-    direct/config.json, model.safetensors    encoder and direct decoder, likewise
-    thinker.safetensors                      MLP_s and MLP_r
-    policy.json                              PolicyConfig
+config.json, model.safetensors           encoder and slow decoder (T5ForConditionalGeneration)
+direct/config.json, model.safetensors    encoder and direct decoder, likewise
+thinker.safetensors                      MLP_s and MLP_r
+policy.json                              PolicyConfig
 """
 
 from __future__ import annotations

@@ -150,7 +150,9 @@ class Policy(nn.Module):
             torch.manual_seed(seed)
             policy = cls(config, item_tokens)
         generator = torch.Generator().manual_seed(seed)
-        initialise(policy, config.backbone, generator)
+        nn.init.normal_(policy.shared.weight, generator=generator)
+        initialise(policy.encoder, config.backbone, generator)
+        initialise(policy.decoder, config.backbone, generator)
         policy.direct.load_state_dict(policy.decoder.state_dict())
         return policy
 
@@ -310,31 +312,6 @@ class Policy(nn.Module):
             later, _ = self.extend(encoded, codes[..., :-1], decoder, past)
             total = total + self.logprobs(later, codes[..., 1:]).sum(-1)
         return total.view(items.shape)
-
-    def rollout_logprobs(
-        self,
-        encoded: Encoded,
-        think: torch.Tensor,
-        codes: torch.Tensor,
-        decoder: DecoderName = "slow",
-    ) -> torch.Tensor:
-        """log P of every sampled token of a group, teacher-forced.
-
-        Args:
-            think: (B, G, l) int64. codes: (B, G, m) int64 tokens.
-
-        Returns:
-            (B, G, l + m) float32: thoughts, then codes; `bos` is left out.
-        """
-        begin = torch.full_like(codes[..., :1], Tokens.BOS)
-        length = think.shape[2]
-        tokens = torch.cat([begin, codes[..., :-1]], -1)
-        if length:
-            tokens = torch.cat([torch.full_like(begin, Tokens.THINK), think, tokens], -1)
-        hidden, _ = self.extend(encoded, tokens, decoder)
-        if length:
-            hidden = torch.cat([hidden[..., :length, :], hidden[..., length + 1 :, :]], -2)
-        return self.logprobs(hidden, torch.cat([think, codes], -1))
 
     def item_vectors(self, items: torch.Tensor) -> torch.Tensor:
         """t: (...) items -> (..., d), the mean of the learned levels' code embeddings."""

@@ -18,8 +18,8 @@ from streamctl.errors import StreamctlError
 from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import console, progress_bar, say
 from streamctl.runs import RunDir, Stage
-from streamctl.training.losses import quantization_loss, state_target_loss
 from streamctl.training.loop import Batch, fit
+from streamctl.training.losses import quantization_loss, state_target_loss
 from streamctl.training.material import Material
 
 Mode = Literal["normalised", "literal"]

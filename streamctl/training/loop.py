@@ -82,7 +82,7 @@ class MetricLog:
                 ) from error
             self._events = SummaryWriter(str(stage.path / "tensorboard"))
 
-    def __call__(self, step: int, **metrics: Any) -> None:
+    def __call__(self, step: int, /, **metrics: Any) -> None:
         self._stage.log(**metrics)
         if self._events is not None:
             for name, value in metrics.items():

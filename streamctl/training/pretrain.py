@@ -9,8 +9,8 @@ from streamctl.device import derive_seed, resolve_device
 from streamctl.model.policy import Policy, PolicyConfig
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage
-from streamctl.training.losses import sequence_loss
 from streamctl.training.loop import Batch, fit
+from streamctl.training.losses import sequence_loss
 from streamctl.training.material import Material, save_policy
 from streamctl.training.validation import Validator
 

@@ -23,13 +23,13 @@ from streamctl.training.annotate import (
     label_all,
     think_vectors,
 )
+from streamctl.training.loop import Batch, fit
 from streamctl.training.losses import (
     dpo_loss,
     quantization_loss,
     sequence_loss,
     state_target_loss,
 )
-from streamctl.training.loop import Batch, fit
 from streamctl.training.material import Material, save_policy
 from streamctl.training.pretrain import direct_loss
 from streamctl.training.validation import Validator

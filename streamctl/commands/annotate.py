@@ -1,0 +1,55 @@
+"""`streamctl annotate`: think labels by iterative inference."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from streamctl.commands.options import (
+    Config,
+    Device,
+    Force,
+    Json,
+    Run,
+    Seed,
+    Sets,
+    print_stage,
+)
+
+
+def command(
+    run: Run,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if the think labels have collapsed.")
+    ] = False,
+    config: Config = None,
+    set_: Sets = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    json_: Json = False,
+    force: Force = False,
+) -> None:
+    """Label every training example with think tokens by iterative inference (Eqs. 12-13).
+
+    Labels that have collapsed are reported in red; `--strict` makes that an error.
+
+    Reads: the data, tokenizer and pretrain stages. Writes: RUN/annotate: thoughts.npy, the heads,
+    report.json (distinct chains, perplexity, distance by step).
+    Next: `streamctl sft --run RUN`.
+    """
+    from streamctl.config import AnnotateConfig, resolve
+    from streamctl.runs import RunDir
+    from streamctl.training.annotate import annotate
+
+    settings = resolve(AnnotateConfig, file=config, sets=set_ or (), seed=seed)
+    stage = annotate(RunDir(run), settings, device=device, force=force, strict=strict)
+    report = stage.json("report.json")
+    rows = [
+        ["examples", f"{report['examples']:,}"],
+        ["distinct chains", f"{report['distinct_chains']:,}"],
+        [f"perplexity (of {report['vocabulary']} tokens)", f"{report['perplexity']:.1f}"],
+        ["distance to the target, s_0 to s_l", ", ".join(f"{d:.3f}" for d in report["distance"])],
+        ["collapsed", "yes" if report["collapsed"] else "no"],
+    ]
+    print_stage(stage, json_, rows)

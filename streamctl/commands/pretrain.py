@@ -1,0 +1,48 @@
+"""`streamctl pretrain`: stage 1."""
+
+from __future__ import annotations
+
+from streamctl.commands.options import (
+    Config,
+    Device,
+    Force,
+    Json,
+    Run,
+    Seed,
+    Sets,
+    Size,
+    print_stage,
+    valid_rows,
+)
+
+
+def command(
+    run: Run,
+    size: Size = None,
+    config: Config = None,
+    set_: Sets = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    json_: Json = False,
+    force: Force = False,
+) -> None:
+    """Train the encoder, the slow decoder on long answers and the direct decoder (Eqs. 9-11).
+
+    The shape of the model (`--size`) is decided here and kept by every later stage.
+
+    Reads: the data and tokenizer stages. Writes: RUN/pretrain: the policy, which loads in
+    transformers, report.json, metrics.jsonl. Interrupt it; the same command continues.
+    Next: `streamctl annotate --run RUN`.
+    """
+    from streamctl.config import PretrainConfig, resolve
+    from streamctl.runs import RunDir
+    from streamctl.training.pretrain import pretrain
+
+    settings = resolve(PretrainConfig, file=config, sets=set_ or (), size=size, seed=seed)
+    stage = pretrain(RunDir(run), settings, device=device, force=force)
+    report = stage.json("report.json")
+    rows = [
+        *valid_rows(report),
+        ["epochs (best)", f"{report['epochs']} ({report['best_epoch'] + 1})"],
+    ]
+    print_stage(stage, json_, rows)

@@ -1,0 +1,243 @@
+"""Constrained search finds what transformers and brute force find, from one encoding of a user."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_model import SIZES, encoder_inputs, histories, small_policy, transformers_model
+
+from streamctl.decode import recommend
+from streamctl.errors import UsageError
+from streamctl.model import Policy
+from streamctl.tokenizer import PrefixTrie, Tokens
+
+
+def catalogue(policy: Policy) -> PrefixTrie:
+    return PrefixTrie(policy.item_tokens.numpy())
+
+
+def distinct_policy(history: str = "items", **others) -> Policy:
+    """A policy whose items all have codes of their own."""
+    policy = small_policy(history, items=200, **others)
+    policy.item_tokens = torch.unique(policy.item_tokens, dim=0)
+    return policy
+
+
+@torch.no_grad()
+def all_scores(policy: Policy, history: torch.Tensor, think=None, decoder="slow") -> torch.Tensor:
+    """(B, N): log P of every item, by teacher forcing."""
+    items = torch.arange(len(policy.item_tokens)).expand(len(history), -1)
+    thought = None if think is None else think
+    return policy.target_logprob(policy.encode(history), items, thought, decoder)
+
+
+@pytest.mark.parametrize("history", ["codes", "items"])
+@torch.no_grad()
+def test_beam_gives_the_items_and_scores_of_transformers_generate(tmp_path, history):
+    policy = distinct_policy(history)
+    trie = catalogue(policy)
+    oracle = transformers_model(policy, tmp_path)
+    past = histories(len(policy.item_tokens), [5, 2, 5])
+    beam = 8
+
+    def allowed(_row: int, tokens: torch.Tensor) -> list[int]:
+        node = trie.walk(tokens[1:].tolist())
+        return trie.child_token[trie.child_start[node] : trie.child_start[node + 1]].tolist()
+
+    answer = oracle.generate(
+        **encoder_inputs(policy, past),
+        decoder_start_token_id=Tokens.BOS,
+        num_beams=beam,
+        num_return_sequences=beam,
+        max_new_tokens=len(SIZES),
+        min_new_tokens=len(SIZES),
+        prefix_allowed_tokens_fn=allowed,
+        length_penalty=0.0,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    leaves = [trie.walk(row[1:].tolist()) for row in answer.sequences]
+    theirs = torch.tensor([trie.items_at(leaf)[0] for leaf in leaves]).view(3, beam)
+    ranking, _ = recommend(policy, trie, past, beam, beam=beam, exact=True)
+    assert torch.equal(ranking.items, theirs)
+    torch.testing.assert_close(
+        ranking.scores, answer.sequences_scores.view(3, beam), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("decoder", ["slow", "direct"])
+def test_wide_beam_ranks_the_whole_catalogue_as_brute_force(decoder):
+    policy = distinct_policy()
+    for parameter in policy.direct.parameters():
+        parameter.data.mul_(1.1)
+    past = histories(len(policy.item_tokens), [5, 3])
+    count = len(policy.item_tokens)
+    ranking, _ = recommend(
+        policy, catalogue(policy), past, count, beam=count, decoder=decoder, exact=True
+    )
+    expected, items = all_scores(policy, past, decoder=decoder).sort(descending=True)
+    assert torch.equal(ranking.items, items)
+    torch.testing.assert_close(ranking.scores, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_thought_is_followed_and_reported():
+    policy = distinct_policy(think_codebook=4)
+    trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3, 4])
+    ranking, trace = recommend(policy, trie, past, 5, think=3, beam=200, exact=True)
+    low, high = policy.tokens.think_range
+    encoded = policy.encode(past)
+    tokens = torch.full((3, 1), Tokens.THINK)
+    with torch.no_grad():
+        for _ in range(3):
+            hidden = policy.decode(encoded, tokens)
+            best = policy.logits(hidden[:, -1])[:, low:high].argmax(-1) + low
+            tokens = torch.cat([tokens, best[:, None]], 1)
+        assert torch.equal(trace.tokens, tokens[:, 1:])
+        states = policy.states(encoded, policy.decode(encoded, tokens)[:, 1:])
+    torch.testing.assert_close(trace.states, states, atol=1e-4, rtol=1e-4)
+    expected, items = all_scores(policy, past, trace.tokens).topk(5)
+    assert torch.equal(ranking.items, items)
+    torch.testing.assert_close(ranking.scores, expected, atol=1e-4, rtol=1e-4)
+    again, followed = recommend(
+        policy, trie, past, 5, think=3, thoughts=trace.tokens, beam=200, exact=True
+    )
+    assert torch.equal(again.items, ranking.items)
+    torch.testing.assert_close(followed.states, trace.states, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_joint_mode_sums_over_every_thought_when_the_beam_holds_them_all():
+    policy = distinct_policy(think_codebook=3)
+    policy.item_tokens = policy.item_tokens[:20]
+    trie, past = catalogue(policy), histories(20, [5, 3])
+    ranking, _ = recommend(policy, trie, past, 4, think=2, mode="joint", beam=180, exact=True)
+    low, _ = policy.tokens.think_range
+    encoded = policy.encode(past)
+    parts = []
+    for first in range(3):
+        for second in range(3):
+            think = torch.tensor([[low + first, low + second]]).expand(2, 2)
+            inputs = torch.cat([torch.full((2, 1), Tokens.THINK), think[:, :1]], 1)
+            logits = policy.logits(policy.decode(encoded, inputs))[..., low : low + 3]
+            chosen = torch.log_softmax(logits, -1)[:, torch.arange(2), [first, second]].sum(1)
+            parts.append(all_scores(policy, past, think) + chosen[:, None])
+    expected, items = torch.logsumexp(torch.stack(parts), 0).topk(4)
+    assert torch.equal(ranking.items, items)
+    torch.testing.assert_close(ranking.scores, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_marginal_mode_is_the_mean_over_sampled_thoughts():
+    policy = distinct_policy(think_codebook=3)
+    trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3])
+    count = len(policy.item_tokens)
+    options = {"think": 1, "mode": "marginal", "beam": count, "exact": True, "seed": 5}
+    few, _ = recommend(policy, trie, past, 6, samples=4, **options)
+    again, _ = recommend(policy, trie, past, 6, samples=4, **options)
+    assert torch.equal(few.items, again.items) and torch.equal(few.scores, again.scores)
+    many, _ = recommend(policy, trie, past, 3, samples=400, **options)
+    low, _ = policy.tokens.think_range
+    encoded = policy.encode(past)
+    begin = policy.decode(encoded, torch.full((2, 1), Tokens.THINK))[:, 0]
+    chance = torch.log_softmax(policy.logits(begin)[:, low : low + 3], -1)
+    parts = [
+        all_scores(policy, past, torch.full((2, 1), low + token)) + chance[:, token, None]
+        for token in range(3)
+    ]
+    expected = torch.logsumexp(torch.stack(parts), 0)
+    torch.testing.assert_close(many.scores, expected.gather(1, many.items), atol=0.1, rtol=0.0)
+
+
+def test_users_of_different_lengths_get_what_they_get_alone():
+    policy = distinct_policy()
+    trie, past = catalogue(policy), histories(len(policy.item_tokens), [9, 1, 4, 9, 2])
+    together, trace = recommend(policy, trie, past, 10, think=2, beam=20, exact=True)
+    for row in range(5):
+        alone, own = recommend(policy, trie, past[row : row + 1], 10, think=2, beam=20, exact=True)
+        assert torch.equal(alone.items[0], together.items[row])
+        torch.testing.assert_close(alone.scores[0], together.scores[row], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(own.states[0], trace.states[row], atol=1e-4, rtol=1e-4)
+
+
+def test_bf16_moves_scores_little():
+    policy = distinct_policy()
+    trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3])
+    fast, _ = recommend(policy, trie, past, 200, beam=200)
+    exact = all_scores(policy, past).gather(1, fast.items.clamp(min=0))
+    found = fast.items >= 0
+    assert (fast.scores - exact)[found].abs().max() < 0.15
+
+
+def test_excluded_and_disallowed_items_never_come():
+    policy = distinct_policy()
+    trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3])
+    plain, _ = recommend(policy, trie, past, 10, beam=200, exact=True)
+    exclude = [plain.items[0, :4].numpy(), np.empty(0, np.int64)]
+    ranking, _ = recommend(policy, trie, past, 6, beam=200, exact=True, exclude=exclude)
+    assert torch.equal(ranking.items[0], plain.items[0, 4:10])
+    assert torch.equal(ranking.items[1], plain.items[1, :6])
+    torch.testing.assert_close(ranking.scores[0], plain.scores[0, 4:10])
+    allow = [plain.items[0, [1, 7]].numpy(), None]
+    ranking, _ = recommend(policy, trie, past, 4, beam=200, exact=True, allow=allow)
+    assert ranking.items[0].tolist() == [*plain.items[0, [1, 7]].tolist(), -1, -1]
+    assert ranking.scores[0, 2:].tolist() == [-torch.inf] * 2
+    assert torch.equal(ranking.items[1], plain.items[1, :4])
+    ranking, _ = recommend(policy, trie, past, 4, exact=True, allow=allow, exclude=[allow[0]] * 2)
+    assert ranking.items[0].tolist() == [-1] * 4
+
+
+def test_narrow_beam_spends_nothing_on_excluded_items():
+    """Excluded items are closed inside the trie, so a beam of one still finds an item."""
+    policy = distinct_policy()
+    trie, past = catalogue(policy), histories(len(policy.item_tokens), [5])
+    best, _ = recommend(policy, trie, past, 1, beam=1, exact=True)
+    ranking, _ = recommend(
+        policy, trie, past, 1, beam=1, exact=True, exclude=[best.items[0].numpy()]
+    )
+    assert ranking.items[0, 0] >= 0 and ranking.items[0, 0] != best.items[0, 0]
+
+
+def test_added_items_are_found():
+    policy = distinct_policy()
+    held = policy.item_tokens[:-1].numpy()
+    trie, past = PrefixTrie(held), histories(len(held), [5, 3])
+    count = len(policy.item_tokens)
+    before, _ = recommend(policy, trie, past, count, beam=count, exact=True)
+    assert (before.items != count - 1).all()
+    trie.add(count - 1, policy.item_tokens[-1].numpy())
+    after, _ = recommend(policy, trie, past, count, beam=count, exact=True)
+    _, items = all_scores(policy, past).sort(descending=True)
+    assert torch.equal(after.items, items)
+
+
+def test_items_that_share_codes_all_come_in_a_random_order_fixed_by_the_seed():
+    policy = small_policy("items", items=30)
+    policy.item_tokens[10:20] = policy.item_tokens[3]
+    trie, past = catalogue(policy), histories(30, [5])
+    orders = set()
+    for seed in range(6):
+        ranking, _ = recommend(policy, trie, past, 30, beam=30, exact=True, seed=seed)
+        again, _ = recommend(policy, trie, past, 30, beam=30, exact=True, seed=seed)
+        assert torch.equal(ranking.items, again.items)
+        assert sorted(ranking.items[0].tolist()) == list(range(30))
+        same = [item for item in ranking.items[0].tolist() if item == 3 or 10 <= item < 20]
+        assert len({ranking.scores[0, ranking.items[0] == item].item() for item in same}) == 1
+        orders.add(tuple(same))
+    assert len(orders) > 1
+
+
+def test_no_users_give_an_empty_ranking():
+    policy = distinct_policy()
+    ranking, trace = recommend(policy, catalogue(policy), torch.empty(0, 3, dtype=torch.int64), 5)
+    assert ranking.items.shape == (0, 5) and trace.states.shape == (0, 1, 24)
+
+
+def test_unknown_mode_and_empty_history_are_refused():
+    policy = distinct_policy()
+    trie = catalogue(policy)
+    with pytest.raises(UsageError, match="unknown mode"):
+        recommend(policy, trie, histories(20, [3]), 5, mode="fast")
+    with pytest.raises(UsageError, match="a history needs an item"):
+        recommend(policy, trie, torch.full((1, 3), -1), 5)
