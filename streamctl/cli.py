@@ -20,6 +20,7 @@ COMMANDS = (
     ("rl", "rl"),
     ("baseline", "baseline"),
     ("eval", "eval"),
+    ("reproduce", "reproduce"),
     ("recommend", "recommend"),
     ("serve", "serve"),
     ("run", "run"),
