@@ -35,7 +35,8 @@ def all_scores(policy: Policy, history: torch.Tensor, think=None, decoder="slow"
 @pytest.mark.parametrize("history", ["codes", "items"])
 @torch.no_grad()
 def test_beam_gives_the_items_and_scores_of_transformers_generate(tmp_path, history):
-    policy = distinct_policy(history)
+    # As many decoder layers as encoder layers: transformers sizes its cache by the encoder.
+    policy = distinct_policy(history, decoder_layers=2)
     trie = catalogue(policy)
     oracle = transformers_model(policy, tmp_path)
     past = histories(len(policy.item_tokens), [5, 2, 5])

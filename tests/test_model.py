@@ -243,7 +243,7 @@ def test_training_learns_to_copy_the_last_item():
     policy = small_policy("items", d_model=32, heads=4, d_kv=8, d_ff=64, dropout=0.0).train()
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(250):
         past = torch.randint(40, (64, 4), generator=generator)
         inputs, labels = policy.target_inputs(past[:, -1])
         loss = -policy.logprobs(policy.decode(policy.encode(past), inputs), labels).mean()

@@ -81,7 +81,7 @@ def recommend(
     states = torch.zeros(len(history), width + 1, policy.config.d_model, device=device)
     # Users of similar lengths side by side: little of a chunk is padding.
     order = torch.argsort(lengths, stable=True)
-    for number, rows in enumerate(order.split(CHUNK)):
+    for number, rows in enumerate(order.split(CHUNK) if len(order) else ()):
         part = history[rows, : int(lengths[rows].max())]
         legal = _legal(trie, rows, exclude, allow)
         with autocast(device, enabled=not exact):
