@@ -72,6 +72,9 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Entry point: exit code 0 success, 1 an expected failure, 2 usage, 130 interrupted."""
+    # OpenMP's threads spin while they wait. Beside another busy process that costs most of the
+    # machine (training was 8 times slower), so that they sleep here; read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         build_app()()
     except (StreamctlError, OSError, KeyboardInterrupt) as error:

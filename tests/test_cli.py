@@ -112,7 +112,7 @@ def test_an_unreachable_encoder_names_the_ways_out(streamctl, shop):
     answer = streamctl("tokenize", "--run", shop, "--encoder", "no/such-encoder")
     assert answer.returncode == 1
     assert "tfidf" in answer.stderr
-    assert "folder" in answer.stderr
+    assert "--encoder FOLDER" in answer.stderr
 
 
 def test_json_goes_to_stdout_alone(streamctl, shop, tmp_path):

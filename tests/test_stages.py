@@ -1,0 +1,232 @@
+"""Pretraining, SFT and RL: what each loss sees, what each stage keeps, and what guards it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_baselines import write_cycle
+from test_model import histories, small_policy
+
+from streamctl.config import AnnotateConfig, PretrainConfig, RlConfig, SftConfig, TokenizeConfig
+from streamctl.decode import Rollout
+from streamctl.errors import StreamctlError
+from streamctl.training import rewards
+from streamctl.training.annotate import annotate
+from streamctl.training.loop import Batch
+from streamctl.training.pretrain import pretrain, pretrain_loss, retrieved_tokens
+from streamctl.training.rl import Judge, Trainer, _check_first, rl
+from streamctl.training.sft import Tuner, corrupt, sft, total_loss
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The circle, tokenized, pretrained and annotated."""
+    from streamctl.tokenizer.stage import tokenize
+
+    run = write_cycle(tmp_path_factory.mktemp("stages") / "run")
+    config = TokenizeConfig(
+        encoder="tfidf", dim=8, method="rqkmeans", levels=3, codes=8, neighbours=5
+    )
+    tokenize(run, config)
+    pretrain(run, PretrainConfig(epochs=4, batch=64, lr=5e-3), device="cpu")
+    annotate(run, AnnotateConfig(length=2), device="cpu")
+    return run
+
+
+@pytest.fixture(scope="module")
+def tuned(run):
+    sft(run, SftConfig(rounds=2, epochs=1, batch=64, lr=2e-3, patience=0), device="cpu")
+    return run
+
+
+def batch_of(history: torch.Tensor, target: torch.Tensor, seed: int = 0) -> Batch:
+    rows = torch.arange(len(target))
+    return Batch(rows, history, target, rows, seed=seed, epoch=0)
+
+
+def test_eq_09_retrieved_items_come_first_and_the_less_similar_before_the_nearer():
+    items = torch.tensor([[10, 11], [20, 21], [30, 31]])
+    look_alikes = torch.tensor([[1, 2], [2, 0], [0, 1]])  # nearest first
+    found = retrieved_tokens(items, look_alikes, torch.tensor([0, 2]))
+    assert found.tolist() == [[30, 31, 20, 21], [20, 21, 10, 11]]
+
+
+def test_eq_10_scores_the_retrieved_codes_too():
+    policy = small_policy("items")
+    batch = batch_of(histories(40, [5, 5, 5]), torch.tensor([1, 2, 3]))
+    look_alikes = torch.arange(80).view(40, 2) % 40
+    config = PretrainConfig(temperature=1.0, direct_weight=0.0)
+    loss, parts = pretrain_loss(policy, batch, look_alikes, config)
+    think = retrieved_tokens(policy.item_tokens, look_alikes, batch.target)
+    inputs, labels = policy.target_inputs(batch.target, think)
+    scores = policy.logits(policy.decode(policy.encode(batch.history), inputs)).double()
+    scores = scores.log_softmax(-1)
+    want = -sum(
+        scores[b, t, labels[b, t]] for b in range(3) for t in range(labels.shape[1])
+        if labels[b, t] >= 0
+    ) / 3  # fmt: skip
+    assert (labels >= 0).sum() == 3 * 3 * 3  # two neighbours and the target, three codes each
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5) == parts["slow"].item()
+
+
+def test_eq_19_is_the_weighted_sum():
+    terms = {name: torch.tensor(value) for name, value in
+             {"sft": 2.0, "dpo": 0.5, "quant": 3.0, "state": 1.5}.items()}  # fmt: skip
+    config = SftConfig(dpo_weight=0.1, quant_weight=0.25, state_weight=0.4)
+    assert total_loss(terms, config).item() == pytest.approx(2 + 0.05 + 0.75 + 0.6)
+
+
+def test_corruption_replaces_tokens_at_its_rate_with_legal_ones():
+    thoughts = torch.zeros(4000, 4, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    found = corrupt(thoughts, 0.25, 100, 200, generator)
+    changed = found[found != 0]
+    assert 0.22 < len(changed) / found.numel() < 0.28
+    assert changed.min() >= 100 and changed.max() < 200
+    assert torch.equal(corrupt(thoughts, 0.0, 100, 200, generator), thoughts)
+
+
+def test_sft_losses_move_every_part_of_the_model_and_not_the_reference():
+    policy, reference = small_policy("items"), small_policy("items")
+    reference.requires_grad_(False)
+    look_alikes = (torch.arange(40)[:, None] + torch.arange(1, 6)) % 40
+    tuner = Tuner(policy, reference, look_alikes, SftConfig(), "normalised")
+    tuner.thoughts = torch.randint(*policy.tokens.think_range, (3, 2))
+    loss, terms = tuner.loss(batch_of(histories(40, [5, 5, 5]), torch.tensor([1, 2, 3])))
+    loss.backward()
+    assert {"sft", "dpo", "quant", "state", "direct"} <= terms.keys()
+    for part in (policy.encoder, policy.decoder, policy.direct, policy.thinker, policy.shared):
+        grads = [p.grad for p in part.parameters() if p.grad is not None]
+        assert grads and any(grad.abs().sum() > 0 for grad in grads)
+    assert all(p.grad is None for p in reference.parameters())
+
+
+def test_sft_annotates_anew_each_round_and_reports_self_oracle_and_direct(tuned):
+    stage = tuned.stage("sft")
+    report = stage.json("report.json")
+    assert report["valid"].keys() == {"self", "direct", "oracle"}
+    assert len(report["labels"]) == 2
+    first, second = tuned.stage("annotate").array("thoughts.npy"), stage.array("thoughts-1.npy")
+    assert first.shape == second.shape and not np.array_equal(first, second)
+
+
+def test_the_twin_has_the_same_start_and_steps_and_no_thoughts(tuned):
+    config = SftConfig(rounds=2, epochs=1, batch=64, lr=2e-3, patience=0)
+    sft(tuned, config, device="cpu", twin=True)
+    twin = tuned.stage("baselines/no_thinking")
+    assert twin.manifest["epochs"] == tuned.stage("sft").manifest["epochs"]
+    assert not list(twin.path.glob("thoughts*"))
+
+
+def test_labels_that_collapse_fail_a_strict_stage_and_are_kept(run, monkeypatch):
+    from streamctl.training import annotate as module
+
+    monkeypatch.setattr(module, "collapsed", lambda report: True)
+    with pytest.raises(StreamctlError, match="collapsed"):
+        annotate(run, AnnotateConfig(length=2, fit_epochs=0), device="cpu", force=True, strict=True)
+    assert run.stage("annotate").json("report.json")["collapsed"]
+    monkeypatch.undo()
+    annotate(run, AnnotateConfig(length=2), device="cpu", force=True)
+
+
+def trainer_of(policy, think: int = 2, **settings) -> Trainer:
+    reference = small_policy("items")
+    reference.load_state_dict(policy.state_dict())
+    reference.requires_grad_(False)
+    parser = rewards.ItemParser(policy.item_tokens, policy.tokens.size)
+    look_alikes = (torch.arange(40)[:, None] + torch.arange(1, 6)) % 40
+    config = RlConfig(**{"group": 8, "batch": 4, "negatives": 5, "anchor_weight": 0.0, **settings})
+    judge = Judge(policy, reference, parser, look_alikes, config)
+    return Trainer(policy, reference, judge, config, think)
+
+
+def test_grpo_begins_at_ratio_one_and_kl_zero():
+    trainer = trainer_of(small_policy("items"))
+    found = trainer.step(histories(40, [5] * 4), torch.arange(4), seed=1)
+    assert found["ratio"] == pytest.approx(1, abs=1e-5)
+    assert found["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_grpo_with_sampling_and_training_that_disagree_is_refused():
+    logprobs = torch.full((2, 3, 4), -1.0)
+    agreed = {"kl": torch.tensor(0.0)}
+    _check_first(logprobs, logprobs.clone(), agreed)
+    with pytest.raises(StreamctlError, match="first ratio"):
+        _check_first(logprobs, logprobs + 0.01, agreed)
+    with pytest.raises(StreamctlError, match="KL"):
+        _check_first(logprobs, logprobs.clone(), {"kl": torch.tensor(0.1)})
+
+
+def test_grpo_raises_the_reward_it_is_given():
+    only_exact = dict.fromkeys(
+        ("format_weight", "similarity_weight", "likelihood_weight", "ranking_weight"), 0.0
+    )
+    trainer = trainer_of(small_policy("items"), think=1, lr=3e-3, group=32, **only_exact)
+    past, target = histories(40, [5] * 4), torch.arange(4)
+    found = [trainer.step(past, target, seed)["reward"] for seed in range(40)]
+    assert np.mean(found[-5:]) > np.mean(found[:5]) + 0.5, found
+
+
+def test_every_reward_has_a_weight_and_enters_the_sum():
+    trainer = trainer_of(small_policy("items"))
+    terms = {name: torch.full((1, 2), 10.0**place) for place, name in enumerate(rewards.TERMS)}
+    assert trainer.judge.total(terms)[0, 0].item() == pytest.approx(11111)
+    for name in rewards.TERMS:
+        assert f"{name}_weight" in {field.name for field in dataclasses.fields(RlConfig)}
+
+
+def test_rl_keeps_only_weights_that_raise_ndcg_and_not_at_the_cost_of_recall():
+    trainer = trainer_of(small_policy("items"), patience=2)
+    weight = trainer.policy.shared.weight
+
+    def validate(ndcg: float, recall: float, value: float) -> None:
+        with torch.no_grad():
+            weight.fill_(value)
+        trainer.progress.step += 1
+        trainer.judge_weights({"ndcg@10": ndcg, "recall@50": recall})
+
+    validate(0.10, 0.50, 0.0)  # SFT
+    validate(0.12, 0.51, 1.0)  # better
+    validate(0.14, 0.49, 2.0)  # ndcg bought with recall: refused
+    assert trainer.progress.best["ndcg@10"] == 0.12 and not trainer.progress.stopped
+    validate(0.11, 0.60, 3.0)
+    assert trainer.progress.stopped
+    assert (trainer.best_weights["shared.weight"] == 1.0).all()
+
+
+def test_the_rl_stage_logs_each_reward_and_ends_no_worse_than_sft(tuned):
+    config = RlConfig(steps=4, group=4, batch=16, negatives=4, validate_every=2)
+    rl(tuned, config, device="cpu")
+    stage = tuned.stage("rl")
+    report = stage.json("report.json")
+    assert report["valid"]["best"]["ndcg@10"] >= report["valid"]["start"]["ndcg@10"]
+    assert report["valid"]["best"]["recall@50"] >= report["valid"]["start"]["recall@50"]
+    lines = map(json.loads, (stage.path / "metrics.jsonl").read_text().splitlines())
+    logged = [line for line in lines if "reward" in line]
+    assert len(logged) == report["steps"]
+    for name in (*(f"reward/{term}" for term in rewards.TERMS), "zero_variance_groups",
+                 "entropy", "format_failures", "kl"):  # fmt: skip
+        assert name in logged[0], name
+
+
+def test_eq_26_compares_with_the_frozen_direct_decoder():
+    policy = small_policy("items")
+    trainer = trainer_of(policy)
+    past, target = histories(40, [5] * 4), torch.arange(4)
+    with torch.no_grad():
+        encoded = policy.encode(past)
+        think = torch.randint(*policy.tokens.think_range, (4, 1, 2))
+        slow = policy.target_logprob(encoded, target, think[:, 0])
+        direct = trainer.reference.target_logprob(
+            trainer.reference.encode(past), target, decoder="direct"
+        )
+        codes = policy.item_tokens[target][:, None]
+        rollouts = Rollout(think, codes, torch.zeros(4, 1, 5))
+        terms = trainer.judge(past, target, rollouts, encoded, torch.randn(4, 1, 5, 24), seed=0)
+    want = (slow - direct).clamp(-1, 1)
+    torch.testing.assert_close(terms["likelihood"][:, 0], want, atol=2e-2, rtol=2e-2)
+    assert (terms["exact"] == 3).all() and (terms["format"] == 0).all()
