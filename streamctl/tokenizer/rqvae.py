@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamctl.config import TokenizeConfig
-from streamctl.device import derive_seed
+from streamctl.device import autocast, derive_seed
 from streamctl.kernels import straight_through
 from streamctl.tokenizer.rqkmeans import residual_kmeans
 
@@ -70,15 +70,15 @@ class RQVAE(nn.Module):
         return self.decoder(quantized)
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 5 for a batch.
+        """Eq. 5 for a batch; codes and losses are fp32 under autocast too.
 
         Returns:
             the loss, and its parts "recon" (Eq. 7) and "quant" (Eq. 6), the "codes" (B, L) int64
             and the latent vectors "z" (B, latent), all without gradient.
         """
-        z = self.latent(x)
+        z = self.latent(x).float()
         codes, quantized = straight_through(z, self.codebooks)
-        recon = recon_loss(x, self.decode(quantized))
+        recon = recon_loss(x, self.decode(quantized).float())
         quant = quant_loss(z, self.codebooks, codes, self.beta)
         parts = {"recon": recon, "quant": quant, "codes": codes, "z": z}
         return recon + quant, {name: value.detach() for name, value in parts.items()}
@@ -99,7 +99,7 @@ class RQVAETrainer:
         """Args: vectors: (N, dim) float32, on the model's device."""
         self.model, self.vectors, self.config = model, vectors, config
         self.epoch = 0
-        self.optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr)
+        self.optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
 
     def initialise(self) -> None:
         """Codebooks from the k-means of the first pass's residuals, level by level."""
@@ -130,7 +130,8 @@ class RQVAETrainer:
         used = torch.zeros(levels, size, dtype=torch.bool, device=self.vectors.device)
         recon = quant = torch.zeros((), device=self.vectors.device)
         for rows in order.split(config.batch):
-            loss, parts = model(self.vectors[rows])
+            with autocast(self.vectors.device):
+                loss, parts = model(self.vectors[rows])
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             self.optimiser.step()
