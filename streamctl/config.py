@@ -27,7 +27,9 @@ class DataConfig:
     min_user: int | None = None  # interactions a user needs; never fewer than 3
     min_item: int | None = None  # interactions an item needs; 0 keeps items nobody took
     history: int = 20  # items of history that a model sees
-    ties: Literal["keep", "shuffle"] = "keep"  # equal times: input order, or a seeded shuffle
+    # Equal times: input order, or a seeded shuffle; "runs", for a log in order only, shuffles
+    # every run of ascending item ids, in which interactions of one time have been sorted by id.
+    ties: Literal["keep", "shuffle", "runs"] = "keep"
     seed: int = 0
 
 

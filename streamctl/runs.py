@@ -35,6 +35,7 @@ from streamctl.config import to_dict
 from streamctl.errors import StreamctlError
 
 SCHEMA = 1
+MANIFEST = "manifest.json"
 COMMANDS = {"data": "data prepare SOURCE", "tokenizer": "tokenize"}
 _PACKAGES = ("torch", "transformers", "numpy", "numba", "faiss-cpu", "scikit-learn", "pyarrow")
 
@@ -116,11 +117,11 @@ class Stage:
 
     @property
     def complete(self) -> bool:
-        return (self.path / "manifest.json").is_file()
+        return (self.path / MANIFEST).is_file()
 
     @property
     def manifest(self) -> dict[str, Any]:
-        return read_json(self.path / "manifest.json")
+        return read_json(self.path / MANIFEST)
 
     @property
     def hash(self) -> str:
@@ -285,7 +286,7 @@ class StageWriter(Stage):
             **provenance(),
             **extra,
         }
-        with atomic_file(self.path / "manifest.json") as path:
+        with atomic_file(self.path / MANIFEST) as path:
             path.write_text(json.dumps(manifest, indent=1) + "\n")
         shutil.rmtree(self._progress, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from streamctl.data import load_data, prepare
 from streamctl.data.prepare import build
 from streamctl.data.sources import read_source
 from streamctl.data.sources.raw import ItemTable, RawLog
-from streamctl.errors import StreamctlError
+from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
 
 
@@ -103,6 +104,21 @@ def test_ties_keep_the_input_order_or_are_shuffled_by_the_seed():
 def test_shuffling_the_ties_of_a_log_without_times_warns(capsys):
     build(raw_log(LOG, timed=False), DataConfig(ties="shuffle"))
     assert "--ties shuffle has no effect" in capsys.readouterr().err
+
+
+def test_runs_of_ascending_ids_are_shuffled_and_nothing_crosses_a_run():
+    log = [(f"u{u}", f"i{k % 7}{k:02d}", 0) for u in range(30) for k in range(20)]
+    keep, shuffled, again = (
+        as_named(*build(raw_log(log, timed=False), DataConfig(ties=ties))[:2])
+        for ties in ("keep", "runs", "runs")
+    )
+    assert shuffled == again != keep
+    for user, items in keep.items():
+        cuts = [0, *(k for k in range(1, 20) if items[k] <= items[k - 1]), 20]
+        for start, end in itertools.pairwise(cuts):
+            assert sorted(items[start:end]) == sorted(shuffled[user][start:end])
+    with pytest.raises(UsageError, match="--ties shuffle"):
+        build(raw_log(LOG), DataConfig(ties="runs"))
 
 
 def test_a_log_with_times_gets_the_5_core_and_one_in_order_is_left_alone():

@@ -8,9 +8,10 @@ import pytest
 from test_baselines import write_cycle
 
 from streamctl.config import TokenizeConfig
-from streamctl.errors import UsageError
+from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import reproduce as module
-from streamctl.evaluation.reproduce import COLUMNS, Plan, receipt_path, reproduce
+from streamctl.evaluation.jobs import Plan
+from streamctl.evaluation.reproduce import COLUMNS, receipt_path, reproduce, save_receipts
 
 METHODS = ("popularity", "sasrec_bce", "sasrec_ce", "tiger")
 SETS = ("baseline.epochs=2", "eval.beam=4", "eval.bootstrap=50", "eval.users=40")
@@ -66,6 +67,32 @@ def test_what_has_a_receipt_is_not_done_again(run, plan, table, monkeypatch):
     assert reproduce(run, plan)["rows"] == table["rows"]
 
 
+def test_receipts_outlive_settings_of_other_stages_and_sizes_they_do_not_have(
+    run, plan, table, monkeypatch
+):
+    monkeypatch.setattr(module, "run_job", lambda *_: pytest.fail("a finished job ran again"))
+    classic = tuple(name for name in METHODS if name != "tiger")
+    other = Plan(classic, (0, 1), "paper", (*SETS, "rl.steps=3"), device="cpu")
+    assert len(reproduce(run, other)["rows"]) == len(classic)
+
+
+def test_a_job_that_starts_from_another_names_it(run, plan):
+    with pytest.raises(StreamctlError, match=r"stream_plain_rl starts from data of stream"):
+        reproduce(run, Plan(("stream_plain_rl",), (0,), "tiny", SETS, device="cpu"))
+
+
+def test_table_and_receipts_are_copied_out(run, plan, table, tmp_path):
+    reproduce(run, plan)
+    save_receipts(run, plan, tmp_path)
+    assert json.loads((tmp_path / "table-run.json").read_text())["rows"] == table["rows"]
+    assert len(list((tmp_path / "run").glob("*.json"))) == 2 * len(METHODS)
+
+
+def test_an_unknown_method_is_named(run):
+    with pytest.raises(UsageError, match="did you mean sasrec_ce"):
+        reproduce(run, Plan(("sasrec_cee",)))
+
+
 def test_the_budget_stops_before_the_next_job(run, plan, table, monkeypatch):
     receipt_path(run, "popularity", 0).unlink()
     monkeypatch.setattr(module, "run_job", lambda *_: pytest.fail("a job began beyond the budget"))
@@ -74,8 +101,3 @@ def test_the_budget_stops_before_the_next_job(run, plan, table, monkeypatch):
     spent = Plan(METHODS, (0, 1), "tiny", SETS, budget=0.1, device="cpu")
     found = reproduce(run, spent)
     assert {row["method"]: row["seeds"] for row in found["rows"]}["popularity"] == 1
-
-
-def test_an_unknown_method_is_named(run):
-    with pytest.raises(UsageError, match="did you mean sasrec_ce"):
-        reproduce(run, Plan(("sasrec_cee",)))

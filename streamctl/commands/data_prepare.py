@@ -42,7 +42,11 @@ def command(
     ] = None,
     ties: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--ties", help="Equal times: keep the input order, or shuffle (seeded)."),
+        typer.Option(
+            "--ties",
+            help="Equal times: keep the input order, or shuffle (seeded); runs: shuffle each run "
+            "of ascending item ids of a log without times.",
+        ),
     ] = None,
     seed: Seed = None,
     config: Config = None,

@@ -19,7 +19,7 @@ def command(
         typer.Option(
             "--methods",
             help="Comma-separated: popularity, caser, gru4rec, bert4rec, sasrec_bce, sasrec_ce, "
-            "tiger, stream; default: all.",
+            "tiger, tiger_long, stream, stream_plain_rl; default: all.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Seeds 0..N-1 of each.", min=1)] = 1,
@@ -31,7 +31,9 @@ def command(
     ] = 0.0,
     save: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--save", help="Write the table to this file too."),
+        typer.Option(
+            "--save", help="Copy the table and the receipts to this folder: table-NAME.json, NAME/."
+        ),
     ] = None,
     set_: Sets = None,
     device: Device = "auto",
@@ -41,14 +43,13 @@ def command(
 
     Interrupt it at any time: the same command continues, job by job.
 
-    Reads: data and tokenizer of the run. Writes: RUN/reproduce (a run and a receipt for each job,
-    table.json).
+    Reads: data of the run, for generative methods its tokenizer too. Writes: RUN/reproduce (a
+    run and a receipt for each job, table.json).
     Next: `streamctl eval --run RUN/reproduce/stream-0`.
     """
-    import json
-
     from streamctl.errors import UsageError
-    from streamctl.evaluation.reproduce import JOBS, Plan, reproduce
+    from streamctl.evaluation.jobs import JOBS, Plan
+    from streamctl.evaluation.reproduce import reproduce, save_receipts
     from streamctl.runs import RunDir
 
     if size not in ("tiny", "small", "paper"):
@@ -63,7 +64,7 @@ def command(
     plan = Plan(chosen, tuple(range(seeds)), size, tuple(set_ or ()), budget, device)
     table = reproduce(RunDir(folder), plan)
     if save is not None:
-        save.write_text(json.dumps(table, indent=1) + "\n")
+        save_receipts(RunDir(folder), plan, save)
     if json_:
         print_json(table)
         return

@@ -118,7 +118,10 @@ def _number(raw: RawLog, kept: np.ndarray, config: DataConfig) -> tuple[Interact
     items = raw.items[kept]
     times = None if raw.times is None else raw.times[kept]
     names, dense = _number_items(raw, items, config)
-    order = _order(users, times, config, raw.timed)
+    if config.ties == "runs":
+        order = _shuffle_runs(users, _rank(items, raw.item_ids)[0], config, raw.timed)
+    else:
+        order = _order(users, times, config, raw.timed)
     log = InteractionLog(
         items=dense[items[order]],
         offsets=np.concatenate([[0], np.cumsum(np.bincount(users))]).astype(np.int64),
@@ -233,6 +236,29 @@ def _order(
     if times is None:
         return np.argsort(users, kind="stable")
     return np.lexsort((times, users))
+
+
+def _shuffle_runs(
+    users: np.ndarray, ranks: np.ndarray, config: DataConfig, timed: bool
+) -> np.ndarray:
+    """int64 (T,): rows by user in input order, every run of ascending item ids shuffled.
+
+    Public copies that give the order only have interactions of one time sorted by item id. Which
+    runs are ties cannot be told, so this shuffles true order too: figures on it are a lower bound.
+
+    Args:
+        ranks: int32 (T,) rank of each row's item id.
+
+    Raises:
+        UsageError: the log has times, which say what is tied.
+    """
+    if timed:
+        raise UsageError("--ties runs is for a log without times; this one takes --ties shuffle")
+    order = np.argsort(users, kind="stable")
+    starts = np.ones(len(order), bool)
+    starts[1:] = (np.diff(users[order]) != 0) | (np.diff(ranks[order]) <= 0)
+    rng = np.random.default_rng(derive_seed(config.seed, "ties"))
+    return order[np.lexsort((rng.random(len(order)), np.cumsum(starts)))]
 
 
 def _catalog(raw: RawLog, names: list[str]) -> tuple[Catalog, int]:

@@ -108,7 +108,7 @@ def warn_about(facts: dict[str, Any]) -> None:
             "unbiased): every result on this data is meaningless. Get the log with its timestamps"
         )
     elif is_tie_biased(facts):
-        remedy = "--ties shuffle" if facts["order"] == "time" else "a log with times"
+        remedy = "--ties shuffle" if facts["order"] == "time" else "--ties runs (a lower bound)"
         warn(
             f"P(id of the test item > id of the valid item) is {above:.2f}, 0.50 is unbiased: "
             "items taken at the same time were sorted by id, or ids follow the time. State it with "

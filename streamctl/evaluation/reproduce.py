@@ -6,25 +6,20 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from streamctl import config as configs
-from streamctl.baselines.train import train_baseline
 from streamctl.errors import UsageError, close_matches
 from streamctl.evaluation.compare import bootstrap_mean
+from streamctl.evaluation.jobs import JOBS, Plan, copy_stages, identity, job_path
 from streamctl.evaluation.metrics import gains
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
 from streamctl.progress import say
 from streamctl.runs import RunDir, atomic_file, provenance, read_json
-from streamctl.training.annotate import annotate
-from streamctl.training.pretrain import pretrain
-from streamctl.training.rl import rl
-from streamctl.training.sft import sft
 
 # recall@5, ndcg@5, recall@10, ndcg@10 as printed elsewhere: leave-one-out, whole catalogue.
 PUBLISHED = {
@@ -39,69 +34,6 @@ PUBLISHED = {
 }
 COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 REFERENCES = ("tiger", "sasrec_ce")  # what every row is compared with
-# The stages before the methods part, copied into every job's folder.
-_COMMON = ("data", "tokenizer")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Settings of the whole matrix.
-
-    Attributes:
-        methods: jobs to run (see `JOBS`).
-        seeds: each method is trained once with each.
-        size: of the generative models.
-        sets: `stage.key=value` texts for every job.
-        budget: hours after which no further job begins; 0 for no limit.
-    """
-
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...] = (0,)
-    size: configs.Size = "small"
-    sets: tuple[str, ...] = ()
-    budget: float = 0.0
-    device: str = "auto"
-
-    def resolve(self, cls: type, seed: int, **fixed: Any) -> Any:
-        if "size" in cls.__dataclass_fields__ and "size" not in fixed:
-            fixed["size"] = self.size
-        return configs.resolve(cls, sets=self.sets, seed=seed, **fixed)
-
-
-def _baseline(name: str, **fixed: Any) -> Callable[[RunDir, Plan, int], None]:
-    def train(run: RunDir, plan: Plan, seed: int) -> None:
-        own = fixed if name == "tiger" else {"size": None} | fixed
-        config = plan.resolve(configs.BaselineConfig, seed, name=name, **own)
-        train_baseline(run, config, device=plan.device)
-
-    return train
-
-
-def _stream(run: RunDir, plan: Plan, seed: int) -> None:
-    """The paper's three stages and the l = 0 twin: rows and controls of one model."""
-    pretrain(run, plan.resolve(configs.PretrainConfig, seed), device=plan.device)
-    annotate(run, plan.resolve(configs.AnnotateConfig, seed), device=plan.device)
-    tuning = plan.resolve(configs.SftConfig, seed)
-    sft(run, tuning, device=plan.device)
-    rl(run, plan.resolve(configs.RlConfig, seed), device=plan.device)
-    sft(run, tuning, device=plan.device, twin=True)
-
-
-def _nothing(run: RunDir, plan: Plan, seed: int) -> None:
-    """Popularity is counted by the evaluation."""
-
-
-# Job -> how it trains; then the row of the evaluation that carries the job's own name.
-JOBS: dict[str, Callable[[RunDir, Plan, int], None]] = {
-    "popularity": _nothing,
-    "caser": _baseline("caser"),
-    "gru4rec": _baseline("gru4rec"),
-    "bert4rec": _baseline("bert4rec"),
-    "sasrec_bce": _baseline("sasrec", loss="bce"),
-    "sasrec_ce": _baseline("sasrec", loss="ce"),
-    "tiger": _baseline("tiger"),
-    "stream": _stream,
-}
 
 
 def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
@@ -120,13 +52,14 @@ def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
     for name in plan.methods:
         if name not in JOBS:
             raise UsageError(f"unknown method {name!r}; {close_matches(name, JOBS)}")
-    for stage in _COMMON:
-        run.require(stage)
+    for stage in dict.fromkeys(stage for name in plan.methods for stage in JOBS[name].stages):
+        if stage in ("data", "tokenizer"):
+            run.require(stage)
     jobs = [(name, seed) for seed in plan.seeds for name in plan.methods]
     began = time.monotonic()
     for number, (name, seed) in enumerate(jobs, 1):
         receipt = receipt_path(run, name, seed)
-        wanted = _identity(run, plan)
+        wanted = identity(run, plan, name)
         if receipt.is_file() and read_json(receipt)["plan"] == wanted:
             say(f"[{number}/{len(jobs)}] {name}, seed {seed}: complete already")
             continue
@@ -144,69 +77,91 @@ def receipt_path(run: RunDir, name: str, seed: int) -> Path:
     return run.path / "reproduce" / "receipts" / f"{name}-{seed}.json"
 
 
-def _identity(run: RunDir, plan: Plan) -> dict[str, Any]:
-    """What a receipt depends on besides its method and seed."""
-    hashes = {name: run.stage(name).hash for name in _COMMON}
-    return {"size": plan.size, "sets": list(plan.sets), "stages": hashes}
-
-
 def run_job(run: RunDir, plan: Plan, name: str, seed: int) -> dict[str, Any]:
     """Train one method with one seed, evaluate it, and say how it was done."""
     job = _job_folder(run, plan, name, seed)
-    JOBS[name](job, plan, seed)
-    rows = (name.split("_")[0],) if name != "stream" else ()
-    config = plan.resolve(configs.EvalConfig, seed, methods=rows)
+    JOBS[name].train(job, plan, seed)
+    own = JOBS[name].rows
+    config = plan.resolve(configs.EvalConfig, seed, methods=tuple(own))
     result = read_result(evaluate_run(job, config, device=plan.device))
     found = result["methods"] | result["controls"]
-    if name == "stream":  # rows that other jobs have of their own
-        found = {row: entry for row, entry in found.items() if row not in ("popularity", "tiger")}
-    else:
-        found = {name: found[rows[0]]}
+    if not own:  # rows that other jobs have of their own
+        own = {row: row for row in found if row not in ("popularity", "tiger")}
     stages = {
         path: {key: job.stage(path).manifest[key] for key in ("config", "seed", "wall_s")}
         for path in job.stage("eval").manifest["parents"]
-        if path not in _COMMON
+        if path != "data"
     }
-    return {"method": name, "seed": seed, "rows": found, "stages": stages, **provenance()} | {
+    rows = {
+        shown: found[row] | {"row": row, "train_s": _train_seconds(job, found[row])}
+        for row, shown in own.items()
+    }
+    return {"method": name, "seed": seed, "rows": rows, "stages": stages, **provenance()} | {
         key: result[key] for key in ("split", "users", "items", "ties", "data_hash", "comparisons")
     }
 
 
+def _train_seconds(job: RunDir, entry: Mapping[str, Any]) -> float | None:
+    """Wall time of every stage that a row's model comes from; None for the wide beam's."""
+    if "stages" not in entry:
+        return None
+    waiting, spent = list(entry["stages"]), {}
+    while waiting:
+        name = waiting.pop()
+        if name not in spent and name not in ("data", "tokenizer"):
+            manifest = job.stage(name).manifest
+            spent[name] = manifest["wall_s"]
+            waiting += manifest["parents"]
+    return round(sum(spent.values()), 1)
+
+
 def _job_folder(run: RunDir, plan: Plan, name: str, seed: int) -> RunDir:
-    """The job's own run with copies of the common stages; one of another plan is set aside."""
-    job = RunDir(run.path / "reproduce" / f"{name}-{seed}")
-    note, wanted = job.path / "plan.json", _identity(run, plan)
-    if note.is_file() and read_json(note) == wanted:
-        return job
-    if job.path.exists():
-        previous = job.path.with_name(job.path.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        job.path.rename(previous)
-    for stage in _COMMON:
-        shutil.copytree(run.stage(stage).path, job.stage(stage).path)
-    with atomic_file(note) as path:
-        path.write_text(json.dumps(wanted, indent=1) + "\n")
+    """The job's own run with the stages it starts from; one of another plan is set aside."""
+    job = job_path(run, name, seed)
+    note, wanted = job.path / "plan.json", identity(run, plan, name)
+    if not note.is_file() or read_json(note) != wanted:
+        if job.path.exists():
+            previous = job.path.with_name(job.path.name + ".previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            job.path.rename(previous)
+        with atomic_file(note) as path:
+            path.write_text(json.dumps(wanted, indent=1) + "\n")
+    copy_stages(run, name, seed)
     return job
+
+
+def valid_receipts(run: RunDir, plan: Plan) -> list[Path]:
+    """Receipts of this plan's size and settings, of any seed and method, in the table's order."""
+    folder = run.path / "reproduce" / "receipts"
+    paths = [path for name in JOBS for path in sorted(folder.glob(f"{name}-[0-9]*.json"))]
+    receipts = ((path, read_json(path)) for path in paths)
+    return [
+        path for path, found in receipts if found["plan"] == identity(run, plan, found["method"])
+    ]
+
+
+def save_receipts(run: RunDir, plan: Plan, folder: Path) -> None:
+    """Copy the table to FOLDER/table-NAME.json and the receipts it is of to FOLDER/NAME/."""
+    name = run.path.resolve().name
+    for source, target in (
+        (run.path / "reproduce" / "table.json", folder / f"table-{name}.json"),
+        *((path, folder / name / path.name) for path in valid_receipts(run, plan)),
+    ):
+        with atomic_file(target) as path:
+            shutil.copyfile(source, path)
 
 
 def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
     """Join the receipts there are: means and spreads over seeds, paired intervals over users."""
-    receipts = [
-        read_json(path)
-        for name in JOBS
-        for path in sorted((run.path / "reproduce" / "receipts").glob(f"{name}-*.json"))
-    ]
-    receipts = [receipt for receipt in receipts if receipt["plan"] == _identity(run, plan)]
+    receipts = [read_json(path) for path in valid_receipts(run, plan)]
     rows: dict[str, list[Mapping[str, Any]]] = {}
     gained: dict[str, list[np.ndarray]] = {}
     for receipt in receipts:
-        job = RunDir(run.path / "reproduce" / f"{receipt['method']}-{receipt['seed']}")
-        ranks = _ranks(job)
+        ranks = _ranks(job_path(run, receipt["method"], receipt["seed"]))
         for name, entry in receipt["rows"].items():
             rows.setdefault(name, []).append(entry)
-            own = ranks.get("sasrec" if name.startswith("sasrec") else name)
-            if own is not None:
-                gained.setdefault(name, []).append(gains(own, 10))
+            if entry["row"] in ranks:
+                gained.setdefault(name, []).append(gains(ranks[entry["row"]], 10))
     source = run.stage("data").manifest["config"]["source"]
     published = PUBLISHED.get(Path(source).name, {})
     table = {
@@ -250,6 +205,8 @@ def _row(
     values = [entry["ndcg@10"] for entry in entries]
     row["ndcg@10_spread"] = [min(values), max(values)]
     row["ms_per_user"] = statistics.fmean(entry["ms_per_user"] for entry in entries)
+    spent = [entry["train_s"] for entry in entries if entry["train_s"] is not None]
+    row["train_s"] = statistics.fmean(spent) if spent else None
     row["published"] = dict(zip(COLUMNS, published, strict=True)) if published else None
     for other in REFERENCES:
         row[f"vs_{other}"] = None

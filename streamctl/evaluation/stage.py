@@ -21,6 +21,7 @@ from streamctl.progress import say
 from streamctl.runs import RunDir, Stage, StageWriter
 
 METRICS, RANKS = "metrics.json", "ranks.safetensors"
+TIES = {"keep": "kept", "shuffle": "shuffled", "runs": "shuffled, all runs of ascending ids"}
 # What each row is compared with, besides TIGER: the strongest baseline, and its own controls.
 AGAINST = {
     "stream_pt": ("sasrec",),
@@ -178,7 +179,7 @@ def _publish(
         "split": config.split,
         "users": len(table.examples),
         "items": table.n_items,
-        "ties": {"keep": "kept", "shuffle": "shuffled"}[data.manifest["config"]["ties"]],
+        "ties": TIES[data.manifest["config"]["ties"]],
         "beam": config.beam,
         "seed": config.seed,
         "data_hash": data.hash,
