@@ -9,6 +9,7 @@ import sys
 import typer
 
 from streamctl import __version__
+from streamctl.distributed import is_main, joined
 from streamctl.errors import StreamctlError
 
 # (module below streamctl.commands, command name): in the order of work, as --help lists them.
@@ -71,7 +72,12 @@ def build_app() -> typer.Typer:
 
 
 def main() -> None:
-    """Entry point: exit code 0 success, 1 an expected failure, 2 usage, 130 interrupted."""
+    """Entry point: exit code 0 success, 1 an expected failure, 2 usage, 130 interrupted.
+
+    In a job of several processes the first one speaks.
+    """
+    if not is_main():
+        _silence()
     # OpenMP's threads spin while they wait. Beside another busy process that costs most of the
     # machine (training was 8 times slower), so that they sleep here; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -83,10 +89,18 @@ def main() -> None:
         sys.exit(_report(error))
 
 
+def _silence() -> None:
+    from streamctl.progress import console
+
+    console.quiet = True
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
 def _report(error: BaseException) -> int:
     from rich.console import Console
 
-    console = Console(stderr=True, soft_wrap=True)
+    alike = not is_main() and not joined()  # the first process fails in the same way and says so
+    console = Console(stderr=True, soft_wrap=True, quiet=alike)
     if isinstance(error, KeyboardInterrupt):
         console.print("interrupted: the same command continues", style="yellow")
         return 130

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from streamctl.distributed import world_size
 from streamctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,19 +18,23 @@ if TYPE_CHECKING:
 def resolve_device(name: str = "auto") -> torch.device:
     """`auto` (CUDA if there is one, else CPU), `cpu`, `cuda` or `cuda:N`.
 
+    Under torchrun `auto` and `cuda` are this process's own GPU.
+
     Raises:
         UsageError: the name is unknown, or this machine has no such device.
     """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"no CUDA device here, so --device {name} cannot run", run="--device cpu")
+    if name == "cuda" and world_size() > 1:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
 

@@ -47,7 +47,7 @@ class Bar:
         note = f"{rate:,.0f} {self.unit}/s {self.text}"
         if self._progress is not None:
             self._progress.update(self._task, completed=self.done, note=note)
-        elif now - self.last_line > LINE_EVERY_S:
+        elif not console.quiet and now - self.last_line > LINE_EVERY_S:
             self.last_line = now
             left = (self.total - self.done) / max(rate, 1e-9)
             line = f"{self.title}: {self.done:,}/{self.total:,} {note} {left:,.0f} s left"

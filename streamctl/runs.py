@@ -32,7 +32,9 @@ from typing import Any
 import numpy as np
 
 from streamctl.config import to_dict
-from streamctl.errors import StreamctlError
+from streamctl.distributed import SINGLE, is_main, ranks
+from streamctl.errors import StreamctlError, UsageError
+from streamctl.files import atomic_file, disk_errors, file_hash, read_json, tensors_hash
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -45,35 +47,6 @@ def command_for(stage: str) -> str:
     if stage.startswith("baselines/"):
         return "baseline " + stage.removeprefix("baselines/")
     return COMMANDS.get(stage, stage)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _git_revision() -> str | None:
@@ -121,7 +94,20 @@ class Stage:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        return read_json(self.path / MANIFEST)
+        """manifest.json.
+
+        Raises:
+            StreamctlError: it is missing, no JSON, or not as it was written.
+        """
+        path = self.path / MANIFEST
+        manifest = read_json(path)
+        if "seal" in manifest and manifest["seal"] != _seal(manifest):
+            raise StreamctlError(
+                "the manifest is damaged (its seal differs from what it says)",
+                where=path,
+                run=f"{self.run.command(self.name)} --force",
+            )
+        return manifest
 
     @property
     def hash(self) -> str:
@@ -229,25 +215,32 @@ class StageWriter(Stage):
 
     def adopt(self, name: str) -> None:
         """Count a file that is already in the folder (a `save_pretrained` one) as an artifact."""
-        with open(self.path / name, "rb") as handle:
-            os.fsync(handle.fileno())
+        if is_main():
+            with open(self.path / name, "rb") as handle:
+                os.fsync(handle.fileno())
         self._artifacts.add(name)
 
     def log(self, **metrics: Any) -> None:
         """Append one record to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a") as handle:
+        if not is_main():
+            return
+        path = self.path / "metrics.jsonl"
+        with disk_errors(path), open(path, "a") as handle:
             handle.write(json.dumps(metrics) + "\n")
 
     def save_checkpoint(self, tensors: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Replace the checkpoint: one safetensors file with `meta` (JSON) in its header.
+        """Replace the checkpoint: one safetensors file with `meta` (JSON) and a hash in its header.
 
         Records logged to metrics.jsonl after this checkpoint are dropped when it is loaded.
         """
         from safetensors.torch import save_file
 
+        if not is_main():
+            return
         log = self.path / "metrics.jsonl"
         header = {
-            "meta": json.dumps(dict(meta)),
+            "meta": (text := json.dumps(dict(meta))),
+            "hash": tensors_hash(tensors, text),
             "wall_s": repr(self.wall_s()),
             "logged_bytes": str(log.stat().st_size if log.exists() else 0),
         }
@@ -255,23 +248,44 @@ class StageWriter(Stage):
             save_file({key: value.contiguous() for key, value in tensors.items()}, path, header)
 
     def load_checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """(tensors, meta) of the last checkpoint, or None if there is none."""
-        from safetensors import safe_open
+        """(tensors, meta) of the last checkpoint, or None if there is none.
+
+        Raises:
+            StreamctlError: it is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
 
         if not self.resumed:
             return None
-        with safe_open(self._progress / "checkpoint.safetensors", "pt") as handle:
-            header = handle.metadata()
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        file = self._progress / "checkpoint.safetensors"
+        try:
+            with safe_open(file, "pt") as handle:
+                header = handle.metadata()
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            undamaged = header["hash"] == tensors_hash(tensors, header["meta"])
+            meta = json.loads(header["meta"])
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            undamaged = False
+        if not undamaged:
+            raise StreamctlError(
+                "the checkpoint is damaged (its hash differs)",
+                where=file,
+                run=f"{self.run.command(self.name)} after removing it: the stage begins anew",
+            )
         log = self.path / "metrics.jsonl"
-        if log.exists():
+        if is_main() and log.exists():
             os.truncate(log, min(int(header["logged_bytes"]), log.stat().st_size))
         self.earlier_s = float(header["wall_s"])
         self.started = time.monotonic()
-        return tensors, json.loads(header["meta"])
+        return tensors, meta
 
     def publish(self, **extra: Any) -> None:
         """Hash the artifacts and write manifest.json; `extra` is kept in the manifest."""
+        if is_main():
+            self._write_manifest(extra)
+        ranks().agree()  # nobody goes on before the stage is complete
+
+    def _write_manifest(self, extra: Mapping[str, Any]) -> None:
         artifacts = {name: file_hash(self.path / name) for name in sorted(self._artifacts)}
         identity = json.dumps(artifacts, sort_keys=True).encode()
         manifest = {
@@ -283,9 +297,12 @@ class StageWriter(Stage):
             "config": to_dict(self.config),
             "seed": getattr(self.config, "seed", None),
             "wall_s": round(self.wall_s(), 2),
+            "processes": ranks().count,
             **provenance(),
             **extra,
         }
+        manifest = json.loads(json.dumps(manifest))
+        manifest["seal"] = _seal(manifest)
         with atomic_file(self.path / MANIFEST) as path:
             path.write_text(json.dumps(manifest, indent=1) + "\n")
         shutil.rmtree(self._progress, ignore_errors=True)
@@ -351,27 +368,45 @@ class RunDir:
         """
         hashes = {parent: self.require(parent).hash for parent in parents}
         writer = StageWriter(self, name, config, hashes)
+        job = ranks()
+        job.agree()  # all have read what the main process is about to change
+        if not job.main:
+            yield writer if job.agree() else None
+            return
         with self._lock(name):
-            if writer.complete and not force:
-                self._check_same(writer, config, hashes)
-                yield None
-                return
-            progress = writer.path / ".progress"
-            state = {"config": to_dict(config), "parents": hashes}
-            same = (
-                not writer.complete
-                and (progress / "state.json").is_file()
-                and read_json(progress / "state.json") == json.loads(json.dumps(state))
+            wanted = self._prepare(writer, force)
+            job.agree(wanted)
+            yield writer if wanted else None
+
+    def _prepare(self, writer: StageWriter, force: bool) -> bool:
+        """Make the folder ready to begin or to continue; False when the stage is complete."""
+        config, hashes = writer.config, writer.parents
+        if writer.complete and not force:
+            self._check_same(writer, config, hashes)
+            writer.verify()
+            return False
+        if writer.name in SINGLE and ranks().count > 1:
+            raise UsageError(
+                f"stage {writer.name} is made by one process",
+                run=f"{self.command(writer.name)} (without torchrun) before the others",
             )
-            if not same:
-                self._set_aside(writer.path)
-                progress.mkdir(parents=True, exist_ok=True)
-                _write_config(writer.path / "config.toml", config)
-                with atomic_file(progress / "state.json") as path:
-                    path.write_text(json.dumps(state))
-            if same and not writer.resumed:
-                (writer.path / "metrics.jsonl").unlink(missing_ok=True)
-            yield writer
+        progress = writer.path / ".progress"
+        state = {"config": to_dict(config), "parents": hashes}
+        same = (
+            not writer.complete
+            and (progress / "state.json").is_file()
+            and read_json(progress / "state.json") == json.loads(json.dumps(state))
+        )
+        if not same:
+            self._set_aside(writer.path)
+            _write_config(writer.path / "config.toml", config)
+            with atomic_file(progress / "state.json") as path:
+                path.write_text(json.dumps(state))
+        for leftover in writer.path.rglob(".*.part"):  # of a process that was killed
+            leftover.unlink()
+        if same and not writer.resumed:
+            (writer.path / "metrics.jsonl").unlink(missing_ok=True)
+        return True
 
     def _check_same(self, stage: Stage, config: Any, hashes: Mapping[str, str]) -> None:
         old, new = stage.manifest["config"], json.loads(json.dumps(to_dict(config)))
@@ -393,16 +428,23 @@ class RunDir:
         )
 
     def _set_aside(self, folder: Path) -> None:
-        if folder.exists():
-            previous = folder.with_name(folder.name + ".previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
+        """Keep the folder as NAME.previous; but never half a stage in the place of a whole one."""
+        if not folder.exists():
+            return
+        previous = folder.with_name(folder.name + ".previous")
+        if (previous / MANIFEST).exists() and not (folder / MANIFEST).exists():
+            shutil.rmtree(folder)
+            return
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         lock = self.path / f".{name.replace('/', '-')}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "w") as handle:
+        with disk_errors(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            handle = open(lock, "w")  # noqa: SIM115 - closed below, outside of the disk's errors
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -414,20 +456,10 @@ class RunDir:
             yield
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value.
-
-    Raises:
-        StreamctlError: it cannot be read or is not JSON, with file and line.
-    """
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise StreamctlError(f"cannot be read: {error.strerror}", where=path) from error
-    except UnicodeDecodeError as error:
-        raise StreamctlError("not a text file", where=path) from error
-    except json.JSONDecodeError as error:
-        raise StreamctlError(f"not JSON: {error.msg}", where=path, line=error.lineno) from error
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of everything in a manifest but its seal."""
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_config(path: Path, config: Any) -> None:

@@ -24,7 +24,7 @@ LAYERS = (
     {"model"},
     {"tokenizer", "retrieval"},
     {"data"},
-    {"config", "runs", "device", "errors", "progress"},
+    {"config", "runs", "device", "distributed", "errors", "files", "progress"},
 )
 
 

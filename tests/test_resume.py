@@ -5,111 +5,78 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
+from benchmarks.kills import SETTINGS, SHOP, Commands
 from streamctl.runs import RunDir
 
-SETTINGS = """
-[tokenize]
-encoder = "tfidf"
-codes = 8
-levels = 3
-dim = 16
-latent = 8
-hidden = [32]
-epochs = 12
-batch = 64
-neighbours = 10
-[pretrain]
-epochs = 2
-batch = 64
-[annotate]
-length = 2
-[sft]
-rounds = 2
-epochs = 1
-batch = 64
-[rl]
-steps = 4
-group = 4
-batch = 16
-negatives = 5
-validate_every = 2
-[baseline]
-epochs = 2
-[eval]
-beam = 10
-bootstrap = 50
-"""
 STAGES = {
-    "data": ("data synth", "--users 120 --items 60 --seed 1"),
-    "tokenizer": ("tokenize", ""),
-    "pretrain": ("pretrain", ""),
-    "annotate": ("annotate", ""),
-    "sft": ("sft", ""),
-    "rl": ("rl", ""),
-    "baselines/sasrec": ("baseline sasrec", ""),
-    "eval": ("eval", ""),
+    "data": SHOP,
+    "tokenizer": "tokenize",
+    "pretrain": "pretrain",
+    "annotate": "annotate",
+    "sft": "sft",
+    "rl": "rl",
+    "baselines/sasrec": "baseline sasrec",
+    "eval": "eval",
 }
-# Runs the command line with every step checkpointed and a SIGKILL at the n-th call of one function.
-KILLER = """
-import os, signal, sys, threading
-import torch
-where, count = sys.argv.pop(1), float(sys.argv.pop(1))
-from streamctl import runs
-from streamctl.training import loop
-loop.CHECKPOINT_EVERY_S = 0.0
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-def after(owner, name):
-    original, calls = getattr(owner, name), [0]
-    def counted(*arguments, **options):
-        result = original(*arguments, **options)
-        calls[0] += 1
-        if calls[0] == count:
-            kill()
-        return result
-    setattr(owner, name, counted)
-if where == "checkpoint":
-    after(runs.StageWriter, "save_checkpoint")
-elif where == "step":
-    after(torch.optim.AdamW, "step")
-elif where == "publish":
-    after(runs, "file_hash")
-elif where == "artifact":
-    after(runs, "atomic_file")
-from streamctl.cli import main
-main()
-"""
 
 
-def call(run, stage, settings, kill=None):
-    words, extra = STAGES[stage]
-    options = ["--run", str(run), *extra.split()]
-    if stage != "data":
-        options += ["--config", str(settings)]
-    start = ["-c", KILLER, *kill] if kill else ["-m", "streamctl"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *start, *words.split(), *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+class Killer:
+    """Every step checkpointed, and a SIGKILL after the n-th call of one function."""
+
+    def __init__(self, where: str, count: str):
+        self.where, self.count = where, int(count)
+
+    def __call__(self) -> None:
+        import torch
+
+        from streamctl import runs
+        from streamctl.tokenizer import stage as tokenizer
+        from streamctl.training import loop, rl
+
+        loop.CHECKPOINT_EVERY_S = rl.CHECKPOINT_EVERY_S = tokenizer.CHECKPOINT_S = 0.0
+        owner, name = {
+            "checkpoint": (runs.StageWriter, "save_checkpoint"),
+            "step": (torch.optim.AdamW, "step"),
+            "publish": (runs, "file_hash"),
+            "artifact": (runs, "atomic_file"),
+        }[self.where]
+        original, calls = getattr(owner, name), 0
+
+        def counted(*arguments, **options):
+            nonlocal calls
+            result = original(*arguments, **options)
+            calls += 1
+            if calls == self.count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, counted)
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory):
+def commands(tmp_path_factory):
+    return Commands(tmp_path_factory.mktemp("output"))
+
+
+def call(commands, run, stage, settings, kill=None):
+    options = ["--run", str(run)]
+    if stage != "data":
+        options += ["--config", str(settings)]
+    return commands.run([*STAGES[stage].split(), *options], Killer(*kill) if kill else None)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, commands):
     """A run in which nothing was interrupted, and its settings."""
     folder = tmp_path_factory.mktemp("clean")
     settings = folder / "settings.toml"
     settings.write_text(SETTINGS)
     run = folder / "run"
     for stage in STAGES:
-        answer = call(run, stage, settings)
+        answer = call(commands, run, stage, settings)
         assert answer.returncode == 0, f"{stage}: {answer.stderr}"
     return run, settings
 
@@ -159,30 +126,24 @@ KILLS = [
     KILLS,
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else value,
 )
-def test_a_killed_stage_continues_to_the_same_artifacts(clean, tmp_path, stage, kill):
+def test_a_killed_stage_continues_to_the_same_artifacts(clean, commands, tmp_path, stage, kill):
     copy, settings = before(clean, stage, tmp_path)
-    killed = call(copy, stage, settings, kill)
+    killed = call(commands, copy, stage, settings, kill)
     assert killed.returncode == -signal.SIGKILL, f"not killed: {killed.stderr}"
     assert not RunDir(copy).stage(stage).complete
-    answer = call(copy, stage, settings)
+    answer = call(commands, copy, stage, settings)
     assert answer.returncode == 0, answer.stderr
     expected = RunDir(clean[0]).stage(stage).manifest["artifacts"]
     assert RunDir(copy).stage(stage).manifest["artifacts"] == expected
 
 
 @pytest.mark.xdist_group("resume")
-def test_a_stage_after_a_changed_parent_is_refused(clean, tmp_path):
+def test_a_stage_after_a_changed_parent_is_refused(clean, commands, tmp_path):
     copy, settings = before(clean, "sft", tmp_path)
-    redone = subprocess.run(
-        [
-            *(sys.executable, "-m", "streamctl", "pretrain", "--run", str(copy), "--force"),
-            *("--config", str(settings), "--set", "pretrain.lr=0.002"),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    words = ["pretrain", "--force", "--set", "pretrain.lr=0.002"]
+    redone = commands.run([*words, "--run", str(copy), "--config", str(settings)])
     assert redone.returncode == 0, redone.stderr
-    answer = call(copy, "sft", settings)
+    answer = call(commands, copy, "sft", settings)
     assert answer.returncode == 1
     assert "annotate is stale" in answer.stderr
     assert f"streamctl annotate --run {copy}" in answer.stderr

@@ -13,6 +13,7 @@ from test_model import histories, small_policy
 
 from streamctl.config import AnnotateConfig, PretrainConfig, RlConfig, SftConfig, TokenizeConfig
 from streamctl.decode import Rollout
+from streamctl.distributed import Share
 from streamctl.errors import StreamctlError
 from streamctl.training import rewards
 from streamctl.training.annotate import annotate
@@ -45,7 +46,8 @@ def tuned(run):
 
 def batch_of(history: torch.Tensor, target: torch.Tensor, seed: int = 0) -> Batch:
     rows = torch.arange(len(target))
-    return Batch(rows, history, target, rows, seed=seed, epoch=0)
+    share = Share.whole(len(target))
+    return Batch(rows, history, target, rows, target, share, seed=seed, epoch=0)
 
 
 def test_eq_09_retrieved_items_come_first_and_the_less_similar_before_the_nearer():
@@ -226,7 +228,9 @@ def test_eq_26_compares_with_the_frozen_direct_decoder():
         )
         codes = policy.item_tokens[target][:, None]
         rollouts = Rollout(think, codes, torch.zeros(4, 1, 5))
-        terms = trainer.judge(past, target, rollouts, encoded, torch.randn(4, 1, 5, 24), seed=0)
+        terms = trainer.judge(
+            past, target, rollouts, encoded, torch.randn(4, 1, 5, 24), target, seed=0
+        )
     want = (slow - direct).clamp(-1, 1)
     torch.testing.assert_close(terms["likelihood"][:, 0], want, atol=2e-2, rtol=2e-2)
     assert (terms["exact"] == 3).all() and (terms["format"] == 0).all()

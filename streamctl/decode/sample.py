@@ -8,6 +8,7 @@ import torch
 
 from streamctl.decode.think import draw, sample_thoughts, think_logits
 from streamctl.device import autocast
+from streamctl.distributed import Share
 from streamctl.model.policy import Encoded, Policy
 
 
@@ -41,6 +42,7 @@ def rollout(
     temperature: float = 1.0,
     seed: int = 0,
     bf16: bool = True,
+    share: Share | None = None,
 ) -> Rollout:
     """Sample `group` thoughts and items for each user; the user is encoded once.
 
@@ -49,6 +51,7 @@ def rollout(
         think: l, think tokens.
         temperature: of the softmax that tokens are drawn from.
         seed: the same seed gives the same rollouts.
+        share: which users of a batch in several processes these are.
 
     The policy's dropout must be off (`policy.eval()`), or the log-probabilities are another
     model's.
@@ -61,8 +64,9 @@ def rollout(
         logprobs = []
         if think:
             thought, steps = sample_thoughts(
-                policy, encoded, think, group, "slow", temperature=temperature, generator=generator
-            )
+                policy, encoded, think, group, "slow", temperature=temperature,
+                generator=generator, share=share,
+            )  # fmt: skip
             past, thoughts = thought.past, thought.tokens
             logprobs.append(steps)
         feed = torch.full((len(history), group, 1), policy.tokens.BOS, device=device)
@@ -71,7 +75,7 @@ def rollout(
             hidden, past = policy.extend(encoded, feed, "slow", past)
             scores = policy.logits(hidden[:, :, -1]).float() / temperature
             distribution = torch.log_softmax(scores, -1)
-            drawn = draw(distribution, generator)
+            drawn = draw(distribution, generator, share)
             codes.append(drawn)
             logprobs.append(distribution.gather(-1, drawn[..., None]))
             feed = drawn[..., None]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from streamctl.distributed import Share
 from streamctl.model.backbone import Past
 from streamctl.model.policy import DecoderName, Encoded, Policy
 
@@ -90,6 +91,7 @@ def sample_thoughts(
     *,
     temperature: float,
     generator: torch.Generator,
+    share: Share | None = None,
 ) -> tuple[Thought, torch.Tensor]:
     """`width` sampled thoughts of each user, and each token's log-probability (B, W, l)."""
     low, _ = policy.tokens.think_range
@@ -105,7 +107,7 @@ def sample_thoughts(
             distribution = distribution.expand(-1, width, -1)
         else:
             states.append(hidden[:, :, -1])
-        drawn = draw(distribution, generator)
+        drawn = draw(distribution, generator, share)
         tokens.append(drawn + low)
         logprobs.append(distribution.gather(-1, drawn[..., None])[..., 0])
         feed = tokens[-1][..., None]
@@ -116,14 +118,19 @@ def sample_thoughts(
     return thought, steps
 
 
-def draw(logprobs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A sample of each distribution: (..., n) normalised log-probabilities -> (...) int64.
+def draw(
+    logprobs: torch.Tensor, generator: torch.Generator, share: Share | None = None
+) -> torch.Tensor:
+    """A sample of each distribution: (B, ..., n) normalised log-probabilities -> (B, ...) int64.
 
     By inversion of the cumulative distribution with one uniform number a row, drawn on the CPU,
-    so that the same seed gives the same samples on every device.
+    so that the same seed gives the same samples on every device. `share` says which rows of a
+    batch in several processes these are: each row gets the numbers it would get in one.
     """
     cumulative = logprobs.double().exp().cumsum(-1)
-    uniform = torch.rand(logprobs.shape[:-1], dtype=torch.float64, generator=generator)
+    share = share or Share.whole(len(logprobs))
+    shape = (share.total, *logprobs.shape[1:-1])
+    uniform = share.of(torch.rand(shape, dtype=torch.float64, generator=generator))
     level = uniform.to(logprobs.device)[..., None] * cumulative[..., -1:]
     chosen = torch.searchsorted(cumulative, level, right=True)[..., 0]
     return chosen.clamp(max=logprobs.shape[-1] - 1)

@@ -13,6 +13,7 @@ import torch
 from streamctl.data import Examples
 from streamctl.decode.ranking import Ranking
 from streamctl.device import derive_seed
+from streamctl.distributed import ranks
 from streamctl.evaluation.metrics import DEPTH, coverage, ranking_metrics, target_ranks
 from streamctl.progress import progress_bar
 
@@ -82,20 +83,23 @@ def evaluate(
     """
     if not len(examples):
         raise ValueError("evaluation over no users")
-    ranks = np.empty(len(examples), dtype=np.int32)
-    top = np.full((len(examples), 10), -1, dtype=np.int64)
+    found = np.zeros(len(examples), dtype=np.int32)
+    top = np.zeros((len(examples), 10), dtype=np.int64)
     _rank(recommender, examples, np.arange(min(_WARM_UP, len(examples))), masked)
     spent = 0.0
     with progress_bar(title or "evaluate", len(examples), "users") as bar:
-        for index in batches_by_length(examples.lengths, batch):
+        for index in ranks().mine(list(batches_by_length(examples.lengths, batch))):
             began = time.perf_counter()
             items = _rank(recommender, examples, index, masked)
             spent += time.perf_counter() - began
-            ranks[index] = target_ranks(items, examples.targets[index])
+            found[index] = target_ranks(items, examples.targets[index])
+            top[index] = -1
             top[index, : items.shape[1]] = items[:, :10]
-            bar.advance(len(index))
-    metrics = ranking_metrics(ranks) | {"coverage@10": coverage(top, n_items)}
-    return Evaluation(ranks, metrics, 1000 * spent / len(examples))
+            bar.advance(len(index) * ranks().count)
+    found, top = ranks().sum(found), ranks().sum(top)
+    spent = float(ranks().sum(np.array([spent]))[0])
+    metrics = ranking_metrics(found) | {"coverage@10": coverage(top, n_items)}
+    return Evaluation(found, metrics, 1000 * spent / len(examples))
 
 
 def _rank(

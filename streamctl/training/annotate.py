@@ -14,6 +14,7 @@ from streamctl import kernels
 from streamctl.config import AnnotateConfig
 from streamctl.data.split import Examples
 from streamctl.device import autocast, resolve_device
+from streamctl.distributed import ranks
 from streamctl.errors import StreamctlError
 from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import console, progress_bar, say
@@ -124,10 +125,10 @@ def label_all(
     """
     device = policy.item_tokens.device
     policy.eval()
-    thoughts = np.empty((len(examples), length), np.int32)
+    thoughts = np.zeros((len(examples), length), np.int32)
     distance = torch.zeros(length + 1, dtype=torch.float64, device=device)
     with progress_bar(title, len(examples), "sequences") as bar, autocast(device):
-        for rows in _rows(examples, batch):
+        for rows in ranks().mine(list(_rows(examples, batch))):
             history = torch.from_numpy(examples.histories(rows)).to(device)
             targets = torch.from_numpy(examples.targets[rows]).to(device)
             found = infer(policy, policy.encode(history), targets, length, mode)
@@ -136,7 +137,8 @@ def label_all(
             if mode == "normalised":
                 target, states = F.normalize(target, dim=-1), F.normalize(states, dim=-1)
             distance += (target - states).norm(dim=-1).double().sum(0)
-            bar.advance(len(rows))
+            bar.advance(len(rows) * ranks().count)
+    thoughts, distance = ranks().sum(thoughts), ranks().sum(distance.cpu().numpy())
     low, high = policy.tokens.think_range
     report = describe(thoughts - low, high - low, examples.targets)
     report["distance"] = [float(value) for value in distance / max(len(examples), 1)]
@@ -216,7 +218,8 @@ def heads_loss(policy: Policy, batch: Batch, config: AnnotateConfig) -> tuple[to
     found = infer(policy, encoded, batch.target, config.length, config.mode)
     low = policy.tokens.think_range[0]
     vectors = think_vectors(policy, config.mode)[found.tokens - low]
-    state = state_target_loss(found.states, found.target, batch.target)
+    targets = policy.item_vectors(batch.targets).float()
+    state = state_target_loss(found.states, targets, batch.targets, first=batch.share.first)
     quant = quantization_loss(found.residuals, vectors)
     return state + quant, {"state": state, "quant": quant}
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from streamctl.device import autocast, derive_seed, resolve_device
+from streamctl.distributed import Share, ranks
 from streamctl.errors import StreamctlError
 from streamctl.progress import progress_bar
 from streamctl.training import checkpoint
@@ -30,7 +31,7 @@ TENSORBOARD = "STREAMCTL_TENSORBOARD"
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of one history length, on the training device.
+    """Examples of one history length, on the training device: this process's share of a batch.
 
     `seed` belongs to this step alone: all randomness of the loss derives from it, or from
     torch's global generator, which is seeded with it just before the loss is called.
@@ -40,6 +41,8 @@ class Batch:
     history: torch.Tensor  # (B, H) int64 item indexes, oldest first, nothing padded
     target: torch.Tensor  # (B,) int64
     user: torch.Tensor  # (B,) int64
+    targets: torch.Tensor  # (T,) int64 of the whole batch; T = B in a single process
+    share: Share
     seed: int
     epoch: int
 
@@ -47,7 +50,7 @@ class Batch:
         return len(self.target)
 
     def generator(self, what: str) -> torch.Generator:
-        """A CPU generator that belongs to this step and this purpose."""
+        """A CPU generator that belongs to this step and this purpose, the same on every rank."""
         return torch.Generator().manual_seed(derive_seed(self.seed, what))
 
 
@@ -72,7 +75,7 @@ class MetricLog:
     def __init__(self, stage: StageWriter):
         self._stage = stage
         self._events = None
-        if os.environ.get(TENSORBOARD, "0") not in ("", "0"):
+        if ranks().main and os.environ.get(TENSORBOARD, "0") not in ("", "0"):
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
@@ -221,7 +224,8 @@ def fit(
     smaller than `batch` counts by its size. AdamW, gradient norm clipped to 1, warm-up and
     cosine over all epochs, bf16 autocast where the device has it. Killed at any time and called
     again with a stage of the same settings, it continues from the last checkpoint (end of an
-    epoch, or at most a minute old) and, on the CPU, ends with bit-identical weights.
+    epoch, or at most a minute old) and, on the CPU, ends with bit-identical weights. Under torchrun
+    each process computes its rows of every batch, and all end with the weights of the whole batch.
 
     Args:
         stage: receives metrics.jsonl and the checkpoints.
@@ -262,8 +266,8 @@ def fit(
             for data in _load(examples, rows, state, device, seed):
                 rate = learning_rate(state.total_steps, steps * epochs, lr, warmup)
                 _step(state, data, loss, rate, batch, device, bf16)
-                bar.advance(len(data))
-                if time.monotonic() - state.saved_at > CHECKPOINT_EVERY_S:
+                bar.advance(data.share.total)
+                if ranks().agree(time.monotonic() - state.saved_at > CHECKPOINT_EVERY_S):
                     bar.note(f"epoch {state.epoch + 1} loss {state.means()['loss']:.3f}")
                     state.save()
             metrics = state.means()
@@ -296,13 +300,16 @@ def fit(
 def _load(
     examples: Examples, rows: list[np.ndarray], state: _Trainer, device: torch.device, seed: int
 ) -> Iterator[Batch]:
-    """The epoch's batches from the current step on."""
+    """The process's share of the epoch's batches, from the current step on."""
     targets, users = np.asarray(examples.targets), np.asarray(examples.users)
-    for index in rows[state.step :]:
-        arrays = (index, examples.histories(index), targets[index], users[index])
+    for whole in rows[state.step :]:
+        share = ranks().share(len(whole))
+        index = share.of(whole)
+        arrays = (index, examples.histories(index), targets[index], users[index], targets[whole])
         tensors = (torch.as_tensor(np.ascontiguousarray(a), dtype=torch.int64) for a in arrays)
         moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        yield Batch(*moved, derive_seed(seed, "step", state.epoch, state.step), state.epoch)
+        step_seed = derive_seed(seed, "step", state.epoch, state.step)
+        yield Batch(*moved, share, step_seed, state.epoch)
 
 
 def _step(
@@ -314,16 +321,19 @@ def _step(
     device: torch.device,
     bf16: bool,
 ) -> None:
-    torch.manual_seed(data.seed)
+    job, share = ranks(), data.share
+    # Dropout differs between ranks: equal masks on all of them would be less noise.
+    torch.manual_seed(data.seed if job.main else derive_seed(data.seed, "rank", job.rank))
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
     with autocast(device, bf16):
         value, metrics = loss(data)
-    (value * (len(data) / batch)).backward()
-    trained = (p for group in state.optimizer.param_groups for p in group["params"])
+    (value * (share.weight / batch)).backward()
+    trained = [p for group in state.optimizer.param_groups for p in group["params"]]
+    job.sum_gradients(trained)
     nn.utils.clip_grad_norm_(trained, CLIP_NORM)
     state.optimizer.step()
-    state.add({"loss": value, **metrics}, len(data))
+    state.add(job.mean({"loss": value, **metrics}, share), share.total)
     state.step += 1
     state.total_steps += 1

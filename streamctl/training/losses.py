@@ -41,7 +41,11 @@ def step_weights(steps: int) -> torch.Tensor:
 
 
 def state_target_loss(
-    states: torch.Tensor, targets: torch.Tensor, items: torch.Tensor, temperature: float = 0.07
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    items: torch.Tensor,
+    temperature: float = 0.07,
+    first: int = 0,
 ) -> torch.Tensor:
     """Each state against its target among the batch's targets (Eq. 14).
 
@@ -50,8 +54,10 @@ def state_target_loss(
 
     Args:
         states: (B, l + 1, d) s_0..s_l.
-        targets: (B, d) t of each row; no gradient is stopped here.
-        items: (B,) int64 which item each target is.
+        targets: (T, d) t of each row of the whole batch, T = B unless several processes share it;
+            no gradient is stopped here.
+        items: (T,) int64 which item each target is.
+        first: row of the whole batch that the states begin at.
 
     Returns:
         scalar float32: weighted over steps (the weights sum to one), mean over the batch.
@@ -59,11 +65,12 @@ def state_target_loss(
     states = F.normalize(states.float(), dim=-1)
     targets = F.normalize(targets.float(), dim=-1)
     logits = torch.einsum("bjd,cd->jbc", states, targets) / temperature
-    size = len(items)
-    same = items[:, None] == items[None, :]
-    same.fill_diagonal_(False)
+    size = len(states)
+    own = torch.arange(first, first + size, device=items.device)
+    same = items[own, None] == items[None, :]
+    same.scatter_(1, own[:, None], False)
     logits = logits.masked_fill(same, -torch.inf)
-    label = torch.arange(size, device=items.device).expand(len(logits), size)
+    label = own.expand(len(logits), size)
     per_step = F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none")
     weights = step_weights(len(logits)).to(per_step.device)
     return (per_step.view(len(logits), size).mean(1) * weights).sum()

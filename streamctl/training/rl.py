@@ -16,6 +16,7 @@ from streamctl.config import RlConfig
 from streamctl.data.split import Examples
 from streamctl.decode.sample import Rollout, rollout, rollout_logprobs
 from streamctl.device import autocast, derive_seed, resolve_device
+from streamctl.distributed import ranks
 from streamctl.errors import StreamctlError
 from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import progress_bar, say, warn
@@ -56,17 +57,19 @@ class Judge:
         rollouts: Rollout,
         encoded: Encoded,
         hidden: torch.Tensor,
+        targets: torch.Tensor,
         seed: int,
     ) -> dict[str, torch.Tensor]:
         """Each term (B, G), unweighted, and `items` (B, G), -1 where codes spell none.
 
         Args:
             encoded: the users under the policy. hidden: (B, G, T, d) its states at the positions
-                that predicted the rollouts' tokens. seed: of the pool of Eq. 25.
+                that predicted the rollouts' tokens. targets: (T,) of the whole batch, T = B in one
+                process. seed: of the pool of Eq. 25.
         """
         policy = self.policy
         items = self.parser(rollouts.codes)
-        pool = self._pool(target, seed)
+        pool = self._pool(targets, seed)
         share = rewards.win_share(
             hidden.mean(2), policy.item_vectors(target), target, policy.item_vectors(pool), pool
         )
@@ -86,13 +89,13 @@ class Judge:
         """The weighted sum of the terms, (B, G)."""
         return sum(getattr(self.config, f"{name}_weight") * terms[name] for name in rewards.TERMS)
 
-    def _pool(self, target: torch.Tensor, seed: int) -> torch.Tensor:
+    def _pool(self, targets: torch.Tensor, seed: int) -> torch.Tensor:
         """The batch's users' targets, or catalogue samples where they are few."""
-        if len(target) >= SMALLEST_POOL:
-            return target
+        if len(targets) >= SMALLEST_POOL:
+            return targets
         generator = torch.Generator().manual_seed(seed)
         count = len(self.policy.item_tokens)
-        return torch.randperm(count, generator=generator)[:SMALLEST_POOL].to(target.device)
+        return torch.randperm(count, generator=generator)[:SMALLEST_POOL].to(targets.device)
 
     def _rank(
         self, target: torch.Tensor, rollouts: Rollout, encoded: Encoded
@@ -141,13 +144,19 @@ class Trainer:
         self.progress = Progress()
         self.best_weights = checkpoint.snapshot(policy)
 
-    def step(self, history: torch.Tensor, target: torch.Tensor, seed: int) -> dict[str, float]:
-        """Sample a group for each user, judge it, and update; histories have one length."""
+    def step(self, history: torch.Tensor, targets: torch.Tensor, seed: int) -> dict[str, float]:
+        """Sample a group for each user, judge it, and update; histories have one length.
+
+        Under torchrun each process does this for its share of the users.
+        """
         config, policy = self.config, self.policy
+        share = ranks().share(len(targets))
+        history, target = share.of(history), share.of(targets)
         policy.eval()
         rollouts = rollout(
             policy, history, group=config.group, think=self.think,
             temperature=config.temperature, seed=derive_seed(seed, "rollout"), bf16=False,
+            share=share,
         )  # fmt: skip
         with torch.no_grad():
             frozen, _ = rollout_logprobs(
@@ -162,8 +171,9 @@ class Trainer:
             )
             if update == 0:
                 terms = self.judge(
-                    history, target, rollouts, encoded.detach(), hidden, derive_seed(seed, "pool")
-                )
+                    history, target, rollouts, encoded.detach(), hidden, targets,
+                    derive_seed(seed, "pool"),
+                )  # fmt: skip
                 reward = self.judge.total(terms)
                 advantage = advantages(reward)
                 metrics = _describe(terms, reward, rollouts)
@@ -179,12 +189,14 @@ class Trainer:
             metrics |= {"anchor": anchor.detach(), "loss": loss.detach()}
             self.optimizer.zero_grad(set_to_none=True)
             # A batch that came out smaller counts by its size.
-            scale = len(target) / config.batch
+            scale = share.weight / config.batch
             ((loss + config.anchor_weight * anchor) * scale).backward()
-            nn.utils.clip_grad_norm_(policy.parameters(), CLIP_NORM)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            ranks().sum_gradients(trained)
+            nn.utils.clip_grad_norm_(trained, CLIP_NORM)
             self.optimizer.step()
         self.progress.step += 1
-        return {name: float(value) for name, value in metrics.items()}
+        return {name: float(value) for name, value in ranks().mean(metrics, share).items()}
 
     def judge_weights(self, found: dict[str, float]) -> None:
         """Keep the weights if they are the best so far; stop after `patience` that are not.
@@ -334,6 +346,6 @@ def train(
                 log(done, validated=done, **found)
                 trainer.save(stage)
                 saved_at = time.monotonic()
-            elif time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
+            elif ranks().agree(time.monotonic() - saved_at > CHECKPOINT_EVERY_S):
                 trainer.save(stage)
                 saved_at = time.monotonic()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from streamctl.config import SftConfig
 from streamctl.device import resolve_device
+from streamctl.distributed import Share, ranks
 from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage, StageWriter, read_json
@@ -48,15 +49,22 @@ def total_loss(terms: dict[str, torch.Tensor], config: SftConfig) -> torch.Tenso
 
 
 def corrupt(
-    thoughts: torch.Tensor, probability: float, low: int, high: int, generator: torch.Generator
+    thoughts: torch.Tensor,
+    probability: float,
+    low: int,
+    high: int,
+    generator: torch.Generator,
+    share: Share | None = None,
 ) -> torch.Tensor:
     """Thoughts (B, l) with each token replaced, with the probability, by a random one.
 
     Labels have seen the target and the model's own thoughts have not: an answer that leans on
     every think token would be lost without its teacher.
     """
-    chance = torch.rand(thoughts.shape, generator=generator)
-    others = torch.randint(low, high, thoughts.shape, generator=generator)
+    share = share or Share.whole(len(thoughts))
+    whole = (share.total, thoughts.shape[1])
+    chance = share.of(torch.rand(whole, generator=generator))
+    others = share.of(torch.randint(low, high, whole, generator=generator))
     return torch.where((chance < probability).to(thoughts.device), others.to(thoughts), thoughts)
 
 
@@ -86,7 +94,7 @@ class Tuner:
         labels = self.thoughts[batch.index.cpu()].to(device)
         low, high = policy.tokens.think_range
         generator = batch.generator("corrupt")
-        given = corrupt(labels, config.corrupt, low, high, generator)
+        given = corrupt(labels, config.corrupt, low, high, generator, batch.share)
         encoded = policy.encode(batch.history)
         inputs, _ = policy.target_inputs(batch.target, given)
         _, wanted = policy.target_inputs(batch.target, labels)
@@ -117,7 +125,8 @@ class Tuner:
         if not self.config.dpo_weight:
             return chosen.new_zeros(())
         generator = batch.generator("look-alike")
-        pick = torch.randint(self.look_alikes.shape[1], (len(batch),), generator=generator)
+        size = (batch.share.total,)
+        pick = batch.share.of(torch.randint(self.look_alikes.shape[1], size, generator=generator))
         rejected = self.look_alikes[batch.target, pick.to(batch.target.device)]
         pair = torch.stack([batch.target, rejected], 1)
         with torch.no_grad():
@@ -131,13 +140,16 @@ class Tuner:
     ) -> dict[str, torch.Tensor]:
         """Eqs. 14 and 15. Targets carry no gradient (Sec. 2.3.1); the tokens of Eq. 15 do."""
         policy, config = self.policy, self.config
-        target = policy.item_vectors(batch.target).detach().float()
+        targets = policy.item_vectors(batch.targets).detach().float()
+        target = batch.share.of(targets)
         states = policy.states(encoded, hidden).float()
         normalise = self.mode == "normalised"
         residuals = policy.thinker.residual(target[:, None], states[:, :-1], normalise=normalise)
         vectors = think_vectors(policy, self.mode)[labels - policy.tokens.think_range[0]]
         return {
-            "state": state_target_loss(states, target, batch.target, config.state_temperature),
+            "state": state_target_loss(
+                states, targets, batch.targets, config.state_temperature, batch.share.first
+            ),
             "quant": quantization_loss(residuals, vectors, config.quant_beta),
         }
 
@@ -187,6 +199,7 @@ class Rounds:
         self.reports.append(report)
         self.stage.save_json(self._file(number, "json").name, report)
         self.stage.save_array(self._file(number, "npy").name, thoughts)
+        ranks().agree()  # the others read what the main process has written
 
     def _adopt(self, number: int) -> None:
         for kind in ("json", "npy"):

@@ -9,6 +9,7 @@ import torch
 
 from streamctl.decode.beam import recommend
 from streamctl.device import derive_seed
+from streamctl.distributed import ranks
 from streamctl.evaluation.metrics import ranking_metrics, target_ranks
 from streamctl.model.policy import DecoderName, Policy
 from streamctl.training.material import Material
@@ -53,9 +54,9 @@ class Validator:
         device = self.policy.item_tokens.device
         training = self.policy.training
         self.policy.eval()
-        ranks = []
+        found = np.zeros(len(self.examples), np.int32)
         depth = 50 if deep else 10
-        for start in range(0, len(self.examples), BATCH):
+        for start in ranks().mine(range(0, len(self.examples), BATCH)):
             rows = np.arange(start, min(start + BATCH, len(self.examples)))
             history = torch.from_numpy(self.examples.histories(rows)).to(device)
             targets = self.examples.targets[rows]
@@ -66,8 +67,8 @@ class Validator:
                 self.policy, self.trie, history, depth, think=think, decoder=decoder,
                 thoughts=given, beam=50 if deep else 20, seed=self.seed,
             )  # fmt: skip
-            ranks.append(target_ranks(ranking.items.cpu().numpy(), targets))
+            found[rows] = target_ranks(ranking.items.cpu().numpy(), targets)
         self.policy.train(training)
-        found = ranking_metrics(np.concatenate(ranks))
+        metrics = ranking_metrics(ranks().sum(found))
         wanted = ("ndcg@10", "recall@10", "recall@50") if deep else ("ndcg@10", "recall@10")
-        return {name: found[name] for name in wanted}
+        return {name: metrics[name] for name in wanted}

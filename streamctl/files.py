@@ -1,0 +1,101 @@
+"""Files that are there whole or not at all, and what the disk says when they cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from streamctl.distributed import is_main
+from streamctl.errors import StreamctlError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it when the block ends without an error.
+
+    In a job of several processes the main one writes; what the others write is thrown away.
+
+    Raises:
+        StreamctlError: the disk is full, cannot be written or fails; `path` is as it was.
+    """
+    if not is_main():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch) / path.name
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            with suppress(OSError):  # on a disk that has become read-only
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the disk says while `path` is written, as one line that names the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StreamctlError(
+            f"cannot be written: {reason}",
+            where=path,
+            run="the same command when there is room, and the right to write",
+        ) from error
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Any], text: str) -> str:
+    """SHA-256 of named torch tensors and a text that belongs to them."""
+    import torch
+
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        if values.numel():
+            digest.update(memoryview(values.view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value.
+
+    Raises:
+        StreamctlError: it cannot be read or is not JSON, with file and line.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise StreamctlError(f"cannot be read: {error.strerror}", where=path) from error
+    except UnicodeDecodeError as error:
+        raise StreamctlError("not a text file", where=path) from error
+    except json.JSONDecodeError as error:
+        raise StreamctlError(f"not JSON: {error.msg}", where=path, line=error.lineno) from error
