@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_baselines import N_ITEMS, N_USERS, write_cycle
 
 from streamctl.config import (
@@ -267,6 +268,14 @@ def test_the_table_and_the_plots_show_every_row(run, result, tmp_path):
     names = {path.name for path in plot_all(run, result, tmp_path)}
     assert names == {"ndcg.png", "training.png", "codes.png"}
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+
+
+def test_the_table_fits_a_terminal_of_eighty_columns(result):
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table(result))
+    assert "…" not in capture.get()
+    assert max(map(len, capture.get().splitlines())) <= 80
 
 
 def test_collapsed_labels_are_an_error_under_strict(run, stage, monkeypatch, capsys):
