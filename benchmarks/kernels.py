@@ -168,14 +168,18 @@ def nearest_codeword_row(limits, repeats):
     return search_row("nearest_codeword/n100k-d256-k1024", contenders, flop, limits, repeats)
 
 
+# VmHWM is this program's own high-water mark; getrusage's would start at the parent's.
 MEMORY = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from streamctl.kernels import residual_quantize
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM"))
 n = int(sys.argv[1])
 codebooks = torch.randn(4, 256, 32)
 residual_quantize(torch.randn(20_000, 32), codebooks)
 x = torch.empty(n, 32).uniform_(-1, 1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 codes, residual = residual_quantize(x, codebooks)
 print((peak() - before - codes.nbytes - residual.nbytes) / 1e6)

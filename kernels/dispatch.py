@@ -23,7 +23,7 @@ def _known(name, origin):
     return name
 
 
-def _interpreting():
+def interpreting():
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -37,7 +37,7 @@ def _missing(name, device_type):
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed (pip install triton)"
-        if device_type != "cuda" and not _interpreting():
+        if device_type != "cuda" and not interpreting():
             return (
                 f"it runs on CUDA tensors, the input is on {device_type!r}"
                 " (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"

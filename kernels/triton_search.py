@@ -1,206 +1,241 @@
-"""Exact nearest-codeword search on the GPU: shared by the Triton backends of two ops.
+"""Nearest-codeword search on the GPU: the Triton kernels that `triton_quantize` runs for two ops.
 
-Three passes, each over the rows that the one before could not decide: scores on the tensor cores
-(TF32), scores in float32, float64 sums in the order that defines the op. A pass decides a row
-when its second best score is further from the best than the pass can err; see `margins`.
+The arithmetic is that of `cpu_search`: rounded scores x' . c' - ||c'||^2 / 2, about each level's
+mean codeword, with a bound on their error. Here the products run on the tensor cores, in TF32 or
+in three TF32 products that make almost a float32 one. A row whose second best score comes within
+twice the bound of the best (or whose bound is infinite or NaN) is left open for the next pass.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import checks
+from .dispatch import interpreting
 
+INTERPRETED = interpreting()
+TILE = 128  # codebooks are padded to a multiple of this, and of every BLOCK_K below
+LEAST_TILE = 32  # the smallest BLOCK_K
+
+
+def widest(device):
+    """The dimensions up to which the smallest of _CONFIGS keeps its rows on the chip."""
+    if device.type != "cuda":
+        return 256
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return 256 if shared >= 196_608 else 128 if shared >= 98_304 else 32
+
+
+def _config(rows, codes, warps, stages):
+    return triton.Config({"BLOCK_N": rows, "BLOCK_K": codes}, num_warps=warps, num_stages=stages)
+
+
+# Wide rows fill the shared memory, so they need narrow tiles; what does not fit is passed over.
 _CONFIGS = [
-    triton.Config({"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 32}, num_warps=8, num_stages=3),
-    triton.Config({"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_D": 64}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 32}, num_warps=4, num_stages=4),
-    triton.Config({"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": 64}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_N": 128, "BLOCK_K": 256, "BLOCK_D": 32}, num_warps=8, num_stages=3),
+    _config(64, LEAST_TILE, 4, 1),
+    _config(64, LEAST_TILE, 4, 3),
+    _config(64, 64, 4, 2),
+    _config(128, LEAST_TILE, 8, 2),
+    _config(128, 64, 8, 2),
+    _config(128, 64, 8, 3),
+    _config(128, TILE, 8, 2),
 ]
-# Unit roundoff of an operand in each pass (TF32 keeps 10 fraction bits; truncation costs a whole
-# unit), or None for the pass that needs no margin.
-PASSES = {"tf32": 2.0**-10, "ieee": 2.0**-23}
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def _scores_kernel(
-    x, codebook, bias, margin, index, decided,
-    n, k, d, stride_n, stride_d,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+def _to_tf32(value):
+    """Float32 rounded to TF32's 10 fraction bits: what a tensor core multiplies exactly."""
+    bits = value.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _length(squares, width):
+    """An upper bound of the root of a sum of `width` squares, rounded or flushed to 0."""
+    return tl.sqrt(squares) * (1 + (width + 16) * 2.0**-22) + 2.0**-62 * width
+
+
+@triton.jit
+def _margin(norm, slip, longest, slipped, width, terms, tag_bits):
+    """Twice a bound on the error of any score, infinite where scores may overflow.
+
+    norm, longest bound ||x'|| and ||c'||; slip, slipped what rounding took from the operands
+    (Cauchy-Schwarz); `terms` products are summed in float32 that may truncate; the low `tag_bits`
+    bits of a score carry the number of its tile. The float64 sums that define the op err too.
+    """
+    size = 0.5 * longest * longest + (norm + slip) * (longest + slipped)  # of any partial sum
+    delta = slip * longest + (norm + slip) * slipped
+    delta += ((terms + 8) * 2.0**-23 + (1 << tag_bits) * 2.0**-23) * 1.01 * size
+    delta += (width + 4) * 2.0**-50 * (norm + longest) * (norm + longest)
+    delta += (width + 4) * 2.0**-124 * (1.0 + norm + longest)
+    return tl.where(size < 1e37, 2.0001 * delta, float("inf"))
+
+
+@triton.jit
+def _tag(score, tag_bits):
+    """The number of the tile that a score carries in its low bits."""
+    return score.to(tl.int32, bitcast=True) & ((1 << tag_bits) - 1)
+
+
+@triton.jit
+def _distance(left, at):
+    """Float64 squared distances of rows (BLOCK_N, WIDTH) to the codewords at these addresses."""
+    difference = left.to(tl.float64) - tl.load(at).to(tl.float64)
+    return tl.sum(difference * difference, 1)
+
+
+@triton.jit
+def _levels_kernel(
+    x, words, exact, bias, centre, norms, codes, left_over, open_rows,
+    n, k, d, levels, padded, tag_bits, stride_n, stride_d,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, DISTANCE: tl.constexpr,
 ):  # fmt: skip
-    """index = the best by score x . c - ||c||^2 / 2; decided = by more than margin."""
+    """All levels of BLOCK_N rows, which stay on the chip: x is read once, the rest written once."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = rows < n
-    top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    second = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    where = tl.zeros((BLOCK_N,), tl.int32)
-    for first in range(0, k, BLOCK_K):
-        codes = first + tl.arange(0, BLOCK_K)
-        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in range(0, d, BLOCK_D):
-            dims = start + tl.arange(0, BLOCK_D)
-            values = tl.load(
-                x + rows[:, None] * stride_n + dims[None, :] * stride_d,
-                mask=live[:, None] & (dims < d)[None, :], other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            words = tl.load(
-                codebook + codes[None, :].to(tl.int64) * d + dims[:, None],
-                mask=(codes < k)[None, :] & (dims < d)[:, None], other=0.0,
-            )  # fmt: skip
-            total = tl.dot(values, words, total, input_precision=PRECISION)
-        total += tl.load(bias + codes, mask=codes < k, other=float("-inf"))[None, :]
-        best = tl.max(total, 1)
-        at = tl.argmax(total, 1)
-        others = tl.where(tl.arange(0, BLOCK_K)[None, :] == at[:, None], float("-inf"), total)
-        second = tl.maximum(tl.maximum(second, tl.max(others, 1)), tl.minimum(top, best))
-        where = tl.where(best > top, first + at.to(tl.int32), where)
-        top = tl.maximum(top, best)
-    tl.store(index + rows, where.to(tl.int64), mask=live)
-    sure = second < top - tl.load(margin + rows, mask=live, other=0.0)
-    tl.store(decided + rows, sure.to(tl.int8), mask=live)
+    dims = tl.arange(0, WIDTH)
+    inside = (rows < n)[:, None] & (dims < d)[None, :]
+    at = rows[:, None] * stride_n + dims[None, :] * stride_d
+    left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_N, WIDTH)
+    lanes = tl.arange(0, BLOCK_K)[None, :]
+    sure = rows < n
+    keep = -(1 << tag_bits)
+    for level in range(levels):
+        moved = left - tl.load(centre + level * WIDTH + dims)[None, :]
+        norm = _length(tl.sum(moved * moved, 1), d)
+        longest = tl.load(norms + 2 * level)
+        slipped = tl.load(norms + 2 * level + 1)
+        if PRECISION == "tf32":
+            near = _to_tf32(moved)
+            lost = moved - near
+            # The subtraction of the centre itself is off by half a unit in the last place.
+            slip = _length(tl.sum(lost * lost, 1), d) + 2.0**-24 * norm
+            margin = _margin(norm, slip, longest, slipped, d, d, tag_bits)
+        else:
+            # A float32 is two TF32 up to 2^-20; the product of the two low parts is left out.
+            near = moved
+            slip, slipped = 2.0**-19 * norm, slipped + 2.0**-19 * longest
+            margin = _margin(norm, slip, longest, slipped, d, 3 * d, tag_bits)
+
+        top = tl.full((BLOCK_N, BLOCK_K), float("-inf"), tl.float32)
+        second = tl.full((BLOCK_N, BLOCK_K), float("-inf"), tl.float32)
+        for tile in range(padded // BLOCK_K):
+            code = level * padded + tile * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
+            word = tl.load(words + code[None, :] * WIDTH + dims[:, None])  # (WIDTH, BLOCK_K)
+            score = tl.dot(near, word, input_precision=PRECISION) + tl.load(bias + code)[None, :]
+            tagged = (score.to(tl.int32, bitcast=True) & keep) | tile
+            score = tagged.to(tl.float32, bitcast=True)
+            second = tl.maximum(second, tl.minimum(top, score))
+            top = tl.maximum(top, score)
+        best = tl.max(top, 1)
+        lane = tl.argmax(top, 1)
+        others = tl.where(lanes == lane[:, None], second, top)
+        runner_up = tl.max(others, 1)
+        # An open row's code may be anything, but within the codebook.
+        chosen = tl.minimum(_tag(best, tag_bits) * BLOCK_K + lane, k - 1)
+        base = exact + (level * padded + tl.zeros_like(chosen)).to(tl.int64)[:, None] * WIDTH
+        clear = runner_up < best - margin
+        if PRECISION == "tf32x3":
+            # Two codewords that stand out from the rest are compared in float64, in any order.
+            lane_2 = tl.argmax(others, 1)
+            rival = tl.minimum(_tag(runner_up, tag_bits) * BLOCK_K + lane_2, k - 1)
+            # Of a lane that holds both, the third best is not known.
+            unseen = tl.where((lane == lane_2)[:, None], runner_up[:, None], second)
+            third = tl.max(tl.where(lanes == lane_2[:, None], unseen, others), 1)
+            distance = _distance(left, base + chosen[:, None] * WIDTH + dims[None, :])
+            to_rival = _distance(left, base + rival[:, None] * WIDTH + dims[None, :])
+            # Two float64 sums of the same non-negative terms differ by so much at most.
+            apart = tl.abs(distance - to_rival) > (d + 4) * 2.0**-50 * (distance + to_rival)
+            chosen = tl.where(clear | (distance < to_rival), chosen, rival)
+            clear = clear | ((third < best - margin) & apart)
+        sure = sure & clear
+        tl.store(codes + rows * levels + level, chosen.to(tl.int64), mask=rows < n)
+        left -= tl.load(base + chosen[:, None] * WIDTH + dims[None, :])
+    if DISTANCE:
+        wide = left.to(tl.float64)
+        tl.store(left_over + rows, tl.sum(wide * wide, 1).to(tl.float32), mask=rows < n)
+    else:
+        tl.store(left_over + rows[:, None] * d + dims[None, :], left, mask=inside)
+    tl.store(open_rows + rows, (sure == 0).to(tl.int8), mask=rows < n)
 
 
-_tuned_scores_kernel = (
-    _scores_kernel
+# The fastest configuration for each key is remembered on disk.
+levels_kernel = (
+    _levels_kernel
     if INTERPRETED
-    else triton.autotune(_CONFIGS, key=["k", "d", "PRECISION"], cache_results=True)(_scores_kernel)
+    else triton.autotune(
+        _CONFIGS, key=["WIDTH", "k", "levels", "PRECISION", "DISTANCE"], cache_results=True
+    )(_levels_kernel)
 )
 
 
 @triton.jit
-def _in_order_kernel(
-    x, codebook, which, index, k, d, stride_n, stride_d, BLOCK_K: tl.constexpr
+def wide_kernel(
+    x, words, bias, centre, norms, index, open_rows, n, d, padded, padded_width,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: float64 distances summed over d in order; the lowest index on ties."""
-    row = tl.load(which + tl.program_id(0)).to(tl.int64)
+    """One level of rows too wide to keep: x, contiguous, is read again for every tile."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = rows < n
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    lost_squares = tl.zeros((BLOCK_N,), tl.float32)
+    top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    second = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    where = tl.zeros((BLOCK_N,), tl.int32)
+    for tile in range(padded // BLOCK_K):
+        code = tile * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
+        score = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for start in range(0, padded_width, BLOCK_D):
+            dims = start + tl.arange(0, BLOCK_D)
+            inside = live[:, None] & (dims < d)[None, :]
+            moved = tl.load(x + rows[:, None] * d + dims[None, :], mask=inside, other=0.0)
+            moved = moved - tl.load(centre + dims)[None, :]
+            near = _to_tf32(moved) if PRECISION == "tf32" else moved
+            word = tl.load(words + code[None, :] * padded_width + dims[:, None])
+            score = tl.dot(near, word, score, input_precision=PRECISION)
+            if tile == 0:
+                squares += tl.sum(moved * moved, 1)
+                lost_squares += tl.sum((moved - near) * (moved - near), 1)
+        score += tl.load(bias + code)[None, :]
+        best = tl.max(score, 1)
+        lane = tl.argmax(score, 1)
+        others = tl.where(tl.arange(0, BLOCK_K)[None, :] == lane[:, None], float("-inf"), score)
+        second = tl.maximum(tl.maximum(second, tl.max(others, 1)), tl.minimum(top, best))
+        where = tl.where(best > top, tile * BLOCK_K + lane, where)
+        top = tl.maximum(top, best)
+    norm = _length(squares, d)
+    longest, slipped = tl.load(norms), tl.load(norms + 1)
+    if PRECISION == "tf32":
+        slip = _length(lost_squares, d) + 2.0**-24 * norm
+        margin = _margin(norm, slip, longest, slipped, d, d, 0)
+    else:
+        slip, slipped = 2.0**-19 * norm, slipped + 2.0**-19 * longest
+        margin = _margin(norm, slip, longest, slipped, d, 3 * d, 0)
+    tl.store(index + rows, where.to(tl.int64), mask=live)
+    tl.store(open_rows + rows, ((second < top - margin) == 0).to(tl.int8), mask=live)
+
+
+@triton.jit
+def in_order_kernel(x, codebook, index, k, d, BLOCK_K: tl.constexpr):
+    """One row a program: float64 distances summed over d in order; the lowest index on ties.
+
+    x: (N, D) and codebook: (D, K), transposed, both contiguous.
+    """
+    row = tl.program_id(0).to(tl.int64)
     least = tl.full((), float("inf"), tl.float64)
     chosen = tl.zeros((), tl.int64)
     for first in range(0, k, BLOCK_K):
-        codes = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+        code = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+        at_word = codebook + code
         total = tl.zeros((BLOCK_K,), tl.float64)
         for dim in range(0, d):
-            value = tl.load(x + row * stride_n + dim * stride_d).to(tl.float64)
-            word = tl.load(codebook + codes * d + dim, mask=codes < k, other=0.0)
+            value = tl.load(x + row * d + dim).to(tl.float64)
+            word = tl.load(at_word, mask=code < k, other=0.0)
+            at_word += k
             difference = value - word.to(tl.float64)
             total += difference * difference
-        total = tl.where(codes < k, total, float("inf"))
+        total = tl.where(code < k, total, float("inf"))
         best = tl.min(total, 0)
-        at = tl.min(tl.where(total == best, codes, k), 0)
+        at = tl.min(tl.where(total == best, code, k), 0)
         chosen = tl.where(best < least, at, chosen)
         least = tl.minimum(least, best)
     tl.store(index + row, chosen)
-
-
-@triton.jit
-def _distance_kernel(
-    x, codebook, index, distance, n, d, stride_n, stride_d,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The squared distance to the chosen codeword, accumulated in float64."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    code = tl.load(index + rows, mask=rows < n, other=0)
-    total = tl.zeros((BLOCK_N,), tl.float64)
-    for start in range(0, d, BLOCK_D):
-        dims = start + tl.arange(0, BLOCK_D)
-        inside = (rows < n)[:, None] & (dims < d)[None, :]
-        at = x + rows[:, None] * stride_n + dims[None, :] * stride_d
-        value = tl.load(at, mask=inside, other=0.0)
-        word = tl.load(codebook + code[:, None] * d + dims[None, :], mask=inside, other=0.0)
-        difference = value.to(tl.float64) - word.to(tl.float64)
-        total += tl.sum(difference * difference, 1)
-    tl.store(distance + rows, total.to(tl.float32), mask=rows < n)
-
-
-@triton.jit
-def _subtract_kernel(
-    residual, codebook, index, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """residual -= the chosen codewords, in place."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (rows < n)[:, None] & (dims < d)[None, :]
-    code = tl.load(index + rows, mask=rows < n, other=0)
-    at = residual + rows[:, None] * d + dims[None, :]
-    word = tl.load(codebook + code[:, None] * d + dims[None, :], mask=inside, other=0.0)
-    tl.store(at, tl.load(at, mask=inside, other=0.0) - word, mask=inside)
-
-
-def margins(norm, codebook, unit):
-    """Twice a bound on the error of any score, for rows of these norms (float64), as float32.
-
-    A score is a dot product of operands rounded to `unit` (relative) plus a bias, summed in
-    float32: |error| <= (2 unit + unit^2) ||x|| ||c|| + (D + 4) 2^-23 (||x|| ||c|| + ||c||^2 / 2),
-    by Cauchy-Schwarz; the float64 sums that define the op err by far less.
-    """
-    width = codebook.shape[1]
-    longest = codebook.double().norm(dim=1).max()
-    size = norm * longest + 0.5 * longest * longest
-    delta = 2.01 * unit * norm * longest + (width + 4) * 2.0**-23 * size
-    delta = delta + (width + 4) * 2.0**-50 * (norm + longest) ** 2
-    delta = delta + (width + 4) * 2.0**-124 * (1 + norm + longest)
-    # Past 1e37 float32 scores may overflow: an infinite margin decides nothing.
-    delta = torch.where(size < 1e37, 2 * delta * (1 + 1e-6), torch.inf)
-    return delta.float()
-
-
-def _scores(x, codebook, bias, norm, precision):
-    n, d = x.shape
-    index = torch.empty(n, dtype=torch.int64, device=x.device)
-    decided = torch.empty(n, dtype=torch.int8, device=x.device)
-    margin = margins(norm, codebook, PASSES[precision])
-    arguments = (x, codebook, bias, margin, index, decided, n, codebook.shape[0], d, *x.stride())
-    blocks = {"BLOCK_N": 16, "BLOCK_K": 32, "BLOCK_D": 16} if INTERPRETED else {}
-    grid = lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),)  # noqa: E731
-    _tuned_scores_kernel[grid](*arguments, PRECISION=precision, **blocks)
-    return index, decided
-
-
-def nearest(x, codebook):
-    """Index (N,) int64 of each row's nearest codeword. x: finite, N >= 1; codebook: float32."""
-    norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-    bias = (-0.5 * codebook.double().square().sum(1)).float()
-    index, decided = _scores(x, codebook, bias, norm, "tf32")
-    open_rows = (decided == 0).nonzero()[:, 0]
-    if len(open_rows):
-        again, decided = _scores(x[open_rows], codebook, bias, norm[open_rows], "ieee")
-        index[open_rows] = again
-        open_rows = open_rows[decided == 0]
-    if len(open_rows):
-        k, d = codebook.shape
-        _in_order_kernel[(len(open_rows),)](
-            x, codebook, open_rows, index, k, d, *x.stride(),
-            BLOCK_K=min(1024, triton.next_power_of_2(k)), enable_fp_fusion=False,
-        )  # fmt: skip
-    return index
-
-
-def distances(x, codebook, index):
-    """(N,) float32 squared distances to the chosen codewords."""
-    n, d = x.shape
-    distance = torch.empty(n, dtype=torch.float32, device=x.device)
-    _distance_kernel[(triton.cdiv(n, 32),)](
-        x, codebook, index, distance, n, d, *x.stride(), BLOCK_N=32, BLOCK_D=32
-    )
-    return distance
-
-
-def subtract(residual, codebook, index):
-    """residual (N, D) float32, contiguous, loses the chosen codewords in place."""
-    n, d = residual.shape
-    block = min(128, triton.next_power_of_2(d))
-    _subtract_kernel[(triton.cdiv(n, 32), triton.cdiv(d, block))](
-        residual, codebook, index, n, d, BLOCK_N=32, BLOCK_D=block
-    )
-
-
-def live_rows(x, mask):
-    """The finite rows to work on: (their numbers or None for all, x without padding)."""
-    rows = None if mask is None else mask.nonzero()[:, 0]
-    kept = x if rows is None else x[rows]
-    finite = torch.isfinite(kept).all(1)
-    if not finite.all():
-        bad = int((~finite).nonzero()[0])
-        raise checks.not_finite(bad if rows is None else int(rows[bad]))
-    return rows, kept

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import triton_search
+from .. import checks
 from . import bad_index
 
 
@@ -35,7 +35,6 @@ def run(x, index, K, mask):
         row = int(wrong.nonzero()[0])
         raise bad_index(row, int(index[row]), K)
     live = live & (index >= 0)
-    triton_search.live_rows(x, live)
     keys = torch.where(live, index, K)  # padding sorts behind the last codeword
     order = torch.sort(keys, stable=True).indices
     counts = torch.bincount(keys, minlength=K + 1)[:K]
@@ -47,4 +46,8 @@ def run(x, index, K, mask):
         _sums_kernel[(K, triton.cdiv(width, block))](
             x, order, start, sums, width, *x.stride(), BLOCK_N=16, BLOCK_D=block
         )
+    if not torch.isfinite(sums).all():  # a row is to blame, or the sum outgrew float32
+        bad = ~torch.isfinite(x).all(1) & live
+        if bad.any():
+            raise checks.not_finite(int(bad.nonzero()[0]))
     return sums, counts

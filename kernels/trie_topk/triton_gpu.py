@@ -54,29 +54,28 @@ def _children_kernel(
             base = tl.where(peak > float("-inf"), peak, 0.0)
             total = total * tl.exp(highest - base) + tl.sum(tl.exp(value - base), 0)
             highest = peak
-    if WHOLE:  # noqa: SIM102 (decided when the kernel is compiled; the next one runs)
-        if legal > 0:
-            for at in range(0, vocabulary, BLOCK):
-                token = (at + tl.arange(0, BLOCK)).to(tl.int64)
-                inside = token < vocabulary
-                value = tl.load(row + token * stride_v, mask=inside, other=float("-inf"))
-                value = value.to(tl.float64)
-                strange = (value != value) | (value == float("inf"))
-                error = tl.where(tl.max(strange.to(tl.int32), 0) > 0, 4, error)
-                peak = tl.maximum(highest, tl.max(value, 0))
-                base = tl.where(peak > float("-inf"), peak, 0.0)
-                total = total * tl.exp(highest - base) + tl.sum(tl.exp(value - base), 0)
-                highest = peak
-    strange = (legal > 0) & ((prior != prior) | (prior == float("inf")))
-    error = tl.where(strange, 4, error)
+    if WHOLE:
+        for column in range(0, tl.where(legal > 0, vocabulary, 0), BLOCK):
+            every = (column + tl.arange(0, BLOCK)).to(tl.int64)
+            there = every < vocabulary
+            value = tl.load(row + every * stride_v, mask=there, other=float("-inf"))
+            value = value.to(tl.float64)
+            odd = (value != value) | (value == float("inf"))
+            error = tl.where(tl.max(odd.to(tl.int32), 0) > 0, 4, error)
+            peak = tl.maximum(highest, tl.max(value, 0))
+            base = tl.where(peak > float("-inf"), peak, 0.0)
+            total = total * tl.exp(highest - base) + tl.sum(tl.exp(value - base), 0)
+            highest = peak
+    refused = (legal > 0) & ((prior != prior) | (prior == float("inf")))
+    error = tl.where(refused, 4, error)
     tl.store(errors + beam, error)
     norm = tl.where(total > 0, highest + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
 
     # Second walk: the scores (none after an error: the run is about to be refused).
     past = tl.where(error > 0, first, past)
     out = scores + beam * most
-    for at in range(0, most, BLOCK):
-        place = (at + tl.arange(0, BLOCK)).to(tl.int64)
+    for shift in range(0, most, BLOCK):
+        place = (shift + tl.arange(0, BLOCK)).to(tl.int64)
         edge = first + place
         inside = edge < past
         token = tl.load(tokens + edge, mask=inside, other=0).to(tl.int64)
