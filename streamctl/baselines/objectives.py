@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-_LOGITS = 1 << 24  # logits held at a time: 64 MB
+from streamctl.device import has_bf16
+
+_LOGITS = 1 << 21  # logits held at a time: 8 MB, which stay in the cache
+_LARGE = 4096  # items from which the products are worth bf16
 _TINY = 1e-38  # a probability that underflows to 0 would make the reported loss infinite
 
 
@@ -19,21 +22,27 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
+        low = torch.bfloat16 if _in_bf16(weight) else torch.float32
+        states, items = hidden.to(low), weight.to(low)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         total = hidden.new_zeros(())
-        step = max(1, _LOGITS // len(weight))
+        step = max(1, min(len(hidden), _LOGITS // len(weight)))
+        # One buffer for every chunk: fresh memory costs more than the product written to it.
+        buffer = states.new_empty(step, len(weight))
         for begin in range(0, len(hidden), step):
             rows = slice(begin, begin + step)
-            chunk, wanted = hidden[rows], targets[rows, None]
-            logits = chunk @ weight.T if bias is None else torch.addmm(bias, chunk, weight.T)
+            chunk, wanted = states[rows], targets[rows, None]
+            logits = torch.mm(chunk, items.T, out=buffer[: len(chunk)])
+            if bias is not None:
+                logits += bias
             torch.softmax(logits, 1, out=logits)
-            total -= logits.gather(1, wanted).clamp_(min=_TINY).log_().sum()
+            total -= logits.gather(1, wanted).float().clamp_(min=_TINY).log_().sum()
             logits.scatter_add_(1, wanted, logits.new_full((len(chunk), 1), -1.0))
-            torch.mm(logits, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(logits.T, chunk)
+            grad_hidden[rows] = logits @ items
+            grad_weight += logits.T @ chunk
             if grad_bias is not None:
-                grad_bias += logits.sum(0)
+                grad_bias += logits.sum(0, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total / len(hidden)
 
@@ -44,6 +53,10 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
         return *(None if saved is None else saved * scale for saved in grads), None
 
 
+def _in_bf16(weight: torch.Tensor) -> bool:
+    return len(weight) >= _LARGE and has_bf16(weight.device)
+
+
 def catalogue_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -51,6 +64,9 @@ def catalogue_cross_entropy(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean over T of -log softmax(hidden @ weight.T + bias)[target].
+
+    Over 4,096 items and more the products are in bf16, where the device has it, and summed in
+    float32.
 
     Args:
         hidden: float32 (T, d).
