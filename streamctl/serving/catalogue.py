@@ -197,7 +197,8 @@ class LiveCatalogue:
         """That there is no such item, and which ids are nearly the same."""
         small = len(self.items.ids) < _HINTS_UP_TO
         hint = close_matches(item_id, self.items.ids) if small else ""
-        return f"no such item; {hint}" if hint.startswith("did") else "no such item"
+        what = f"no such item: {item_id}"
+        return f"{what}; {hint}" if hint.startswith("did") else what
 
     def no_field(self, name: str) -> str:
         """That the catalogue has no such field, and which it has."""

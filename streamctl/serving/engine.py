@@ -135,7 +135,7 @@ class Engine:
 
     def _user(self, user_id: str, field: str, kind: str) -> int:
         if user_id not in self._users:
-            raise Refused(kind, field, "no such user")
+            raise Refused(kind, field, f"no such user: {user_id}")
         return self._users[user_id]
 
     def recommend(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
