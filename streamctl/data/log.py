@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +10,30 @@ import numpy as np
 from streamctl.errors import StreamctlError
 from streamctl.runs import Stage, StageWriter
 
+RANGE_ROWS = 1 << 22  # interactions of the users that are worked on at once
+
+
+def ranges(offsets: np.ndarray, rows: int = RANGE_ROWS) -> Iterator[tuple[int, int]]:
+    """(first user, last user + 1) of ranges with at most `rows` interactions, or of one user.
+
+    Args:
+        offsets: int64 (U + 1,) boundaries of the users.
+    """
+    first, users = 0, len(offsets) - 1
+    while first < users:
+        last = int(np.searchsorted(offsets, offsets[first] + rows, side="right")) - 1
+        last = min(max(last, first + 1), users)
+        yield first, last
+        first = last
+
 
 @dataclass(frozen=True)
 class InteractionLog:
     """Every user's items, oldest first, in one flat array.
 
     Attributes:
-        items: int32 (T,) dense item index, sorted by user, then by time.
+        items: int32 (T,) dense item index, sorted by user, then by time; like `timestamps` a map
+            of a file while a long log is prepared.
         offsets: int64 (U + 1,); user u has items[offsets[u]:offsets[u + 1]].
         user_ids: external ids of the U users.
         timestamps: int64 (T,) in the source's own unit, or None where only the order is known.
@@ -53,14 +71,23 @@ class InteractionLog:
     def save(self, stage: StageWriter) -> None:
         """Write interactions.parquet (user, item[, timestamp]) and users.parquet (user_id)."""
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
-        columns = {
-            "user": np.repeat(np.arange(self.n_users, dtype=np.int32), self.lengths),
-            "item": self.items,
-        }
+        schema = [("user", pa.int32()), ("item", pa.int32())]
         if self.timestamps is not None:
-            columns["timestamp"] = self.timestamps
-        stage.save_table("interactions.parquet", pa.table(columns))
+            schema.append(("timestamp", pa.int64()))
+        with (
+            stage.writing("interactions.parquet") as path,
+            pq.ParquetWriter(path, pa.schema(schema), compression="zstd") as writer,
+        ):
+            for first, last in ranges(self.offsets):
+                part = slice(self.offsets[first], self.offsets[last])
+                users = np.arange(first, last, dtype=np.int32)
+                columns = {"user": np.repeat(users, self.lengths[first:last])}
+                columns["item"] = self.items[part]
+                if self.timestamps is not None:
+                    columns["timestamp"] = self.timestamps[part]
+                writer.write_table(pa.table(columns))
         stage.save_table(
             "users.parquet", pa.table({"user_id": pa.array(self.user_ids, pa.string())})
         )

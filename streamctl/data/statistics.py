@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pyarrow.compute as pc
 
 from streamctl.config import DataConfig
 from streamctl.data.catalog import Catalog
+from streamctl.data.columns import forget
 from streamctl.data.known import published
-from streamctl.data.log import InteractionLog
+from streamctl.data.log import InteractionLog, ranges
 from streamctl.data.sources.raw import RawLog
 from streamctl.progress import warn
 
@@ -31,8 +33,7 @@ def describe(
     """
     users, items, total = log.n_users, len(catalog), len(log)
     lengths = log.lengths
-    rank = id_rank(catalog.ids)
-    last = log.items[log.offsets[1:] - 1], log.items[log.offsets[1:] - 2]
+    sequences = _sequences(log, id_rank(catalog.ids))
     return {
         "source": Path(config.source).name,  # the name alone: the same data in another place
         "format": raw.format,
@@ -43,44 +44,85 @@ def describe(
         },
         "users": users,
         "items": items,
-        "items_taken": int(np.count_nonzero(np.bincount(log.items))),
+        "items_taken": sequences.items_taken,
         "interactions": total,
         "mean_length": round(total / users, 3),
         "median_length": float(np.median(lengths)),
         "longest": int(lengths.max()),
         "sparsity": round(1 - total / (users * items), 6),
         "train_prefixes": int((lengths - 3).sum()),
-        "repeats": _repeats(log, items),
+        "repeats": sequences.repeats,
         "order": "time" if raw.timed else "position",
         "ties": config.ties,
-        "tied_neighbours": _tied(log),
-        "test_id_above_valid_id": _share(rank[last[0]] - rank[last[1]]),
-        "ascending_ids": _share(np.diff(rank[log.items])[_same_user(log)]),
+        "tied_neighbours": sequences.tied_share(),
+        "test_id_above_valid_id": sequences.last.share(),
+        "ascending_ids": sequences.all.share(),
         "published": published(raw.format, raw.files),
     }
 
 
-def _same_user(log: InteractionLog) -> np.ndarray:
-    """bool (T - 1,): whether interaction t + 1 is by the user of interaction t."""
-    same = np.ones(len(log) - 1, bool)
-    same[log.offsets[1:-1] - 1] = False
-    return same
+@dataclass
+class _Signs:
+    """How many differences of id ranks are positive and how many negative."""
+
+    up: int = 0
+    down: int = 0
+
+    def add(self, differences: np.ndarray) -> None:
+        self.up += int((differences > 0).sum())
+        self.down += int((differences < 0).sum())
+
+    def share(self) -> float | None:
+        """Share of positive among non-zero differences; None if there are none."""
+        total = self.up + self.down
+        return round(self.up / total, 4) if total else None
 
 
-def _repeats(log: InteractionLog, items: int) -> int:
-    """Interactions with an item that their user took before."""
-    pairs = np.repeat(np.arange(log.n_users, dtype=np.int64) * items, log.lengths)
-    pairs += log.items
-    pairs.sort()
-    return int((pairs[1:] == pairs[:-1]).sum())
+@dataclass
+class _Sequences:
+    """What a pass over all sequences counts: see `describe`."""
+
+    timed: bool
+    items_taken: int = 0
+    repeats: int = 0  # interactions with an item that their user took before
+    neighbours: int = 0
+    tied: int = 0  # neighbours with equal times
+    last: _Signs = field(default_factory=_Signs)
+    all: _Signs = field(default_factory=_Signs)
+
+    def tied_share(self) -> float | None:
+        if not self.timed:
+            return None
+        return round(self.tied / self.neighbours, 4)
 
 
-def _tied(log: InteractionLog) -> float | None:
-    """Share of neighbours in a sequence with equal times."""
-    if log.timestamps is None:
-        return None
-    tied = (log.timestamps[1:] == log.timestamps[:-1])[_same_user(log)]
-    return round(float(tied.mean()), 4)
+def _sequences(log: InteractionLog, rank: np.ndarray) -> _Sequences:
+    """Counts over all sequences, a range of users at a time.
+
+    Args:
+        rank: int32 (N,) rank of each item's external id.
+    """
+    found = _Sequences(timed=log.timestamps is not None)
+    taken = np.zeros(len(rank), bool)
+    for first, last in ranges(log.offsets):
+        start, end = log.offsets[first], log.offsets[last]
+        items, bounds = log.items[start:end], log.offsets[first : last + 1] - start
+        taken[items] = True
+        same = np.ones(len(items) - 1, bool)
+        same[bounds[1:-1] - 1] = False
+        found.neighbours += int(same.sum())
+        found.all.add(np.diff(rank[items])[same])
+        found.last.add(rank[items[bounds[1:] - 1]] - rank[items[bounds[1:] - 2]])
+        if found.timed:
+            found.tied += int((np.diff(log.timestamps[start:end]) == 0)[same].sum())
+        pairs = np.repeat(np.arange(last - first, dtype=np.int64) * len(rank), np.diff(bounds))
+        pairs += items
+        pairs.sort()
+        found.repeats += int((pairs[1:] == pairs[:-1]).sum())
+        forget(log.items)
+        forget(log.timestamps)
+    found.items_taken = int(taken.sum())
+    return found
 
 
 def is_sorted_by_id(facts: dict[str, Any]) -> bool:
@@ -123,12 +165,6 @@ def warn_about(facts: dict[str, Any]) -> None:
         if names:
             found = ", ".join(f"{n} {facts[n]:,} (published {known[n]:,})" for n in names)
             warn(f"this is not {known['name']} as published in {known['source']}: {found}")
-
-
-def _share(differences: np.ndarray) -> float | None:
-    """Share of positive among non-zero differences; None if there are none."""
-    up, down = int((differences > 0).sum()), int((differences < 0).sum())
-    return round(up / (up + down), 4) if up + down else None
 
 
 def id_rank(ids: list[str]) -> np.ndarray:

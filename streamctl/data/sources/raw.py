@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-# Rows collected before their ids are folded into the vocabulary.
+from streamctl.data.columns import Column
+
+# Rows collected before their ids are folded into the vocabulary, at least.
 _FOLD_ROWS = 1 << 21
 
 
@@ -35,7 +37,8 @@ class RawLog:
     """A source as read: nothing filtered, nothing sorted.
 
     Attributes:
-        users, items: int32 (T,) codes into `user_ids` and `item_ids`, in input order.
+        users, items: int32 (T,) codes into `user_ids` and `item_ids`, in input order; like
+            `times` a map of a file where they are long.
         user_ids, item_ids: string arrays of external ids.
         times: int64 (T,) clock time or position, or None where the input order is the order.
         timed: whether `times` are clock times; otherwise the source gives the order only.
@@ -65,13 +68,14 @@ class Coder:
         self._known: pa.Array | None = None
         self._waiting: list[pa.Array] = []
         self._rows = 0
-        self._codes: list[np.ndarray] = []
+        self._codes = Column(np.int32)
 
     def add(self, texts: pa.Array | Iterable[str]) -> None:
         batch = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string())
         self._waiting.append(batch.dictionary_encode())
         self._rows += len(batch)
-        if self._rows >= _FOLD_ROWS:
+        # Folding looks at every known text, so that it waits for as many rows.
+        if self._rows >= max(_FOLD_ROWS, len(self._known or ())):
             self._fold()
 
     def finish(self) -> tuple[np.ndarray, pa.Array]:
@@ -82,9 +86,8 @@ class Coder:
         """
         self._fold()
         known = pa.array([], pa.string()) if self._known is None else self._known
-        codes = np.concatenate(self._codes) if self._codes else np.zeros(0, np.int32)
         known.validate(full=True)
-        return codes, known.cast(pa.string())
+        return self._codes.finish(), known.cast(pa.string())
 
     def _fold(self) -> None:
         if not self._waiting:
@@ -96,6 +99,7 @@ class Coder:
             chunks = [pa.DictionaryArray.from_arrays(nothing, self._known), *chunks]
         unified = pa.chunked_array(chunks).unify_dictionaries()
         start = 0 if self._known is None else 1
-        self._codes += [chunk.indices.to_numpy() for chunk in unified.chunks[start:]]
+        for chunk in unified.chunks[start:]:
+            self._codes.append(chunk.indices.to_numpy())
         self._known = unified.chunk(0).dictionary
         self._waiting, self._rows = [], 0

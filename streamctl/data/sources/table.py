@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from streamctl.data.columns import Times
 from streamctl.data.sources.items import delimited_rows, find_column, json_rows, read_items
 from streamctl.data.sources.raw import Coder, ItemTable, RawLog
 from streamctl.data.sources.source import Files, Source, beside, pick
@@ -198,7 +199,7 @@ def _collect(
     catalogue: ItemTable | None,
 ) -> RawLog:
     users, items = Coder(), Coder()
-    times: list[np.ndarray] = []
+    times = Times()
     were_dates = False
     row = 0
     for batch in batches:
@@ -208,13 +209,17 @@ def _collect(
         users.add(_texts(user))
         items.add(_texts(item))
         parsed, dates = _times(time, roles[2], row, path)
-        if times and dates != were_dates:
+        if row and dates != were_dates:
             raise StreamctlError(
                 f"{roles[2]} is a number in some lines and a date in others",
                 where=path,
                 line=line_of_row(path, row),
             )
-        times.append(parsed)
+        try:
+            times.append(parsed)
+        except StreamctlError as error:
+            at = row + int(np.abs(parsed.astype(np.float64)).argmax())
+            raise StreamctlError(error.what, where=path, line=line_of_row(path, at)) from None
         were_dates = dates
         row += len(batch)
     if not row:
@@ -227,7 +232,7 @@ def _collect(
         item_codes,
         user_ids,
         item_ids,
-        whole(times),
+        times.finish(),
         timed=not position,
         catalogue=catalogue,
         format=format_name,
@@ -295,16 +300,6 @@ def parse_times(values: pa.Array) -> tuple[np.ndarray, bool] | None:
 def is_time(text: str) -> bool:
     """Whether a text is a finite number or an ISO date."""
     return parse_times(pa.array([text])) is not None
-
-
-def whole(parts: list[np.ndarray]) -> np.ndarray:
-    """int64 (T,) of batches of times; fractions of a second are kept as milliseconds."""
-    times = np.concatenate(parts)
-    if times.dtype == np.int64:
-        return times
-    if (times == np.floor(times)).all():
-        return times.astype(np.int64)
-    return np.round(times * 1000).astype(np.int64)
 
 
 def line_of_row(path: Path, row: int) -> int:

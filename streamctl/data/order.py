@@ -1,0 +1,132 @@
+"""Numbers and order: the interactions that are left, by user and time, with dense indexes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from streamctl.config import DataConfig
+from streamctl.data.columns import Column, chunks
+from streamctl.data.core import Core
+from streamctl.data.log import InteractionLog, ranges
+from streamctl.data.sources.raw import RawLog
+from streamctl.device import derive_seed
+from streamctl.errors import UsageError
+from streamctl.progress import warn
+
+
+def number(raw: RawLog, core: Core, config: DataConfig) -> tuple[InteractionLog, list[str]]:
+    """(the interactions left, in order and with dense indexes; external id of each item index).
+
+    Rows are collected and sorted for a range of users at a time (`ranges`), each
+    in one pass over the source's columns: memory holds one range, however long the log is.
+
+    Raises:
+        UsageError: a tie policy that does not fit the log.
+    """
+    if config.ties == "runs" and raw.timed:
+        raise UsageError("--ties runs is for a log without times; this one takes --ties shuffle")
+    if config.ties == "shuffle" and not raw.timed:
+        warn("--ties shuffle has no effect: the source gives the order only, not times")
+    user_rank, user_ids = _rank(core.users, raw.user_ids)
+    item_rank, _ = _rank(core.items, raw.item_ids)
+    names, dense = _number_items(raw, core, config)
+    counts = np.zeros(len(user_ids), np.int64)
+    left = core.users > 0
+    counts[user_rank[left]] = core.users[left]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    rng = np.random.default_rng(derive_seed(config.seed, "ties"))
+    items, moments = Column(np.int32), Column(np.int64)
+    for first, last in ranges(offsets):
+        users, codes, times = _rows(raw, user_rank, item_rank, first, last)
+        if config.ties == "runs":
+            order = _shuffle_runs(users, item_rank[codes], rng)
+        else:
+            order = _order(users, times, rng if config.ties == "shuffle" and raw.timed else None)
+        items.append(dense[codes[order]])
+        if raw.timed:
+            moments.append(times[order])
+    log = InteractionLog(
+        items=items.finish(),
+        offsets=offsets,
+        user_ids=user_ids,
+        timestamps=moments.finish() if raw.timed else None,
+    )
+    return log, names
+
+
+def _rows(
+    raw: RawLog, user_rank: np.ndarray, item_rank: np.ndarray, first: int, last: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(user ranks, raw item codes, times) of the rows left whose user rank is in [first, last)."""
+    users, items, times = Column(np.int32), Column(np.int32), Column(np.int64)
+    for part in chunks(len(raw.users), raw.users, raw.items, raw.times):
+        ranks, codes = user_rank[raw.users[part]], raw.items[part]
+        inside = (ranks >= first) & (ranks < last) & (item_rank[codes] >= 0)
+        users.append(ranks[inside])
+        items.append(codes[inside])
+        if raw.times is not None:
+            times.append(raw.times[part][inside])
+    return users.finish(), items.finish(), None if raw.times is None else times.finish()
+
+
+def _rank(counts: np.ndarray, names: Any) -> tuple[np.ndarray, list[str]]:
+    """(int32 rank of each code's name among those that are left, -1 if gone; these, sorted)."""
+    import pyarrow.compute as pc
+
+    used = np.flatnonzero(counts)
+    values = names.take(used)
+    by_name = pc.sort_indices(values).to_numpy()
+    ranks = np.full(len(names), -1, np.int32)
+    ranks[used[by_name]] = np.arange(len(used))
+    return ranks, values.take(by_name).to_pylist()
+
+
+def _number_items(raw: RawLog, core: Core, config: DataConfig) -> tuple[list[str], np.ndarray]:
+    """(external id of each dense index, int32 dense index of each raw code).
+
+    The catalogue holds the items that occur in the filtered log; `--min-item 0` keeps those of
+    the items file that nobody took, too. Numbers are a seeded permutation of the sorted ids, so
+    that no model can read order or age from an id.
+    """
+    used = np.flatnonzero(core.items)
+    names = raw.item_ids.take(used).to_pylist()
+    if config.min_item == 0 and raw.catalogue is not None:
+        names += sorted(set(raw.catalogue.ids).difference(names))
+    by_name = sorted(range(len(names)), key=names.__getitem__)
+    rng = np.random.default_rng(derive_seed(config.seed, "items"))
+    place = np.empty(len(names), np.int32)
+    place[by_name] = rng.permutation(len(names))
+    dense = np.full(len(raw.item_ids), -1, np.int32)
+    dense[used] = place[: len(used)]
+    ordered = [""] * len(names)
+    for name, index in zip(names, place.tolist(), strict=True):
+        ordered[index] = name
+    return ordered, dense
+
+
+def _order(
+    users: np.ndarray, times: np.ndarray | None, rng: np.random.Generator | None
+) -> np.ndarray:
+    """int64 (T,): rows by user, time, then input order, or a shuffle of equal times by `rng`."""
+    if rng is not None:
+        return np.lexsort((rng.random(len(users)), times, users))
+    if times is None:
+        return np.argsort(users, kind="stable")
+    return np.lexsort((times, users))
+
+
+def _shuffle_runs(users: np.ndarray, ranks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """int64 (T,): rows by user in input order, every run of ascending item ids shuffled.
+
+    Public copies that give the order only have interactions of one time sorted by item id. Which
+    runs are ties cannot be told, so this shuffles true order too: figures on it are a lower bound.
+
+    Args:
+        ranks: int32 (T,) rank of each row's item id.
+    """
+    order = np.argsort(users, kind="stable")
+    starts = np.ones(len(order), bool)
+    starts[1:] = (np.diff(users[order]) != 0) | (np.diff(ranks[order]) <= 0)
+    return order[np.lexsort((rng.random(len(order)), np.cumsum(starts)))]
