@@ -29,6 +29,7 @@ COMMANDS = (
 )
 DATA_COMMANDS = (
     ("data_prepare", "prepare"),
+    ("data_fetch", "fetch"),
     ("data_synth", "synth"),
     ("data_doctor", "doctor"),
     ("data_export", "export"),

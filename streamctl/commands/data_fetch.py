@@ -1,0 +1,56 @@
+"""`streamctl data fetch`: a public data set from its owner's server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from streamctl.commands.options import Json, print_json
+
+
+def command(
+    name: Annotated[
+        str,
+        typer.Argument(help="ml-100k, ml-1m, ml-20m or an Amazon 2023 category; none: list them."),
+    ] = "",
+    into: Annotated[
+        Optional[Path],  # noqa: UP045 - Typer reads Optional
+        typer.Option("--into", help="The folder that is made.", show_default="data/NAME"),
+    ] = None,
+    mirror: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--mirror", help="http(s) address of a folder that holds the set's files."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Fetch a public set: MovieLens 100K, 1M, 20M, or a 5-core category of Amazon Reviews 2023.
+
+    An interrupted download goes on where it stopped; checksums are compared where the owner
+    publishes them; the files appear under their names only when they are whole.
+
+    Reads: the owner's server (or --mirror). Writes: data/NAME (or --into).
+    Next: `streamctl data doctor data/NAME`, `streamctl data prepare data/NAME --run runs/NAME`.
+    """
+    from streamctl.data.fetch import fetch
+    from streamctl.data.public import SETS, find_set
+    from streamctl.errors import UsageError
+
+    if not name:
+        if json_:
+            print_json({"sets": sorted(SETS)})
+        else:
+            typer.echo("\n".join(SETS))
+        return
+    if mirror is not None and not mirror.startswith(("http://", "https://")):
+        raise UsageError(f"--mirror takes an http(s) address, not {mirror!r}")
+    public = find_set(name)
+    folder = into or Path("data") / public.name
+    files = [str(path) for path in fetch(public, folder, mirror)]
+    if json_:
+        print_json({"set": public.name, "folder": str(folder), "files": files})
+        return
+    typer.echo("\n".join(files))
+    typer.echo(f"terms: {public.terms}")
+    typer.echo(f"Next: streamctl data prepare {folder} --run runs/{public.name}")

@@ -1,0 +1,218 @@
+"""One file from one of several mirrors: continued where it broke off, checked, then renamed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from streamctl.errors import StreamctlError
+from streamctl.files import atomic_file, disk_errors
+from streamctl.progress import progress_bar, say
+
+TIMEOUT_S = 30.0  # without a byte
+TRIES = 3  # in a row that bring nothing, of one mirror
+WAIT_S = 1.0  # before the second try; longer before the next
+_BLOCK = 1 << 18
+_NETWORK = (OSError, http.client.HTTPException, EOFError)
+
+
+class _Failed(Exception):
+    """This mirror does not have the file, or not whole; the message says why."""
+
+
+class _NoDowngrade(urllib.request.HTTPRedirectHandler):
+    """Follows redirections but none from https to http."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise _Failed(f"sends us from https to {newurl}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download(urls: Sequence[str], path: Path, md5: str | None = None) -> None:
+    """Fetch a file to `path`; it appears there only whole and checked.
+
+    What has come of it lies beside as `.NAME.part`, and the next call asks for the rest. A file
+    that ends in .gz is read to its end, so that one cut short or damaged is noticed even where
+    its owner publishes no checksum.
+
+    Args:
+        urls: mirrors, tried in order.
+        md5: the owner's checksum, or None where there is none.
+
+    Raises:
+        StreamctlError: no mirror gives the file whole; says what each of them answered.
+    """
+    reasons = []
+    for url in urls:
+        try:
+            _from_mirror(url, path, md5)
+            return
+        except _Failed as failure:
+            host = urllib.parse.urlsplit(url).netloc
+            reasons.append(f"{host} {failure}")
+            say(f"{path.name}: {host} {failure}")
+    raise StreamctlError(
+        f"{path.name} could not be fetched: {'; '.join(reasons)}",
+        run="the same command when the network is there (it continues); through a proxy, set "
+        f"https_proxy; --mirror URL asks another server; or copy {path.name} to {path.parent}/ "
+        "by hand",
+    )
+
+
+def _from_mirror(url: str, path: Path, md5: str | None) -> None:
+    """One mirror, as often as it brings something new."""
+    part = _Part(path, url)
+    failures, spoilt = 0, False
+    while True:
+        before = part.size
+        try:
+            complete = _receive(url, part)
+            problem = "ended the connection early"
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code != 429:
+                raise _Failed(f"answers {error.code} {error.reason}") from error
+            complete, problem = False, f"answers {error.code} {error.reason}"
+        except _NETWORK as error:
+            reason = getattr(error, "reason", error)
+            text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+            complete, problem = False, f"cannot be reached ({text})"
+        if complete:
+            fault = damage(part.path, path.name, md5)
+            if fault is None:
+                part.publish()
+                return
+            part.discard()
+            if spoilt:
+                raise _Failed(f"sends a file that {fault}, twice")
+            spoilt = True
+            continue
+        failures = 0 if part.size > before else failures + 1
+        if failures >= TRIES:
+            raise _Failed(problem)
+        time.sleep(WAIT_S * failures)
+
+
+class _Part:
+    """What has come of a file, and which version of it that is."""
+
+    def __init__(self, target: Path, url: str):
+        self.target, self.url = target, url
+        self.path = target.with_name(f".{target.name}.part")
+        self._about = target.with_name(f".{target.name}.part.json")
+        self.version: str | None = None
+        try:
+            about = json.loads(self._about.read_text())
+            known = about["url"] == url and isinstance(about["version"], str)
+        except (OSError, ValueError, KeyError, TypeError):
+            known = False
+        if known and self.path.is_file():
+            self.version = about["version"]
+        else:
+            self.discard()
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def begin(self, version: str | None) -> None:
+        """Start from nothing; `version` (ETag or date) is what a later call must find again."""
+        self.discard()
+        self.version = version
+        with atomic_file(self._about) as temporary:
+            temporary.write_text(json.dumps({"url": self.url, "version": version}))
+
+    def discard(self) -> None:
+        with disk_errors(self.path):
+            self.path.unlink(missing_ok=True)
+            self._about.unlink(missing_ok=True)
+        self.version = None
+
+    def publish(self) -> None:
+        with disk_errors(self.target):
+            with open(self.path, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(self.path, self.target)
+            self._about.unlink(missing_ok=True)
+
+
+def _receive(url: str, part: _Part) -> bool:
+    """Ask for what is missing and append it; whether the server's length has been reached."""
+    headers = {"Accept-Encoding": "identity", "User-Agent": "streamctl"}
+    if part.size and part.version:
+        headers |= {"Range": f"bytes={part.size}-", "If-Range": part.version}
+    opener = urllib.request.build_opener(_NoDowngrade)
+    try:
+        answer = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        part.discard()  # longer than the file: not a piece of it
+        return False
+    with answer:
+        start, total = _extent(answer)
+        if start != part.size or answer.status != 206:
+            part.begin(answer.headers.get("ETag") or answer.headers.get("Last-Modified"))
+            if start:
+                return False  # it sends another piece than was asked for
+        title = part.target.name
+        with progress_bar(title, max((total or 1) >> 20, 1), "MB") as bar:
+            bar.start_at(part.size >> 20)
+            _append(answer, part, bar)
+    return total is None or part.size == total
+
+
+def _append(answer: Any, part: _Part, bar: Any) -> None:
+    shown = part.size >> 20
+    with disk_errors(part.path):
+        handle = open(part.path, "ab")  # noqa: SIM115 - network errors are not the disk's
+    with handle:
+        while block := answer.read(_BLOCK):
+            with disk_errors(part.path):
+                handle.write(block)
+            here = handle.tell() >> 20
+            bar.advance(here - shown)
+            shown = here
+
+
+def _extent(answer: Any) -> tuple[int, int | None]:
+    """(first byte of what comes, length of the whole file or None) by an answer's headers."""
+    if answer.status == 206:
+        found = re.match(r"bytes (\d+)-\d+/(\d+)$", answer.headers.get("Content-Range", ""))
+        return (int(found[1]), int(found[2])) if found else (-1, None)
+    length = answer.headers.get("Content-Length", "")
+    return 0, int(length) if length.isascii() and length.isdigit() else None
+
+
+def damage(path: Path, name: str, md5: str | None) -> str | None:
+    """What is wrong with a fetched file called `name`, or None.
+
+    Raises:
+        StreamctlError: it cannot be read.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return "is empty"
+    if md5 is not None:
+        with open(path, "rb") as handle:
+            found = hashlib.file_digest(handle, "md5").hexdigest()
+        return None if found == md5 else f"has the checksum {found} instead of {md5}"
+    if name.endswith(".gz"):
+        try:
+            with gzip.open(path) as handle:
+                while handle.read(1 << 20):
+                    pass
+        except (OSError, EOFError, zlib.error):
+            return "is cut short or damaged"
+    return None

@@ -1,0 +1,98 @@
+"""The public sets that `data fetch` knows: where they lie, and their owners' checksums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamctl.errors import UsageError, close_matches
+
+_GROUPLENS = ("https://files.grouplens.org/datasets/movielens",)
+_AMAZON = (
+    "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023",
+    "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023",
+)
+CATEGORIES = (
+    "All_Beauty", "Amazon_Fashion", "Appliances", "Arts_Crafts_and_Sewing", "Automotive",
+    "Baby_Products", "Beauty_and_Personal_Care", "Books", "CDs_and_Vinyl",
+    "Cell_Phones_and_Accessories", "Clothing_Shoes_and_Jewelry", "Digital_Music", "Electronics",
+    "Gift_Cards", "Grocery_and_Gourmet_Food", "Handmade_Products", "Health_and_Household",
+    "Health_and_Personal_Care", "Home_and_Kitchen", "Industrial_and_Scientific", "Kindle_Store",
+    "Magazine_Subscriptions", "Movies_and_TV", "Musical_Instruments", "Office_Products",
+    "Patio_Lawn_and_Garden", "Pet_Supplies", "Software", "Sports_and_Outdoors",
+    "Subscription_Boxes", "Tools_and_Home_Improvement", "Toys_and_Games", "Unknown",
+    "Video_Games",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on one or more servers.
+
+    Attributes:
+        path: below each server's address; its last part names the file.
+        servers: addresses, in the order in which they are asked.
+        md5: the checksum that the owner publishes, or None.
+    """
+
+    path: str
+    servers: tuple[str, ...]
+    md5: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def urls(self, mirror: str | None = None) -> list[str]:
+        """Where to ask: the user's mirror alone, which holds the file by its name, or servers."""
+        if mirror is not None:
+            return [f"{mirror.rstrip('/')}/{self.name}"]
+        return [f"{server}/{self.path}" for server in self.servers]
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """A public data set: its files and the terms under which its owner gives them."""
+
+    name: str
+    files: tuple[Remote, ...]
+    terms: str
+
+
+def _movielens(name: str, md5: str) -> PublicSet:
+    terms = "research use, no redistribution without permission; see its README"
+    return PublicSet(name, (Remote(f"{name}.zip", _GROUPLENS, md5),), terms)
+
+
+def _amazon(category: str) -> PublicSet:
+    files = (
+        Remote(f"benchmark/5core/rating_only/{category}.csv.gz", _AMAZON),
+        Remote(f"raw/meta_categories/meta_{category}.jsonl.gz", _AMAZON),
+    )
+    terms = "see amazon-reviews-2023.github.io; cite Hou et al., 2024"
+    return PublicSet(f"amazon-2023-{category.lower().replace('_', '-')}", files, terms)
+
+
+SETS: dict[str, PublicSet] = {
+    public.name: public
+    for public in (
+        _movielens("ml-100k", "0e33842e24a9c977be4e0107933c0723"),
+        _movielens("ml-1m", "c4d9eecfca2ab87c1945afe126590906"),
+        _movielens("ml-20m", "cd245b17a1ae2cc31bb14903e1204af3"),
+        *map(_amazon, CATEGORIES),
+    )
+}
+
+
+def find_set(name: str) -> PublicSet:
+    """A public set by name; `Musical_Instruments` means amazon-2023-musical-instruments.
+
+    Raises:
+        UsageError: an unknown name; names those like it.
+    """
+    plain = name.lower().replace("_", "-")
+    for wanted in (plain, f"amazon-2023-{plain}"):
+        if wanted in SETS:
+            return SETS[wanted]
+    near = close_matches(plain, {*SETS, *(n.removeprefix("amazon-2023-") for n in SETS)})
+    near = near if near.startswith("did") else "`streamctl data fetch` lists them"
+    raise UsageError(f"unknown data set {name!r}; {near}")
