@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Literal
 from streamctl.errors import StreamctlError, UsageError, close_matches
 
 Size = Literal["tiny", "small", "paper"]
+# Of the pretrain stage and of TIGER, by size. At tiny, 3e-3 reached a fifth more validation ndcg@10
+# than 1e-3 in the same epochs (amazon-2018-scientific).
+LEARNING_RATES = {"tiny": 3e-3, "small": 2e-3, "paper": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,15 @@ class PretrainConfig:
     epochs: int = 40
     patience: int = 10
     batch: int = 256
-    lr: float = 1e-3
+    lr: float | None = None  # None: what suits the size, `LEARNING_RATES`
     weight_decay: float = 0.05
     warmup: float = 0.05
     seed: int = 0
+
+    def settled(self) -> PretrainConfig:
+        """The same with a learning rate."""
+        rate = LEARNING_RATES[self.size] if self.lr is None else self.lr
+        return dataclasses.replace(self, lr=rate)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,10 @@ class RlConfig:
     group: int = 16  # G: rollouts a user
     batch: int = 128  # users a step
     temperature: float = 1.0
+    # `free` is the paper's letter. Most of a weak model's rollouts then spell no item, and GRPO
+    # learns to spell: 100 steps took validation ndcg@10 from .060 to .055, inside the catalogue
+    # to .064 (amazon-2018-scientific, tiny).
+    rollouts: Literal["catalogue", "free"] = "catalogue"
     clip: float = 0.2  # epsilon of Eq. 20
     kl_weight: float = 1e-3  # beta of Eq. 20 (k3 estimator)
     ratio: Literal["sequence", "token"] = "sequence"  # Eq. 20's letter, or a ratio for each token

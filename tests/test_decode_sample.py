@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import chisquare
 from test_model import histories, small_policy
 
-from streamctl.decode import rollout, rollout_logprobs
-from streamctl.decode.sample import draw
+from streamctl.decode import Rollout, rollout, rollout_logprobs
+from streamctl.decode.sample import children, draw
+from streamctl.tokenizer.trie import PrefixTrie
 
 
 def test_behaviour_log_probabilities_are_those_of_teacher_forcing():
@@ -82,3 +84,29 @@ def test_draw_never_takes_what_has_no_probability():
     counts = torch.bincount(drawn, minlength=5).tolist()
     assert counts[0] == counts[2] == counts[4] == 0
     assert abs(counts[1] - 2000) < 150
+
+
+def test_rollouts_inside_the_catalogue_are_items_with_renormalised_probabilities():
+    policy = small_policy("items")
+    trie = PrefixTrie(policy.item_tokens.numpy())
+    past = histories(40, [5, 5])
+    found = rollout(policy, past, group=64, think=2, seed=3, bf16=False, trie=trie)
+    known = {tuple(row) for row in policy.item_tokens.tolist()}
+    assert all(tuple(row) in known for row in found.codes.flatten(0, 1).tolist())
+    with torch.no_grad():
+        forced, _ = rollout_logprobs(policy, policy.encode(past), found)
+    torch.testing.assert_close(found.logprobs, forced, atol=1e-4, rtol=1e-4)
+    # Given a thought, the probabilities of all items of the catalogue sum to one.
+    first = found.legal[:, :, 0]
+    assert torch.equal(first[0, 0].nonzero()[:, 0], policy.item_tokens[:, 0].unique())
+    total = 0.0
+    for codes in sorted(known):
+        rows = torch.tensor(codes).expand(1, 1, -1)
+        node, legal = trie.root, []
+        for token in codes:
+            legal.append(children(trie.csr, torch.tensor([[node]]), policy.tokens.size) >= 0)
+            node = trie.child(node, token)
+        one = Rollout(found.think[:1, :1], rows, torch.zeros(1, 1, 5), torch.stack(legal, 2))
+        with torch.no_grad():
+            total += rollout_logprobs(policy, policy.encode(past[:1]), one)[0][0, 0, 2:].sum().exp()
+    assert float(total) == pytest.approx(1, abs=1e-4)

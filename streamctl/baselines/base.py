@@ -46,7 +46,7 @@ class Baseline(nn.Module):
         self.n_items = split.n_items
 
     @classmethod
-    def settings(cls, run: RunDir) -> dict[str, Any]:
+    def settings(cls, run: RunDir, config: BaselineConfig) -> dict[str, Any]:
         """Values for the settings that the configuration leaves open."""
         return dict(cls.defaults)
 

@@ -42,12 +42,12 @@ class Tiger(Baseline):
         self.trie = PrefixTrie(policy.item_tokens.cpu().numpy())
 
     @classmethod
-    def settings(cls, run: RunDir) -> dict[str, Any]:
+    def settings(cls, run: RunDir, config: BaselineConfig) -> dict[str, Any]:
         """Those of the run's pretrain stage, or its defaults before there is one."""
         stage = run.stage("pretrain")
         base = stage.manifest["config"] if stage.complete else {}
-        config = resolve(PretrainConfig, base=base)
-        return {name: getattr(config, name) for name in _SHARED}
+        shared = resolve(PretrainConfig, base=base, size=config.size).settled()
+        return {name: getattr(shared, name) for name in _SHARED}
 
     @classmethod
     def _item_tokens(cls, run: RunDir) -> tuple[SemanticIds, torch.Tensor]:

@@ -29,7 +29,7 @@ def settle(run: RunDir, config: BaselineConfig) -> BaselineConfig:
         UsageError: a setting that the method does not have, or a loss it cannot train with.
     """
     cls = baseline_class(config.name)
-    own = cls.settings(run) | ({"loss": cls.losses[0]} if cls.losses else {})
+    own = cls.settings(run, config) | ({"loss": cls.losses[0]} if cls.losses else {})
     given = {
         field.name: value
         for field in dataclasses.fields(config)

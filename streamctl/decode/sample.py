@@ -9,7 +9,9 @@ import torch
 from streamctl.decode.think import draw, sample_thoughts, think_logits
 from streamctl.device import autocast
 from streamctl.distributed import Share
+from streamctl.kernels import CsrTrie
 from streamctl.model.policy import Encoded, Policy
+from streamctl.tokenizer.trie import PrefixTrie
 
 
 @dataclass(frozen=True)
@@ -18,14 +20,16 @@ class Rollout:
 
     Attributes:
         think: (B, G, l) int64 think tokens.
-        codes: (B, G, m) int64 tokens sampled after BOS from the whole vocabulary, so that a
-            rollout may be no item at all.
+        codes: (B, G, m) int64 tokens sampled after BOS: from the whole vocabulary, so that a
+            rollout may be no item at all, or from the catalogue's.
         logprobs: (B, G, l + m) float32, log-probability of each sampled token when it was drawn.
+        legal: (B, G, m, V) bool, the tokens each code was drawn from; None for all of them.
     """
 
     think: torch.Tensor
     codes: torch.Tensor
     logprobs: torch.Tensor
+    legal: torch.Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -42,6 +46,7 @@ def rollout(
     temperature: float = 1.0,
     seed: int = 0,
     bf16: bool = True,
+    trie: PrefixTrie | None = None,
     share: Share | None = None,
 ) -> Rollout:
     """Sample `group` thoughts and items for each user; the user is encoded once.
@@ -51,6 +56,7 @@ def rollout(
         think: l, think tokens.
         temperature: of the softmax that tokens are drawn from.
         seed: the same seed gives the same rollouts.
+        trie: draw codes among the legal continuations alone, so that every rollout is an item.
         share: which users of a batch in several processes these are.
 
     The policy's dropout must be off (`policy.eval()`), or the log-probabilities are another
@@ -70,16 +76,39 @@ def rollout(
             past, thoughts = thought.past, thought.tokens
             logprobs.append(steps)
         feed = torch.full((len(history), group, 1), policy.tokens.BOS, device=device)
-        codes = []
+        codes, legal = [], []
+        node = torch.zeros_like(feed[..., 0])
         for _ in range(policy.tokens.levels):
             hidden, past = policy.extend(encoded, feed, "slow", past)
             scores = policy.logits(hidden[:, :, -1]).float() / temperature
+            if trie is not None:
+                below = children(trie.on(device), node, policy.tokens.size)
+                legal.append(below >= 0)
+                scores = scores.masked_fill(~legal[-1], -torch.inf)
             distribution = torch.log_softmax(scores, -1)
             drawn = draw(distribution, generator, share)
+            if trie is not None:
+                node = below.gather(-1, drawn[..., None])[..., 0]
             codes.append(drawn)
             logprobs.append(distribution.gather(-1, drawn[..., None]))
             feed = drawn[..., None]
-    return Rollout(thoughts, torch.stack(codes, -1), torch.cat(logprobs, -1))
+    return Rollout(
+        thoughts,
+        torch.stack(codes, -1),
+        torch.cat(logprobs, -1),
+        torch.stack(legal, 2) if legal else None,
+    )
+
+
+def children(trie: CsrTrie, node: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """The node that each token leads to: node (...) int64 -> (..., V) int64, -1 where illegal."""
+    flat = node.flatten()
+    first, count = trie.child_start[flat], trie.child_start[flat + 1] - trie.child_start[flat]
+    row = torch.repeat_interleave(torch.arange(len(flat), device=node.device), count)
+    edge = torch.arange(len(row), device=node.device) + (first - count.cumsum(0) + count)[row]
+    found = torch.full((len(flat), vocabulary), -1, dtype=torch.int64, device=node.device)
+    found[row, trie.child_token[edge]] = trie.child_node[edge]
+    return found.view(*node.shape, vocabulary)
 
 
 def rollout_logprobs(
@@ -109,5 +138,7 @@ def rollout_logprobs(
         # The position of the last think token predicts BOS, which is given.
         hidden = torch.cat([hidden[:, :, :length], hidden[:, :, length + 1 :]], 2)
     scores = policy.logits(hidden[:, :, length:]).float() / temperature
+    if rollouts.legal is not None:
+        scores = scores.masked_fill(~rollouts.legal, -torch.inf)
     parts.append(torch.log_softmax(scores, -1).gather(-1, codes[..., None])[..., 0])
     return torch.cat(parts, -1), hidden

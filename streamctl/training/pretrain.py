@@ -64,6 +64,7 @@ def pretrain(
 
     Writes the policy and report.json.
     """
+    config = config.settled()
     with run.begin("pretrain", config, ["data", "tokenizer"], force=force) as stage:
         if stage is None:
             say("pretrain: complete already")

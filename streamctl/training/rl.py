@@ -21,6 +21,7 @@ from streamctl.errors import StreamctlError
 from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import progress_bar, say, warn
 from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.tokenizer.trie import PrefixTrie
 from streamctl.training import checkpoint, rewards
 from streamctl.training.loop import CHECKPOINT_EVERY_S, CLIP_NORM, MetricLog, batches
 from streamctl.training.losses import advantages, grpo_loss
@@ -136,8 +137,15 @@ class Trainer:
     """
 
     def __init__(
-        self, policy: Policy, reference: Policy, judge: Judge, config: RlConfig, think: int
+        self,
+        policy: Policy,
+        reference: Policy,
+        judge: Judge,
+        config: RlConfig,
+        think: int,
+        trie: PrefixTrie,
     ):
+        self.trie = trie if config.rollouts == "catalogue" else None
         self.policy, self.reference, self.judge = policy, reference, judge
         self.config, self.think = config, think
         self.optimizer = checkpoint.adamw(policy.parameters(), config.lr, config.weight_decay)
@@ -156,6 +164,7 @@ class Trainer:
         rollouts = rollout(
             policy, history, group=config.group, think=self.think,
             temperature=config.temperature, seed=derive_seed(seed, "rollout"), bf16=False,
+            trie=self.trie,
             share=share,
         )  # fmt: skip
         with torch.no_grad():
@@ -287,7 +296,7 @@ def rl(run: RunDir, config: RlConfig, *, device: str = "auto", force: bool = Fal
         look_alikes = material.look_alikes(where, config.negatives)
         think = run.stage("annotate").manifest["config"]["length"]
         judge = Judge(policy, reference, parser, look_alikes, config)
-        trainer = Trainer(policy, reference, judge, config, think)
+        trainer = Trainer(policy, reference, judge, config, think, material.trie)
         validator = Validator(policy, material, config.seed)
         train(stage, trainer, material.split.train, validator, where)
         checkpoint.restore(policy, trainer.best_weights)
