@@ -34,7 +34,7 @@ def make_run(path: Path, seed: int = 0) -> RunDir:
         policy.shared.weight.mul_(3)
     publish(run, "pretrain", PretrainConfig(seed=seed), ["data", "tokenizer"], policy)
     publish(run, "annotate", AnnotateConfig(length=THINK), ["pretrain"])
-    publish(run, "sft", SftConfig(seed=seed), ["annotate"], policy)
+    publish(run, "sft", SftConfig(seed=seed), ["data", "tokenizer", "pretrain", "annotate"], policy)
     return run
 
 

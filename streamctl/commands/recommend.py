@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from streamctl.commands.options import Device, Json, Run, print_json
+from streamctl.commands.options import Device, Json, Run, print_json, print_table
 
 if TYPE_CHECKING:
     from streamctl.runs import RunDir
+    from streamctl.serving.schemas import Query
 
 
 def command(
@@ -48,7 +49,12 @@ def command(
     Each think token is shown as the words and items that its code stands for, with the ranking
     after it.
 
-    Reads: the best finished stage of the run (rl, else sft, else pretrain).
+    A file's answers stand in the order of its rows; a row that has none says why in `problem`.
+    Stopped and called again it goes on; `torchrun --nproc-per-node N -m streamctl -- recommend ...`
+    shares the rows among N workers.
+
+    Reads: the best finished stage of the run (rl, else sft, else pretrain); with --input, a
+    parquet with a column user_id or history (item ids, oldest first).
     Writes: nothing, or the file that --output names.
     Next: `streamctl serve --run RUN` answers the same over HTTP.
     """
@@ -66,17 +72,15 @@ def command(
     if (input_ is None) != (output is None):
         raise UsageError("--input and --output go together")
     folder = RunDir(run)
+    query: dict[str, Any] = {"k": k, "mode": mode, "exclude_seen": not keep_seen}
+    query["think"] = "auto" if think is None else think
     if input_ is not None:
         from streamctl.serving.bulk import recommend_file
 
-        summary = recommend_file(
-            folder, input_, output, k=k, think=think, mode=mode, exclude_seen=not keep_seen,
-            device=device,
-        )  # fmt: skip
-        print_json(summary)
+        question = checked(user_id="of each row", **query)
+        summary = recommend_file(folder, input_, output, question, device=device)
+        print_json(summary) if json_ else show_summary(summary)
         return
-    query: dict[str, Any] = {"k": k, "mode": mode, "exclude_seen": not keep_seen}
-    query["think"] = "auto" if think is None else think
     if user is not None:
         query["user_id"] = user
     else:
@@ -85,22 +89,37 @@ def command(
     print_json(answer) if json_ else show(answer)
 
 
-def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
-    """One explained answer of the engine, with the history it was given."""
+def checked(**fields: Any) -> Query:
+    """A query whose values are within their limits; otherwise a UsageError names the option."""
     from pydantic import ValidationError
 
-    from streamctl.errors import StreamctlError, UsageError
-    from streamctl.serving.catalogue import Refused
-    from streamctl.serving.engine import Engine
+    from streamctl.errors import UsageError
     from streamctl.serving.schemas import Query
 
-    engine = Engine(run, journal=run.path / "serving" / "items.jsonl", device=device)
     try:
-        job = engine.prepare(Query(explain=True, **query))
+        return Query(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = first["loc"][0] if first["loc"] else "query"
         raise UsageError(f"--{name}: {first['msg']}") from error
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    """What a bulk job, or this worker's share of it, did."""
+    rows = [[name, value] for name, value in summary.items()]
+    print_table("Bulk recommendations", ["", "value"], rows)
+
+
+def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
+    """One explained answer of the engine, with the history it was given."""
+    from streamctl.errors import StreamctlError
+    from streamctl.serving.catalogue import Refused
+    from streamctl.serving.engine import Engine
+
+    question = checked(explain=True, **query)
+    engine = Engine(run, journal=run.path / "serving" / "items.jsonl", device=device)
+    try:
+        job = engine.prepare(question)
     except Refused as error:
         raise StreamctlError(str(error), where=run.path) from error
     described = [engine.catalogue.describe(item) for item in job.history.tolist()]

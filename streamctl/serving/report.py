@@ -14,6 +14,7 @@ from streamctl.tokenizer import SemanticIds
 
 STAGES = ("data", "tokenizer", "pretrain", "annotate", "sft", "rl")
 MOST_POINTS = 200  # of a curve
+_METRICS = ("recall@", "ndcg@", "coverage@")
 _SILENT = ("seconds", "_s", "lr", "memory", "per_s")
 
 
@@ -52,25 +53,26 @@ def _evaluation(run: RunDir) -> list[dict[str, Any]]:
     stage = run.stage("eval")
     if not stage.complete:
         return []
-    tables = []
-    results = stage.json("results.json")
-    for view in ("unmasked", "masked"):
-        rows = {
-            name: row[view]
-            for group in ("methods", "controls")
-            for name, row in results.get(group, {}).items()
-            if isinstance(row, dict) and view in row
-        }
-        if rows:
-            metrics = list(next(iter(rows.values())))
-            tables.append(
-                {
-                    "title": f"Full catalogue, items seen before {view}",
-                    "columns": ["method", *metrics],
-                    "rows": [[n, *(row.get(m) for m in metrics)] for n, row in rows.items()],
-                }
-            )
-    return tables
+    results = stage.json("metrics.json")
+    entries = {
+        f"{name} (control)" if group == "controls" else name: entry
+        for group in ("methods", "controls")
+        for name, entry in results[group].items()
+    }
+    views = {
+        "items seen before may return": entries,
+        "items seen before left out": {name: entry["masked"] for name, entry in entries.items()},
+    }
+    return [_table(f"Full catalogue, {title}", rows) for title, rows in views.items()]
+
+
+def _table(title: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    metrics = [name for name in next(iter(rows.values())) if name.startswith(_METRICS)]
+    return {
+        "title": title,
+        "columns": ["method", *metrics],
+        "rows": [[name, *(row.get(metric) for metric in metrics)] for name, row in rows.items()],
+    }
 
 
 def curves(path: Path, stage: str) -> list[dict[str, Any]]:

@@ -1,0 +1,165 @@
+"""`recommend --input`: a file of users, whatever interrupts it and however many share it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from serving_run import make_run
+
+from streamctl.errors import StreamctlError
+from streamctl.serving import bulk
+from streamctl.serving.bulk import recommend_file
+from streamctl.serving.engine import Engine
+from streamctl.serving.schemas import Query
+
+QUERY = Query(user_id="each", k=5)
+pytestmark = pytest.mark.xdist_group("bulk")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("bulk") / "run")
+
+
+@pytest.fixture(scope="module")
+def users(run, tmp_path_factory):
+    """130 rows in row groups of 50: every user of the log but some, and two that nobody knows."""
+    engine = Engine(run, journal=run.path / "none.jsonl", device="cpu")
+    ids = [*engine.split.log.user_ids[:100], "nobody", *engine.split.log.user_ids[:28], "nothing"]
+    path = tmp_path_factory.mktemp("input") / "users.parquet"
+    pq.write_table(pa.table({"age": range(len(ids)), "user_id": ids}), path, row_group_size=50)
+    return path
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(bulk, "PART", 16)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return pq.read_table(path).to_pylist()
+
+
+def test_every_row_gets_the_answer_that_it_would_get_alone(run, users, tmp_path, small_parts):
+    output = tmp_path / "recs.parquet"
+    summary = recommend_file(run, users, output, QUERY, device="cpu")
+    assert summary["complete"] and (summary["rows"], summary["problems"]) == (130, 2)
+    rows = rows_of(output)
+    assert [row["user_id"] for row in rows] == pq.read_table(users)["user_id"].to_pylist()
+    engine = Engine(run, journal=run.path / "none.jsonl", device="cpu")
+    for row in rows[::9]:
+        job = engine.prepare(Query(user_id=row["user_id"], k=5))
+        alone = engine.recommend([job])[0]["items"]
+        assert row["items"] == [item["id"] for item in alone] and row["problem"] is None
+        assert row["scores"] == pytest.approx([item["score"] for item in alone], abs=1e-4)
+    assert rows[100]["problem"] == "user_id: no such user" and rows[100]["items"] == []
+    assert not output.with_name("recs.parquet.parts").exists()
+
+
+def test_histories_may_be_given_and_count_before_users(run, tmp_path):
+    path, output = tmp_path / "users.parquet", tmp_path / "recs.parquet"
+    engine = Engine(run, journal=run.path / "none.jsonl", device="cpu")
+    items = engine.catalogue.items.ids
+    histories = [items[:3], items[5:300], [], ["unheard-of"], None]
+    users = ["stranger", "stranger", "stranger", "stranger", engine.split.log.user_ids[0]]
+    pq.write_table(pa.table({"history": histories, "user_id": users}), path)
+    summary = recommend_file(run, path, output, QUERY, device="cpu")
+    rows = rows_of(output)
+    assert [bool(row["items"]) for row in rows] == [True, True, False, False, True]
+    assert not set(rows[1]["items"]) & set(items[5:])
+    assert rows[2]["problem"] and "history/0" in rows[3]["problem"]
+    assert summary["problems"] == 2
+
+
+def test_a_killed_job_goes_on_where_it_was_and_ends_the_same(run, users, tmp_path, small_parts):
+    whole, output = tmp_path / "whole.parquet", tmp_path / "recs.parquet"
+    recommend_file(run, users, whole, QUERY, device="cpu")
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from streamctl.runs import RunDir; from streamctl.serving import bulk\n"
+        "from streamctl.serving.schemas import Query\n"
+        "bulk.PART = 16\n"
+        "save = bulk.Bulk.save\n"
+        "bulk.Bulk.save = lambda *given: (save(*given), time.sleep(0.5))\n"
+        "run, source, output = map(Path, sys.argv[1:])\n"
+        "query = Query(user_id='each', k=5)\n"
+        "bulk.recommend_file(RunDir(run), source, output, query, device='cpu')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, run.path, users, output])
+    parts = output.with_name("recs.parquet.parts")
+    while len(list(parts.glob("part-*"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = len(list(parts.glob("part-*")))
+    assert not output.exists() and 3 <= kept < 10
+    summary = recommend_file(run, users, output, QUERY, device="cpu")
+    assert summary["rows"] == 130 - 16 * kept + (14 if kept > 3 else 0)
+    assert pq.read_table(output).equals(pq.read_table(whole))
+
+
+def test_a_complete_job_is_left_alone_and_another_question_is_a_new_job(run, users, tmp_path):
+    output = tmp_path / "recs.parquet"
+    recommend_file(run, users, output, QUERY, device="cpu")
+    before = output.stat().st_mtime_ns
+    assert recommend_file(run, users, output, QUERY, device="cpu")["rows"] == 0
+    assert output.stat().st_mtime_ns == before
+    recommend_file(run, users, output, Query(user_id="each", k=2), device="cpu")
+    assert {len(row["items"]) for row in rows_of(output) if not row["problem"]} == {2}
+
+
+def test_two_torchrun_workers_write_what_one_does(run, users, tmp_path):
+    whole, output = tmp_path / "whole.parquet", tmp_path / "recs.parquet"
+    recommend_file(run, users, whole, QUERY, device="cpu")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    words = [
+        "streamctl",
+        "--",
+        "recommend",
+        "--run",
+        run.path,
+        "--input",
+        users,
+        "--output",
+        output,
+    ]
+    done = subprocess.run(
+        [*command, *map(str, words), "-k", "5", "--json", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    shares = [json.loads("{" + one) for one in done.stdout.split("{")[1:]]
+    assert sorted(share["rows"] for share in shares) == [50, 80]
+    assert any(share["complete"] for share in shares)
+    assert pq.read_table(output).equals(pq.read_table(whole))
+
+
+@pytest.mark.parametrize("damage", ["text", "columns", "type", "cut"])
+def test_an_input_that_cannot_be_read_is_named(run, tmp_path, damage):
+    path = tmp_path / "users.parquet"
+    if damage == "text":
+        path.write_text("user_id\nu001\n")
+    elif damage == "columns":
+        pq.write_table(pa.table({"customer": ["u001"]}), path)
+    elif damage == "type":
+        pq.write_table(pa.table({"history": ["u001"]}), path)
+    else:
+        pq.write_table(pa.table({"user_id": [f"u{n:03}" for n in range(150)]}), path)
+        content = bytearray(path.read_bytes())
+        content[4:300] = bytes(296)
+        path.write_bytes(content)
+    with pytest.raises(StreamctlError, match=r"users\.parquet"):
+        recommend_file(run, path, tmp_path / "recs.parquet", QUERY, device="cpu")
