@@ -24,10 +24,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         StreamctlError: the disk is full, cannot be written or fails; `path` is as it was.
     """
-    if not is_main():
-        with tempfile.TemporaryDirectory() as scratch:
-            yield Path(scratch) / path.name
+    if is_main():
+        with atomic_file_each(path) as temporary:
+            yield temporary
         return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch) / path.name
+
+
+@contextmanager
+def atomic_file_each(path: Path) -> Iterator[Path]:
+    """The same for a file that is this process's own, whichever of several it is."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

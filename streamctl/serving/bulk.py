@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamctl.distributed import world_size
 from streamctl.errors import StreamctlError
+from streamctl.files import atomic_file_each, file_hash
 from streamctl.progress import progress_bar, say
-from streamctl.runs import RunDir, atomic_file, file_hash
+from streamctl.runs import RunDir
 from streamctl.serving.catalogue import Refused
 from streamctl.serving.engine import Engine, Job
 from streamctl.serving.model import servable
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 PART = 4096  # rows of a part: what a killed job does again at most
 BATCH = 256  # histories computed together
+POLL_S = 0.5  # how often the first worker looks whether the others are done
 _KEY = b"streamctl"  # of the plan in the output's metadata
 
 
@@ -139,7 +142,7 @@ def recommend_file(
 
     Returns:
         rows, answered, problems, seconds and rows_per_s of this worker; `complete`, if the
-        output is there.
+        output is there. The first of several workers waits for the others.
 
     Raises:
         StreamctlError: the run cannot be served, or the input cannot be read.
@@ -155,11 +158,11 @@ def recommend_file(
         return {**summary, "complete": True, "output": str(output)}
     job.open()
     parts = users.parts()
-    rank, world = (int(os.environ.get(name, default)) for name, default in _WORKERS)
+    rank, world = int(os.environ.get("RANK", "0")), world_size()
     mine = parts[rank * len(parts) // world : (rank + 1) * len(parts) // world]
     left = [part for part in mine if not job.path(part).exists()]
     if left:
-        engine = Engine(run, journal=job.journal, device=_own(device))
+        engine = Engine(run, journal=job.journal, device=device)
         total = sum(part.rows for part in mine)
         with progress_bar("recommend", total, "users") as bar:
             bar.start_at(total - sum(part.rows for part in left))
@@ -170,8 +173,12 @@ def recommend_file(
                 summary["problems"] += part.rows - answers["problem"].null_count
                 bar.advance(part.rows)
     summary["answered"] = summary["rows"] - summary["problems"]
-    complete = job.join(parts, _schema(users))
     seconds = time.monotonic() - began
+    complete = job.join(parts, _schema(users))
+    if rank == 0 and not complete:
+        say("waiting for the other workers")  # the first one speaks for all: it tells the end
+        while not (complete := job.join(parts, _schema(users))):
+            time.sleep(POLL_S)
     return {
         **summary,
         "seconds": round(seconds, 2),
@@ -181,19 +188,6 @@ def recommend_file(
         "complete": complete,
         "output": str(output),
     }
-
-
-_WORKERS = (("RANK", 0), ("WORLD_SIZE", 1))
-
-
-def _own(device: str) -> str:
-    """Under torchrun each worker has a GPU of its own."""
-    import torch
-
-    local = os.environ.get("LOCAL_RANK")
-    if device != "auto" or local is None or not torch.cuda.is_available():
-        return device
-    return f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
 class Bulk:
@@ -233,15 +227,15 @@ class Bulk:
                 say(f"{self.folder} belongs to another job and is begun anew")
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True)
-            with atomic_file(self.journal) as path:
+            with atomic_file_each(self.journal) as path:
                 path.write_bytes(self.changes.read_bytes() if self.changes.exists() else b"")
-            with atomic_file(plan) as path:
+            with atomic_file_each(plan) as path:
                 path.write_text(json.dumps(self.plan))
 
     def save(self, part: Part, table: pa.Table) -> None:
         import pyarrow.parquet as pq
 
-        with atomic_file(self.path(part)) as path:
+        with atomic_file_each(self.path(part)) as path:
             pq.write_table(table, path, compression="zstd")
 
     def join(self, parts: Sequence[Part], schema: pa.Schema) -> bool:
@@ -253,7 +247,7 @@ class Bulk:
                 return True
             if not all(self.path(part).exists() for part in parts):
                 return False
-            with atomic_file(self.output) as path:
+            with atomic_file_each(self.output) as path:
                 told = schema.with_metadata({_KEY: self._identity(self.journal)})
                 with pq.ParquetWriter(path, told, compression="zstd") as writer:
                     for part in parts:
