@@ -19,6 +19,7 @@ COMMANDS = (
     ("annotate", "annotate"),
     ("sft", "sft"),
     ("rl", "rl"),
+    ("evidence", "evidence"),
     ("baseline", "baseline"),
     ("eval", "eval"),
     ("reproduce", "reproduce"),

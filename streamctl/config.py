@@ -156,6 +156,25 @@ class RlConfig:
 
 
 @dataclass(frozen=True)
+class EvidenceConfig:
+    """The thinker that looks evidence up: a state that ranks, and a memory of training prefixes."""
+
+    section: ClassVar[str] = "evidence"
+    size: Size = "tiny"
+    look_ups: int = 4  # l: questions to the memory before the answer
+    neighbours: int = 100  # rows that one look-up finds
+    index: Literal["flat", "ivf", "hnsw"] = "flat"  # exact, or faster on millions of rows
+    dropout: float = 0.2
+    epochs: int = 8
+    patience: int = 2
+    batch: int = 256  # sequences
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class BaselineConfig:
     """A baseline trained by the same loop on the same split.
 
@@ -204,6 +223,7 @@ STAGES: tuple[type, ...] = (
     AnnotateConfig,
     SftConfig,
     RlConfig,
+    EvidenceConfig,
     BaselineConfig,
     EvalConfig,
 )

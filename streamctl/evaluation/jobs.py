@@ -14,6 +14,7 @@ from streamctl.data import load_data
 from streamctl.errors import StreamctlError
 from streamctl.runs import MANIFEST, RunDir
 from streamctl.training.annotate import annotate
+from streamctl.training.evidence import evidence
 from streamctl.training.pretrain import pretrain
 from streamctl.training.rl import rl
 from streamctl.training.sft import sft
@@ -108,6 +109,11 @@ def _plain_rl(run: RunDir, plan: Plan, seed: int) -> None:
     rl(run, config, device=plan.device)
 
 
+def _evidence(run: RunDir, plan: Plan, seed: int) -> None:
+    """The thinker that looks evidence up, with its controls."""
+    evidence(run, plan.resolve(configs.EvidenceConfig, seed), device=plan.device)
+
+
 def _nothing(run: RunDir, plan: Plan, seed: int) -> None:
     """Popularity is counted by the evaluation."""
 
@@ -125,6 +131,7 @@ JOBS: dict[str, Job] = {
     "tiger": Job(_tiger, {"tiger": "tiger"}),
     "tiger_long": Job(_long_tiger, {"tiger": "tiger_long"}, sections=("baseline", *_SECTIONS)),
     "stream": Job(_stream, {}, sections=_SECTIONS),
+    "evidence": Job(_evidence, {}, sections=("evidence", "eval")),
     "stream_plain_rl": Job(
         _plain_rl,
         {"stream_rl": "stream_plain_rl"},

@@ -13,6 +13,7 @@ import torch
 from streamctl.baselines.registry import BASELINES, baseline_class
 from streamctl.config import BaselineConfig, EvalConfig
 from streamctl.data import Examples, Split, load_data
+from streamctl.decode.evidence import EvidenceThinker
 from streamctl.device import resolve_device
 from streamctl.errors import UsageError, close_matches
 from streamctl.evaluation.evaluate import Recommender
@@ -20,9 +21,12 @@ from streamctl.evaluation.generative import PolicyRecommender, random_thoughts
 from streamctl.model.policy import Policy
 from streamctl.runs import RunDir
 from streamctl.training.annotate import label
+from streamctl.training.evidence import load_thinker
 from streamctl.training.material import Material
 
 TWIN = "baselines/no_thinking"
+EVIDENCE = ("tokenizer", "evidence")
+EVIDENCE_COUNTS = (0, 1, 2, 3)  # look-ups of the controls; the row itself has as many as trained
 
 
 class Models:
@@ -88,6 +92,12 @@ class Models:
 
         return self.generative(stage, thoughts=thoughts)
 
+    def evidence(self, look_ups: int | None = None, **options: Any) -> EvidenceThinker:
+        """The evidence thinker; as many look-ups as trained for if not told."""
+        return load_thinker(
+            self.run, self.device, look_ups=look_ups, material=self.material, **options
+        )
+
     def baseline(self, name: str) -> Recommender:
         return baseline_class(name).load(self.run.stage(f"baselines/{name}")).to(self.device)
 
@@ -145,6 +155,24 @@ def known_rows(run: RunDir) -> dict[str, Row]:
                 lambda models, stage=stage: models.thinking(stage),
             )
             for stage in ("sft", "rl")
+        ),
+        Row("stream_evidence", EVIDENCE, Models.evidence),
+        *(
+            Row(
+                f"evidence_l{count}",
+                EVIDENCE,
+                lambda models, count=count: models.evidence(count),
+                control=True,
+                note=f"the same model and settings with {count} look-ups",
+            )
+            for count in EVIDENCE_COUNTS
+        ),
+        Row(
+            "random_evidence",
+            EVIDENCE,
+            lambda models: models.evidence(random=models.config.seed),
+            control=True,
+            note="as many rows of other users, drawn at random",
         ),
         Row(
             "no_thinking",

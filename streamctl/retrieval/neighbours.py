@@ -21,8 +21,8 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarra
     import faiss
 
     index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(_unit(vectors))
-    cosine, found = index.search(_unit(queries), min(k, len(vectors)))
+    index.add(unit(vectors))
+    cosine, found = index.search(unit(queries), min(k, len(vectors)))
     order = np.lexsort((found, -cosine))
     return np.take_along_axis(found, order, 1), np.take_along_axis(cosine, order, 1)
 
@@ -37,6 +37,7 @@ def neighbours(vectors: np.ndarray, k: int) -> np.ndarray:
     return found[other].reshape(len(vectors), count)
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows (N, D) as float32 of length 1; a row of zeros stays."""
     rows = np.ascontiguousarray(rows, np.float32)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

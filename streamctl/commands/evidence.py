@@ -1,0 +1,54 @@
+"""`streamctl evidence`: the thinker that looks up what other users took."""
+
+from __future__ import annotations
+
+from streamctl.commands.options import (
+    Config,
+    Device,
+    Force,
+    Json,
+    Run,
+    Seed,
+    Sets,
+    Size,
+    epochs_row,
+    print_stage,
+    valid_rows,
+)
+
+
+def command(
+    run: Run,
+    size: Size = None,
+    config: Config = None,
+    set_: Sets = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    json_: Json = False,
+    force: Force = False,
+) -> None:
+    """Train a state that ranks the catalogue, and the memory of evidence that it looks up.
+
+    The memory holds what users took after every training prefix; a look-up finds the prefixes
+    nearest to a state. How evidence is weighed is chosen on validation users.
+
+    Reads: the data and tokenizer stages. Writes: RUN/evidence: the weights, the memory,
+    report.json, metrics.jsonl. Interrupt it; the same command continues.
+    Next: `streamctl eval --run RUN`, `streamctl recommend --run RUN --evidence --user ID`.
+    """
+    from streamctl.config import EvidenceConfig, resolve
+    from streamctl.runs import RunDir
+    from streamctl.training.evidence import evidence
+
+    settings = resolve(EvidenceConfig, file=config, sets=set_ or (), size=size, seed=seed)
+    stage = evidence(RunDir(run), settings, device=device, force=force)
+    report = stage.json("report.json")
+    memory = report["memory"]
+    rows = [
+        *valid_rows(report),
+        *([name, value] for name, value in report["settings"].items()),
+        ["memory", f"{memory['rows']:,} rows, {memory['bytes'] / 1e6:.0f} MB ({memory['index']})"],
+        ["milliseconds a look-up", stage.manifest["search_ms"]],
+        epochs_row(report),
+    ]
+    print_stage(stage, json_, rows)
