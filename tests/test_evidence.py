@@ -1,4 +1,4 @@
-"""Thinking by evidence: nothing leaks into the memory, look-ups change the ranking, resume is exact."""
+"""Thinking by evidence: nothing leaks, look-ups change the ranking, resume is exact."""
 
 from __future__ import annotations
 
