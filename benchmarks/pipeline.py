@@ -26,6 +26,8 @@ def receipt(run: RunDir) -> dict:
         name = str(manifest.parent.relative_to(run.path))
         if ".previous" not in name:
             stages[name] = run.stage(name).manifest
+    # A receipt says which data, not where it lay.
+    stages["data"]["config"]["source"] = Path(stages["data"]["config"]["source"]).name
     kept = ("config", "seed", "wall_s", "peak_memory_mb", "git")
     return {
         "name": "pipeline",

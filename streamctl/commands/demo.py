@@ -15,12 +15,12 @@ SETTINGS = (
     "tokenize.encoder=tfidf",
     "tokenize.codes=32",
     "tokenize.levels=3",
-    "pretrain.epochs=12",
+    "pretrain.epochs=8",
     "sft.rounds=2",
     "sft.epochs=3",
     "rl.steps=30",
     "rl.validate_every=10",
-    "baseline.epochs=12",
+    "baseline.epochs=8",
 )
 
 
