@@ -65,6 +65,45 @@ def test_rows_found_before_are_not_found_again():
     np.testing.assert_array_equal(np.concatenate([first, second], 1), together)
 
 
+def test_baskets_are_compared_by_the_weighted_items_they_share():
+    keys, taken, users, recent = rows(200)
+    memory = Memory(keys, taken, users, recent)
+    question = recent[:6] * 1
+    question[:, 3:] = -1
+    found = memory.search_items(memory.baskets(question), 8, users=users[:6])
+    rarity = np.sqrt(np.log(201 / (np.bincount(taken[:, 0], minlength=20) + 1)))
+
+    def vector(items: np.ndarray) -> np.ndarray:
+        dense = np.zeros(20)
+        for age, item in enumerate(items):
+            dense[item] += 0.8**age * rarity[item] if item >= 0 else 0
+        return dense / np.linalg.norm(dense)
+
+    every = np.array([vector(items) for items in recent])
+    cosine = np.array([vector(items) for items in question]) @ every.T
+    cosine[users[:6, None] == users] = -np.inf
+    expected = np.sort(cosine, axis=1)[:, ::-1][:, :8]
+    np.testing.assert_allclose(found.cosine, expected, atol=1e-5)
+    assert (users[found.rows] != users[:6, None]).all()
+    again = memory.search_items(memory.baskets(question), 8, users=users[:6], known=found.rows)
+    assert (again.cosine[:, 0] <= found.cosine[:, -1] + 1e-6).all()
+
+
+def test_a_question_moves_towards_what_was_found(thinker):
+    history = torch.tensor([[2, 3]])
+    start = thinker.ranker.states(history)
+
+    def thought(move: float, by: str):
+        settings = EvidenceSettings(by, neighbours=3, move=move)
+        own = EvidenceThinker(thinker.ranker, thinker.memory, settings, look_ups=2)
+        return own.think(start, history)
+
+    still, moved = thought(0.0, "items"), thought(5.0, "items")
+    assert still.look_ups[1].rows.tolist() != moved.look_ups[1].rows.tolist()
+    states = thought(0.5, "state").states[0]
+    assert (states[1] - states[0]).norm() == pytest.approx(0.5 * float(start.norm()), rel=1e-4)
+
+
 def test_too_few_rows_leave_places_empty():
     keys, taken, users, recent = rows(4, users=1)
     found = Memory(keys, taken, users, recent).search(keys[:1], 6, users=np.zeros(1, np.int64))
@@ -111,22 +150,22 @@ def test_thoughts_never_come_from_the_users_own_rows(run, thinker):
     test = load_data(run)[1].test
     index = np.flatnonzero(test.lengths == 5)[:20]
     start = thinker.ranker.states(torch.from_numpy(test.histories(index)))
-    trace = thinker.think(start, test.users[index])
+    history = torch.from_numpy(test.histories(index))
+    trace = thinker.think(start, history, test.users[index])
     for look_up in trace.look_ups:
         assert (thinker.memory.users[look_up.rows] != test.users[index, None]).all()
     first, second = (look_up.rows for look_up in trace.look_ups)
-    assert not any(set(a) & set(b) for a, b in zip(first, second, strict=True))
+    assert not any((set(a) & set(b)) - {-1} for a, b in zip(first, second, strict=True))
 
 
-def test_the_mixture_is_what_the_formula_says(thinker):
-    settings = EvidenceSettings(8, 0.2, decay=0.5, weight=0.3, move=0.5, repeat=-2.0)
+def test_the_score_is_what_the_formula_says(thinker):
+    settings = EvidenceSettings("state", 8, 0.2, decay=0.5, weight=30.0, move=0.5, repeat=-2.0)
     own = EvidenceThinker(thinker.ranker, thinker.memory, settings, look_ups=2)
     history = torch.tensor([[0, 1, 2]])
-    trace = own.think(own.ranker.states(history))
+    trace = own.think(own.ranker.states(history), history)
     scores = own.log_scores(history, trace)[0].double()
     state = trace.states[0, -1].double()
     p = torch.softmax(own.vectors.double() @ state, 0)
-    found = torch.zeros(N_ITEMS, dtype=torch.float64)
     total = torch.zeros(2, dtype=torch.float64)
     each = torch.zeros(2, N_ITEMS, dtype=torch.float64)
     for number, look_up in enumerate(trace.look_ups):
@@ -140,7 +179,7 @@ def test_the_mixture_is_what_the_formula_says(thinker):
                     each[number, item] += weight * 0.5**after
                     total[number] += weight * 0.5**after
     found = (each / total[:, None]).mean(0)
-    expected = torch.log(0.7 * p + 0.3 * found)
+    expected = torch.log(p) + torch.log(1 + 30 * found)
     expected[[0, 1, 2]] -= 2.0
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
 
@@ -160,11 +199,11 @@ def test_padding_on_the_right_changes_no_state(thinker):
 def test_a_look_up_changes_the_ranking_and_says_why(run, thinker):
     history = torch.tensor([[5, 6, 7]])
     strong = EvidenceThinker(
-        thinker.ranker, thinker.memory, EvidenceSettings(8, weight=0.9), look_ups=1
+        thinker.ranker, thinker.memory, EvidenceSettings(neighbours=8, weight=1000.0), look_ups=1
     )
     quiet = load_thinker(run, CPU, look_ups=0)
     assert not torch.equal(strong.rank(history, 10).items, quiet.rank(history, 10).items)
-    look_up = strong.think(strong.ranker.states(history)).look_ups[0]
+    look_up = strong.think(strong.ranker.states(history), history).look_ups[0]
     reasons = strong.reasons(look_up, 0)
     assert len(reasons) == 3
     for had, took in reasons:
@@ -179,9 +218,9 @@ def test_the_state_learns_the_circle(thinker):
 def test_random_evidence_is_fixed_for_a_user_whatever_the_batch(run):
     drawn = load_thinker(run, CPU, random=3)
     start = torch.randn(4, drawn.vectors.shape[1])
-    users = np.array([4, 9, 1, 30])
-    together = drawn.think(start, users).look_ups[0].rows
-    alone = drawn.think(start[1:2], users[1:2]).look_ups[0].rows
+    users, history = np.array([4, 9, 1, 30]), torch.tensor([[1], [2], [3], [4]])
+    together = drawn.think(start, history, users).look_ups[0].rows
+    alone = drawn.think(start[1:2], history[1:2], users[1:2]).look_ups[0].rows
     np.testing.assert_array_equal(together[1:2], alone)
     assert len({tuple(row) for row in together}) == 4
 

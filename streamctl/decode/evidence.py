@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import scipy.sparse
 import torch
 
 from streamctl.decode.ranking import Ranking
@@ -14,6 +16,7 @@ from streamctl.model.ranker import StateRanker
 from streamctl.retrieval.memory import Memory
 
 _TINY = 1e-12
+_TOP = 10  # items of a look-up that join the next question
 _STRIDE = 2_654_435_761  # a prime: users draw rows that lie far apart
 
 
@@ -22,18 +25,20 @@ class EvidenceSettings:
     """How evidence is weighed; chosen on validation users.
 
     Attributes:
+        by: what is compared with the memory: "items" the user had, or "state".
         neighbours: rows that one look-up returns.
         temperature: of the softmax over their cosines.
         decay: weight of the item after the next one, and again of the one after that.
-        weight: share of the evidence in the final mixture.
-        move: how far the state goes towards what a look-up found, in lengths of the state.
+        weight: w, by how much full evidence multiplies the odds of an item.
+        move: how far the question goes towards what a look-up found, in its own lengths.
         repeat: added to the log-probability of an item of the history.
     """
 
+    by: Literal["items", "state"] = "items"
     neighbours: int = 100
     temperature: float = 0.1
     decay: float = 0.0
-    weight: float = 0.2
+    weight: float = 100.0
     move: float = 0.0
     repeat: float = 0.0
 
@@ -65,12 +70,13 @@ class EvidenceTrace:
 
 
 class EvidenceThinker:
-    """Ranks by a mixture of the state's own opinion and of what other users took.
+    """Ranks by the state's own opinion, raised where other users' choices speak for an item.
 
-        p(item) = (1 - w) softmax(s_l . v) + w mean over i of E_i(item)
+        score(item) = log softmax(s_l . v) + log(1 + w mean over i of E_i(item))
 
-    where E_i is the distribution of what the users found by look-up i took next. A row is found
-    once: every look-up brings new evidence.
+    where E_i is the distribution of what the users found by look-up i took next. A sum of the two
+    distributions instead of their product helps a weak state only. A row is found once: every
+    look-up brings new evidence.
     """
 
     def __init__(
@@ -96,40 +102,60 @@ class EvidenceThinker:
             self.vectors = ranker.item_vectors().float()
 
     @torch.no_grad()
-    def think(self, start: torch.Tensor, users: np.ndarray | None = None) -> EvidenceTrace:
+    def think(
+        self, start: torch.Tensor, history: torch.Tensor, users: np.ndarray | None = None
+    ) -> EvidenceTrace:
         """Look up l times.
 
         Args:
             start: s_0 (B, d) float32.
+            history: (B, H) int64, oldest first, -1 on the right.
             users: (B,) int64, whose own rows are left out; None for strangers.
         """
         states, found = [start], []
         known = np.empty((len(start), 0), np.int64)
+        basket = None
+        if self.look_ups and self.settings.by == "items":
+            basket = self.memory.baskets(latest_first(history.cpu().numpy()))
         for number in range(self.look_ups):
-            look_up = self.ask(states[-1], users, known, number)
+            if self.random is not None:
+                rows = self._drawn(len(start), users, number)
+                cosine = np.where(rows >= 0, 0.0, -np.inf).astype(np.float32)
+            else:
+                k = self.settings.neighbours
+                search, query = (
+                    (self.memory.search, states[-1].cpu().numpy())
+                    if basket is None
+                    else (self.memory.search_items, basket)
+                )
+                nearest = search(query, k, users=users, known=known)
+                rows, cosine = nearest.rows, nearest.cosine
+            scores = torch.from_numpy(cosine).to(start.device) / self.settings.temperature
+            look_up = LookUp(rows, torch.softmax(scores, 1).nan_to_num_(0.0))
             found.append(look_up)
-            known = np.concatenate([known, look_up.rows], axis=1)
-            states.append(self.moved(states[-1], look_up))
+            known = np.concatenate([known, rows], axis=1)
+            if basket is None:
+                states.append(self.moved(states[-1], look_up))
+            else:
+                states.append(states[-1])
+                basket = self._filled(basket, look_up)
         return EvidenceTrace(tuple(found), torch.stack(states, 1))
 
-    def ask(
-        self, state: torch.Tensor, users: np.ndarray | None, known: np.ndarray, number: int = 0
-    ) -> LookUp:
-        """One look-up: the rows nearest to the state that are not known yet."""
-        k = self.settings.neighbours
-        if self.random is None:
-            found = self.memory.search(state.cpu().numpy(), k, users=users, known=known)
-            rows, cosine = found.rows, found.cosine
-        else:
-            rows = self._drawn(len(state), k, users, number)
-            cosine = np.where(rows >= 0, 0.0, -np.inf).astype(np.float32)
-        scores = torch.from_numpy(cosine).to(state.device) / self.settings.temperature
-        return LookUp(rows, torch.softmax(scores, 1).nan_to_num_(0.0))
+    def _filled(self, basket: scipy.sparse.csr_matrix, look_up: LookUp) -> scipy.sparse.csr_matrix:
+        """The basket (B, items) of length 1 with the items that were taken most, `move` long."""
+        if not self.settings.move:
+            return basket
+        width = basket.shape[1]
+        weights, items = self.evidence(look_up)[:, :width].topk(min(_TOP, width), dim=1)
+        weights = self.settings.move * torch.nn.functional.normalize(weights, dim=1)
+        row = np.repeat(np.arange(len(items)), items.shape[1])
+        entries = (weights.cpu().numpy().ravel(), (row, items.cpu().numpy().ravel()))
+        return (basket + scipy.sparse.csr_matrix(entries, shape=basket.shape)).tocsr()
 
-    def _drawn(self, count: int, k: int, users: np.ndarray | None, number: int) -> np.ndarray:
+    def _drawn(self, count: int, users: np.ndarray | None, number: int) -> np.ndarray:
         """Random rows (count, k) of others, fixed for each user by the seed."""
         rng = np.random.default_rng(derive_seed(self.random, "random evidence", number))
-        first = rng.integers(0, len(self.memory), k)
+        first = rng.integers(0, len(self.memory), self.settings.neighbours)
         whom = np.zeros(count, np.int64) if users is None else users
         rows = (first + whom[:, None] * _STRIDE) % len(self.memory)
         if users is not None:
@@ -165,18 +191,17 @@ class EvidenceThinker:
         return found / found.sum(1, keepdim=True).clamp(min=_TINY)
 
     def log_scores(self, history: torch.Tensor, trace: EvidenceTrace) -> torch.Tensor:
-        """log p (B, N) float32, before items are left out.
+        """Scores (B, N) float32, before items are left out.
 
         Args:
             history: (B, H) int64, -1 on the right.
         """
         settings = self.settings
-        own = torch.log_softmax(trace.states[:, -1] @ self.vectors.T, 1)
-        if trace.look_ups:
-            mixed = sum(self.evidence(look_up) for look_up in trace.look_ups)
-            mixed = mixed * (settings.weight / len(trace.look_ups))
-            own = torch.log(own.exp() * (1 - settings.weight) + mixed + 1e-30)
-        return repeats(own, history, settings.repeat)
+        scores = torch.log_softmax(trace.states[:, -1] @ self.vectors.T, 1)
+        if trace.look_ups and settings.weight:
+            found = sum(self.evidence(look_up) for look_up in trace.look_ups)
+            scores = scores + torch.log1p(found * (settings.weight / len(trace.look_ups)))
+        return repeats(scores, history, settings.repeat)
 
     @torch.no_grad()
     def rank(
@@ -189,7 +214,7 @@ class EvidenceThinker:
     ) -> Ranking:
         """The k best items of each history (`evaluation.evaluate.Recommender`)."""
         history = history.to(self.vectors.device)
-        trace = self.think(self.ranker.states(history), users)
+        trace = self.think(self.ranker.states(history), history, users)
         scores = self.log_scores(history, trace)
         if exclude is not None:
             rows = np.repeat(np.arange(len(exclude)), [len(items) for items in exclude])
@@ -203,6 +228,13 @@ class EvidenceThinker:
         rows = [row for row in look_up.rows[user, order] if row >= 0]
         recent, taken = self.memory.recent, self.memory.taken
         return [([int(i) for i in recent[row] if i >= 0], int(taken[row, 0])) for row in rows]
+
+
+def latest_first(history: np.ndarray) -> np.ndarray:
+    """(B, H) histories, oldest first and -1 on the right, as baskets: latest first."""
+    lengths = (history >= 0).sum(1)[:, None]
+    places = lengths - 1 - np.arange(history.shape[1])
+    return np.where(places >= 0, np.take_along_axis(history, places.clip(min=0), 1), -1)
 
 
 def repeats(scores: torch.Tensor, history: torch.Tensor, bonus: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Memory: a state for each training prefix, and what its user took next (FAISS)."""
+"""Memory: state and items of each training prefix, and what its user took next."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import scipy.sparse
 
 from streamctl.errors import StreamctlError
 from streamctl.retrieval.neighbours import unit
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Kind = Literal["flat", "ivf", "hnsw"]
 STRANGER = -1  # the user of a row that belongs to nobody known
 _ARRAYS = ("keys", "taken", "users", "recent")
+_AGE = 0.8  # weight of an item of a basket against the one taken after it
 _LINKS = 32  # neighbours that a node of the HNSW graph keeps
 _LISTS_PER_ROOT = 4  # IVF: lists = 4 sqrt(rows), of which an eighth are read
 _READ = 8
@@ -36,7 +38,11 @@ class Found:
 
 
 class Memory:
-    """Rows (state, what was taken next) that are searched by cosine.
+    """Rows (state, items, what was taken next), searched by the cosine of states or of items.
+
+    States are compared by FAISS. Items are compared as baskets through an inverted index, which
+    touches only the rows that share one: an item weighs the root of its inverse frequency, and
+    0.8 times less for each item taken after it.
 
     Only interactions that train may be put in: a row made of a validation or test item would hand
     the answer to its own user. Rows of a user are never returned to that user.
@@ -77,7 +83,7 @@ class Memory:
         self.users = np.asarray(users, np.int64)
         self.recent = np.asarray(recent, np.int32)
         self._index = _build(self.keys, kind)
-        self._count_owned()
+        self._refresh()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -87,9 +93,55 @@ class Memory:
         """What rows and vectors take in memory; an HNSW graph comes on top (256 bytes a row)."""
         return sum(getattr(self, name).nbytes for name in _ARRAYS)
 
-    def _count_owned(self) -> None:
+    def _refresh(self) -> None:
         known = self.users[self.users >= 0]
         self._owned = np.bincount(known) if len(known) else np.zeros(1, np.int64)
+        taken = self.taken[:, 0]
+        count = max(int(self.recent.max(initial=-1)), int(self.taken.max(initial=-1))) + 1
+        times = np.bincount(taken[taken >= 0], minlength=count)
+        self._rarity = np.sqrt(np.log((len(self) + 1) / (times + 1)))
+        self._rows_of = self.baskets(self.recent).T.tocsr()  # (items, R)
+
+    def baskets(self, recent: np.ndarray) -> scipy.sparse.csr_matrix:
+        """Weighted items as rows of length 1.
+
+        Args:
+            recent: (B, P) int, latest first, -1 where there is none or one of no known rarity.
+
+        Returns:
+            (B, items) float32.
+        """
+        known = (recent >= 0) & (recent < len(self._rarity))
+        row, age = np.nonzero(known)
+        items = recent[row, age]
+        shape = (len(recent), len(self._rarity))
+        weights = (_AGE**age * self._rarity[items]).astype(np.float32)
+        return _unit_rows(scipy.sparse.csr_matrix((weights, (row, items)), shape=shape))
+
+    def search_items(
+        self,
+        baskets: scipy.sparse.csr_matrix,
+        k: int,
+        *,
+        users: np.ndarray | None = None,
+        known: np.ndarray | None = None,
+    ) -> Found:
+        """As `search`, by the cosine of baskets (B, items); rows that share nothing stay away."""
+        shared = (_unit_rows(baskets) @ self._rows_of).tocsr()
+        rows = np.full((baskets.shape[0], k), -1, np.int64)
+        cosine = np.full((baskets.shape[0], k), -np.inf, np.float32)
+        for place in range(len(rows)):
+            part = slice(shared.indptr[place], shared.indptr[place + 1])
+            found, near = shared.indices[part], shared.data[part]
+            keep = near > 0
+            if users is not None and users[place] >= 0:
+                keep &= self.users[found] != users[place]
+            if known is not None:
+                keep &= ~np.isin(found, known[place])
+            found, near = found[keep], near[keep]
+            best = np.lexsort((found, -near))[:k]
+            rows[place, : len(best)], cosine[place, : len(best)] = found[best], near[best]
+        return Found(rows, cosine)
 
     def search(
         self,
@@ -137,7 +189,7 @@ class Memory:
     def append(
         self, keys: np.ndarray, taken: np.ndarray, users: np.ndarray, recent: np.ndarray
     ) -> None:
-        """Add rows, found by the next search; nothing is trained again.
+        """Add rows, found by the next search: nothing is trained again.
 
         Args: as for the constructor, with this memory's d, F and P.
         """
@@ -147,7 +199,7 @@ class Memory:
         self.taken = np.concatenate([self.taken, np.asarray(taken, np.int32)])
         self.users = np.concatenate([self.users, np.asarray(users, np.int64)])
         self.recent = np.concatenate([self.recent, np.asarray(recent, np.int32)])
-        self._count_owned()
+        self._refresh()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `load` needs; the index is built again from the keys."""
@@ -186,6 +238,11 @@ def _build(keys: np.ndarray, kind: Kind) -> faiss.Index:
         index = faiss.IndexFlatIP(width)
     index.add(keys)
     return index
+
+
+def _unit_rows(rows: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
+    length = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel())
+    return (scipy.sparse.diags(1 / np.maximum(length, 1e-12)) @ rows).astype(np.float32).tocsr()
 
 
 def _contained(found: np.ndarray, known: np.ndarray) -> np.ndarray:

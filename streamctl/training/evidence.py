@@ -34,12 +34,12 @@ from streamctl.training.material import Material
 
 WEIGHTS = "model.safetensors"
 AFTER = 4  # items kept of what a prefix's user took next
-RECENT = 5  # items kept of the prefix itself
+RECENT = 20  # items kept of the prefix itself
 VALIDATION_USERS = 2000
-TEMPERATURES = (0.05, 0.1, 0.2)
+TEMPERATURES = (0.1, 0.25, 0.5)
 DECAYS = (0.0, 0.5)
-SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-MOVES = (0.0, 0.25, 0.5, 1.0)
+STRENGTHS = (0.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+MOVES = (0.0, 0.3, 1.0)
 REPEATS = (1.0, 0.0, -1.0, -2.0, -4.0, -8.0)
 
 
@@ -169,21 +169,23 @@ def choose(
 ) -> tuple[EvidenceSettings, dict[str, dict[str, float]]]:
     """Settings by ndcg@10 of validation users, and that figure for 0..l look-ups.
 
-    Repeats first, on the state alone; then temperature, decay and weight with one look-up; then
+    Repeats first, on the state alone; then what is compared, temperature, decay and weight, with
+    one look-up; then
     how far the state moves, with all of them; then the weight again.
     """
     bench = _Bench(ranker, memory, config, examples)
     settings = EvidenceSettings(neighbours=config.neighbours, weight=0.0)
     settings = bench.best(settings, 0, [{"repeat": value} for value in REPEATS])
     grid = [
-        {"temperature": t, "decay": d, "weight": w}
+        {"by": by, "temperature": t, "decay": d, "weight": w}
+        for by in ("items", "state")
         for t in TEMPERATURES
         for d in DECAYS
-        for w in SHARES
+        for w in STRENGTHS
     ]
     settings = bench.best(settings, 1, grid)
     settings = bench.best(settings, config.look_ups, [{"move": value} for value in MOVES])
-    settings = bench.best(settings, config.look_ups, [{"weight": value} for value in SHARES])
+    settings = bench.best(settings, config.look_ups, [{"weight": value} for value in STRENGTHS])
     found = {
         f"{count} look-ups": {"ndcg@10": bench.score(settings, count)}
         for count in range(config.look_ups + 1)
@@ -207,7 +209,7 @@ class _Bench:
         self.asked: dict[Any, Any] = {}
 
     def best(
-        self, settings: EvidenceSettings, count: int, changes: list[dict[str, float]]
+        self, settings: EvidenceSettings, count: int, changes: list[dict[str, Any]]
     ) -> EvidenceSettings:
         """The change of highest ndcg@10, the first among equals."""
         tried = [EvidenceSettings(**(asdict(settings) | change)) for change in changes]
@@ -216,10 +218,10 @@ class _Bench:
     def score(self, settings: EvidenceSettings, count: int) -> float:
         thinker = EvidenceThinker(self.ranker, self.memory, settings, look_ups=count)
         # Where the state does not move, the rows found depend on nothing but their number.
-        path = (settings.temperature, settings.move) if settings.move else ()
-        key = (count, settings.temperature, *path)
+        path = (settings.decay, settings.move) if settings.move else ()
+        key = (count, settings.by, settings.temperature, *path)
         if key not in self.asked:
-            self.asked = {key: thinker.think(self.states, self.examples.users)}
+            self.asked = {key: thinker.think(self.states, self.history, self.examples.users)}
         trace = self.asked[key]
         ranks = []
         for start in range(0, len(self.states), 500):
