@@ -1,6 +1,6 @@
-"""Tables of the README, generated from the receipts below results/.
+"""Tables of the README and of docs/, generated from the receipts below results/.
 
-python benchmarks/readme.py          rewrites the blocks in README.md
+python benchmarks/readme.py          rewrites the blocks between <!-- NAME --> and <!-- /NAME -->
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/results.md")
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 
 
@@ -28,6 +29,65 @@ def quality(receipt: dict[str, Any]) -> str:
             figures = [f"{entry[metric]:.4f}" for metric in METRICS]
             rows.append([name + suffix, *figures, f"{entry['masked']['ndcg@10']:.4f}"])
     return markdown(["method", *METRICS, "ndcg@10, seen masked"], rows)
+
+
+def _interval(bounds: list[float] | None) -> str:
+    return f"{bounds[0]:+.4f} to {bounds[1]:+.4f}" if bounds else ""
+
+
+def table(receipt: dict[str, Any]) -> str:
+    """Rows of `streamctl reproduce`: published beside measured, and the paired intervals."""
+    rows = []
+    for row in receipt["rows"]:
+        published = row["published"]
+        seconds = row["train_s"]
+        rows.append(
+            [
+                row["method"],
+                str(row["seeds"]),
+                f"{published['recall@10']:.4f} / {published['ndcg@10']:.4f}" if published else "",
+                *(f"{row[metric]:.4f}" for metric in METRICS),
+                f"{row['ndcg@10_masked']:.4f}",
+                _interval(row["vs_tiger"]),
+                _interval(row["vs_sasrec_ce"]),
+                "" if seconds is None else f"{seconds / 60:.1f}",
+                f"{row['ms_per_user']:.2f}",
+            ]
+        )
+    head = ["method", "seeds", "published recall@10 / ndcg@10", *METRICS, "ndcg@10, seen masked"]
+    head += ["less TIGER", "less SASRec-CE", "minutes of training", "ms a user"]
+    return markdown(head, rows)
+
+
+def search(receipt: dict[str, Any]) -> str:
+    """Trials of a baseline's search on validation."""
+    rows = [
+        [
+            row["method"],
+            " ".join(row["settings"]) or "defaults",
+            f"{row['recall@10']:.4f}",
+            f"{row['ndcg@10']:.4f}",
+            f"{row['best_epoch'] + 1} of {row['epochs']}",
+            f"{row['wall_s'] / 60:.1f}",
+        ]
+        for row in receipt["rows"]
+    ]
+    head = ["method", "settings", "valid recall@10", "valid ndcg@10", "best epoch", "minutes"]
+    return markdown(head, rows)
+
+
+def ablations(receipt: dict[str, Any]) -> str:
+    """One change a line, on validation."""
+    rows = [
+        [
+            row["line"],
+            f"{row['recall@10']:.4f}",
+            f"{row['ndcg@10']:.4f}",
+            _interval(row["difference"]) if row["line"] != row["reference"] else "",
+        ]
+        for row in receipt["rows"]
+    ]
+    return markdown(["line", "valid recall@10", "valid ndcg@10", "ndcg@10 less the first's"], rows)
 
 
 def minutes(receipt: dict[str, Any]) -> str:
@@ -48,12 +108,17 @@ def speed(receipt: dict[str, Any]) -> str:
     return markdown(["case", "ours", "best peer", "ratio", "of the ceiling"], rows)
 
 
+BLOCKS = {"reproduce": table, "search": search, "ablations": ablations}
+
+
 def render() -> dict[str, str]:
     """Block name -> markdown, for every receipt that is there."""
     blocks = {}
     for path in sorted(RESULTS.glob("*.json")):
         receipt = json.loads(path.read_text())
-        if path.stem.startswith("pipeline-"):
+        if receipt["name"] in BLOCKS:
+            blocks[path.stem] = BLOCKS[receipt["name"]](receipt)
+        elif path.stem.startswith("pipeline-"):
             blocks[path.stem] = quality(receipt)
             blocks[f"{path.stem}-minutes"] = minutes(receipt)
         elif "rows" in receipt and "ratio" in receipt["rows"][0]:
@@ -62,15 +127,20 @@ def render() -> dict[str, str]:
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    for name, block in render().items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if begin not in text:
-            raise SystemExit(f"README.md has no place for {name}: add {begin} and {end}")
-        head, rest = text.split(begin)
-        text = f"{head}{begin}\n{block}\n{end}{rest.split(end)[1]}"
-    path.write_text(text)
+    blocks = render()
+    pages = {ROOT / page: (ROOT / page).read_text() for page in PAGES}
+    for name in blocks:
+        if not any(f"<!-- {name} -->" in text for text in pages.values()):
+            raise SystemExit(
+                f"no page has a place for {name}: add <!-- {name} --> <!-- /{name} -->"
+            )
+    for path, text in pages.items():
+        for name, block in blocks.items():
+            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            if begin in text:
+                head, rest = text.split(begin)
+                text = f"{head}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import pytest
 from test_baselines import write_cycle
 
-from streamctl.config import TokenizeConfig
+from streamctl.config import BaselineConfig, TokenizeConfig
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import reproduce as module
 from streamctl.evaluation.jobs import Plan
@@ -74,6 +74,16 @@ def test_receipts_outlive_settings_of_other_stages_and_sizes_they_do_not_have(
     classic = tuple(name for name in METHODS if name != "tiger")
     other = Plan(classic, (0, 1), "paper", (*SETS, "rl.steps=3"), device="cpu")
     assert len(reproduce(run, other)["rows"]) == len(classic)
+
+
+def test_settings_of_one_method_are_its_own():
+    plan = Plan(("sasrec_ce",), sets=("sasrec_ce.dropout=0.5", "baseline.dim=32"))
+    own, other = (
+        plan.resolve(BaselineConfig, 0, method=name, name="sasrec")
+        for name in ("sasrec_ce", "sasrec_bce")
+    )
+    assert (own.dropout, own.dim) == (0.5, 32)
+    assert (other.dropout, other.dim) == (None, 32)
 
 
 def test_a_job_that_starts_from_another_names_it(run, plan):

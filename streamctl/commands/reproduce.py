@@ -57,7 +57,8 @@ def command(
     for text in set_ or ():
         if "." not in text.partition("=")[0]:
             raise UsageError(
-                f"--set {text}: `reproduce` takes stage.key=value, such as sft.lr=1e-3"
+                f"--set {text}: `reproduce` takes stage.key=value, such as sft.lr=1e-3, "
+                "or METHOD.key=value, such as sasrec_ce.dropout=0.5"
             )
     folder = Path(target) if Path(target).is_dir() else Path("runs") / target
     chosen = tuple(methods.split(",")) if methods else tuple(JOBS)

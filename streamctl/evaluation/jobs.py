@@ -28,7 +28,7 @@ class Plan:
         methods: jobs to run (see `JOBS`).
         seeds: each method is trained once with each.
         size: of the generative models.
-        sets: `stage.key=value` texts for every job.
+        sets: `stage.key=value` texts for every job, `METHOD.key=value` of one baseline alone.
         budget: hours after which no further job begins; 0 for no limit.
     """
 
@@ -39,10 +39,14 @@ class Plan:
     budget: float = 0.0
     device: str = "auto"
 
-    def resolve(self, cls: type, seed: int, **fixed: Any) -> Any:
+    def resolve(self, cls: type, seed: int, *, method: str = "", **fixed: Any) -> Any:
+        """A stage's configuration; `method` is the baseline whose own settings count too."""
         if "size" in cls.__dataclass_fields__ and "size" not in fixed:
             fixed["size"] = self.size
-        return configs.resolve(cls, sets=self.sets, seed=seed, **fixed)
+        sets = [text for text in self.sets if text.partition(".")[0] not in JOBS]
+        own = [text for text in self.sets if text.partition(".")[0] == method]
+        sets += [f"baseline.{text.partition('.')[2]}" for text in own]
+        return configs.resolve(cls, sets=sets, seed=seed, **fixed)
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,15 @@ def _classic(name: str, method: str, **fixed: Any) -> Job:
     """A baseline over items, to which size and tokenizer are nothing."""
 
     def train(run: RunDir, plan: Plan, seed: int) -> None:
-        config = plan.resolve(configs.BaselineConfig, seed, name=name, size=None, **fixed)
+        options = {"method": method, "name": name, "size": None} | fixed
+        config = plan.resolve(configs.BaselineConfig, seed, **options)
         train_baseline(run, config, device=plan.device)
 
     return Job(train, {name: method}, stages=("data",))
 
 
 def _tiger(run: RunDir, plan: Plan, seed: int) -> None:
-    config = plan.resolve(configs.BaselineConfig, seed, name="tiger")
+    config = plan.resolve(configs.BaselineConfig, seed, method="tiger", name="tiger")
     train_baseline(run, config, device=plan.device)
 
 
@@ -145,7 +150,7 @@ JOBS: dict[str, Job] = {
 def identity(run: RunDir, plan: Plan, name: str) -> dict[str, Any]:
     """What a receipt depends on besides its method and seed."""
     job = JOBS[name]
-    sets = [text for text in plan.sets if text.partition(".")[0] in job.sections]
+    sets = [text for text in plan.sets if text.partition(".")[0] in (name, *job.sections)]
     common = [stage for stage in ("data", "tokenizer") if stage in job.stages]
     found = {"sets": sets, "stages": {stage: run.stage(stage).hash for stage in common}}
     return found | ({"size": plan.size} if "tokenizer" in common else {})
