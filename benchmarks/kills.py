@@ -60,10 +60,13 @@ epochs = 2
 beam = 10
 bootstrap = 50
 """
-SHOP = "data synth --users 120 --items 60 --seed 1"
+SHOP = "data synth --users 40 --items 40 --seed 1"
 _PRELOAD = ["streamctl.pipeline", "streamctl.evaluation.stage", "streamctl.training.rl",
             "streamctl.tokenizer.stage", "streamctl.baselines.train", "streamctl.training.sft",
-            "streamctl.training.pretrain", "streamctl.cli", "matplotlib.pyplot"]  # fmt: skip
+            "streamctl.training.pretrain", "streamctl.cli", "streamctl.kernels.cpu_quantize",
+            "streamctl.kernels.trie_topk.numba_cpu", "faiss", "matplotlib.backends.backend_agg",
+            "sklearn.decomposition", "sklearn.feature_extraction.text", "torch._dynamo",
+            "typer.rich_utils"]  # fmt: skip
 
 
 def command(words: Sequence[str], output: Path, arm: Callable[[], None] | None) -> None:
