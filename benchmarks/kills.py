@@ -3,7 +3,7 @@
     python benchmarks/kills.py --json --save
 
 A clean run of every stage is made first. Then runs with the same settings are killed at instants
-drawn uniformly over their wall time and started again, until there have been `--kills` kills; the
+drawn uniformly over a fifteenth of its wall time, with a checkpoint a second, and started again, until there have been `--kills` kills; the
 artifacts' hashes of every finished run must be the clean run's.
 
 Commands run in forks of a server that has imported everything: what is killed is the work, not
@@ -102,14 +102,17 @@ class Commands:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(_PRELOAD)
 
-    def start(self, words: Sequence[str], arm: Callable[[], None] | None = None):
-        process = self.context.Process(target=command, args=(words, self.folder / "command", arm))
+    def start(
+        self, words: Sequence[str], arm: Callable[[], None] | None = None, output: str = "command"
+    ):
+        """A process of the command; `arm` is called in it first, `output` names its files."""
+        process = self.context.Process(target=command, args=(words, self.folder / output, arm))
         process.start()
         return process
 
-    def wait(self, process) -> Answer:
+    def wait(self, process, output: str = "command") -> Answer:
         process.join()
-        texts = ((self.folder / f"command.{kind}").read_text() for kind in ("out", "err"))
+        texts = ((self.folder / f"{output}.{kind}").read_text() for kind in ("out", "err"))
         return Answer(process.exitcode, *texts)
 
     def run(self, words: Sequence[str], arm: Callable[[], None] | None = None) -> Answer:
@@ -151,8 +154,8 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
             words = [*work, "--run", str(run)]
             if not RunDir(run).stage("data").complete:
                 words = [*SHOP.split(), "--run", str(run)]
-            process = commands.start(words)
-            process.join(chance.uniform(0, took / 4))
+            process = commands.start(words, save_often)
+            process.join(chance.uniform(0, took / 15))
             if process.exitcode is None:
                 os.kill(process.pid, signal.SIGKILL)
             answer = commands.wait(process)
@@ -183,6 +186,14 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
         "clean_run_s": round(took, 1),
         "seed": seed,
     }
+
+
+def save_often() -> None:
+    """A checkpoint a second instead of a minute: kills fall between all of them."""
+    from streamctl.tokenizer import stage
+    from streamctl.training import loop, rl
+
+    loop.CHECKPOINT_EVERY_S = rl.CHECKPOINT_EVERY_S = stage.CHECKPOINT_S = 1.0
 
 
 def stage_in_work(run: Path) -> str:
