@@ -2,9 +2,10 @@
 
     python benchmarks/kills.py --json --save
 
-A clean run of every stage is made first. Then runs with the same settings are killed at instants
-drawn uniformly over a fifteenth of its wall time, with a checkpoint a second, and started again, until there have been `--kills` kills; the
-artifacts' hashes of every finished run must be the clean run's.
+A clean run of every stage is made first. Then runs with the same settings are killed at random
+instants, a fifteenth of the clean run's time apart at the most, and started again, until there
+have been `--kills` kills. They save a checkpoint a second. The artifacts' hashes of every finished
+run must be the clean run's.
 
 Commands run in forks of a server that has imported everything: what is killed is the work, not
 the seconds of imports before it. tests/test_resume.py uses the same forks.
