@@ -28,7 +28,7 @@ def receipt(run: RunDir) -> dict:
             stages[name] = run.stage(name).manifest
     # A receipt says which data, not where it lay.
     stages["data"]["config"]["source"] = Path(stages["data"]["config"]["source"]).name
-    kept = ("config", "seed", "wall_s", "peak_memory_mb", "git")
+    kept = ("config", "seed", "wall_s", "peak_memory_mb", "git", "hash")
     return {
         "name": "pipeline",
         "data": run.stage("data").json("statistics.json"),

@@ -19,7 +19,6 @@ STAGES = {
     "tokenizer": "tokenize",
     "pretrain": "pretrain --set pretrain.epochs=1",
     "annotate": "annotate --set annotate.fit_epochs=0",
-    "baselines/popularity": "baseline popularity",
     "eval": "eval --methods popularity",
 }
 pytestmark = pytest.mark.xdist_group("faults")

@@ -35,13 +35,18 @@ def command(
             "--save", help="Copy the table and the receipts to this folder: table-NAME.json, NAME/."
         ),
     ] = None,
+    check: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--check", help="Run what this receipt describes again, and compare."),
+    ] = None,
     set_: Sets = None,
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
     """Train and evaluate every method with every seed, and print the table.
 
-    Interrupt it at any time: the same command continues, job by job.
+    Interrupt it at any time: the same command continues, job by job. With `--check RECEIPT` that
+    receipt's stages are made again in RUN/check and every figure is compared.
 
     Reads: data of the run, for generative methods its tokenizer too. Writes: RUN/reproduce (a
     run and a receipt for each job, table.json).
@@ -61,6 +66,9 @@ def command(
                 "or METHOD.key=value, such as sasrec_ce.dropout=0.5"
             )
     folder = Path(target) if Path(target).is_dir() else Path("runs") / target
+    if check is not None:
+        _check(folder, check, device, json_)
+        return
     chosen = tuple(methods.split(",")) if methods else tuple(JOBS)
     plan = Plan(chosen, tuple(range(seeds)), size, tuple(set_ or ()), budget, device)
     table = reproduce(RunDir(folder), plan)
@@ -86,3 +94,25 @@ def command(
         ["", "seeds", *columns, "published ndcg@10", "less TIGER", "less SASRec-CE"],
         rows,
     )
+
+
+def _check(folder: Path, receipt: Path, device: str, json_: bool) -> None:
+    from streamctl.errors import StreamctlError
+    from streamctl.evaluation.check import check_receipt
+    from streamctl.runs import RunDir
+
+    found = check_receipt(RunDir(folder), receipt, device=device)
+    if json_:
+        print_json(found)
+    elif found["differences"]:
+        rows = [list(each.values()) for each in found["differences"]]
+        print_table(f"{receipt}: what differs", ["row", "metric", "receipt", "now"], rows)
+    if not found["same"]:
+        changed = ", ".join(found["changed"]) or "nothing else"
+        raise StreamctlError(
+            f"{len(found['differences'])} of {found['figures']} figures differ, and the artifacts "
+            f"of {', '.join(found['stages']) or 'no stage'} (changed since: {changed})",
+            where=receipt,
+        )
+    if not json_:
+        typer.echo(f"{receipt}: all {found['figures']} figures are the same again")

@@ -88,7 +88,7 @@ def run_job(run: RunDir, plan: Plan, name: str, seed: int) -> dict[str, Any]:
     if not own:  # rows that other jobs have of their own
         own = {row: row for row in found if row not in ("popularity", "tiger")}
     stages = {
-        path: {key: job.stage(path).manifest[key] for key in ("config", "seed", "wall_s")}
+        path: {key: job.stage(path).manifest[key] for key in ("config", "seed", "wall_s", "hash")}
         for path in job.stage("eval").manifest["parents"]
         if path != "data"
     }

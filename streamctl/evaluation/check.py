@@ -1,0 +1,133 @@
+"""A receipt run again: every stage from its recorded configuration, every figure compared."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamctl import config as configs
+from streamctl.baselines.train import train_baseline
+from streamctl.errors import StreamctlError
+from streamctl.evaluation.stage import evaluate_run, read_result
+from streamctl.progress import say
+from streamctl.runs import RunDir, Stage, provenance, read_json
+from streamctl.tokenizer.stage import tokenize
+from streamctl.training.annotate import annotate
+from streamctl.training.pretrain import pretrain
+from streamctl.training.rl import rl
+from streamctl.training.sft import TWIN, sft
+
+TIMES = ("ms_per_user", "train_s")  # no rerun repeats them
+# Stages in the order in which they are made; baselines come after these.
+_MAKERS: dict[str, tuple[Callable[..., Stage], type]] = {
+    "tokenizer": (tokenize, configs.TokenizeConfig),
+    "pretrain": (pretrain, configs.PretrainConfig),
+    "annotate": (annotate, configs.AnnotateConfig),
+    "sft": (sft, configs.SftConfig),
+    "rl": (rl, configs.RlConfig),
+    TWIN: (functools.partial(sft, twin=True), configs.SftConfig),
+}
+_BASELINE = (train_baseline, configs.BaselineConfig)
+
+
+def check_receipt(run: RunDir, path: Path, *, device: str = "auto") -> dict[str, Any]:
+    """Rerun what a receipt of `reproduce` or of benchmarks/pipeline.py describes, and compare.
+
+    The stages are made in RUN/check/NAME, itself a run that resumes, from a copy of the run's data
+    stage and from the configurations and seeds in the receipt.
+
+    Args:
+        run: its data stage is the one that the receipt was made of.
+
+    Returns:
+        `same`, `figures` (how many were compared), `differences` (row, metric, receipt, now),
+        `stages` whose artifacts have another hash, and `changed`: versions and machine.
+
+    Raises:
+        StreamctlError: no such receipt, or it is of other data.
+    """
+    receipt = read_json(path)
+    if not isinstance(receipt, dict) or not {"stages", "data_hash"} <= receipt.keys():
+        raise StreamctlError(
+            "not a receipt of trained stages", where=path, run="a file of `streamctl reproduce`"
+        )
+    data = run.require("data")
+    if data.hash != receipt["data_hash"]:
+        raise StreamctlError(
+            f"the receipt is of other data than {data.path}",
+            where=path,
+            run="`streamctl data prepare` with the source and the settings of the receipt",
+        )
+    work = RunDir(run.path / "check" / path.stem)
+    if not work.stage("data").complete:
+        shutil.copytree(data.path, work.stage("data").path, dirs_exist_ok=True)
+    recorded = receipt["stages"]
+    order = [*_MAKERS, *(name for name in sorted(recorded) if name.startswith("baselines/"))]
+    for name in dict.fromkeys(order):
+        if name in recorded:
+            say(f"check: {name}")
+            make, cls = _MAKERS.get(name, _BASELINE)
+            make(work, configs.resolve(cls, base=recorded[name]["config"]), device=device)
+    result = read_result(evaluate_run(work, _evaluation(receipt), device=device))
+    return compare(receipt, result, work)
+
+
+def _evaluation(receipt: Mapping[str, Any]) -> configs.EvalConfig:
+    """The evaluation's configuration: recorded as a stage, or as the plan of a job."""
+    if "eval" in receipt["stages"]:
+        return configs.resolve(configs.EvalConfig, base=receipt["stages"]["eval"]["config"])
+    rows = tuple(entry["row"] for entry in receipt["rows"].values() if "stages" in entry)
+    sets = receipt["plan"]["sets"]
+    return configs.resolve(configs.EvalConfig, sets=sets, seed=receipt["seed"], methods=rows)
+
+
+def compare(receipt: Mapping[str, Any], result: Mapping[str, Any], work: RunDir) -> dict[str, Any]:
+    """What is the same in a receipt and in the evaluation of its rerun."""
+    now = result["methods"] | result["controls"]
+    figures, differences = 0, []
+    for name, entry in _rows(receipt):
+        fresh = now[entry.get("row", name)]
+        for metric, value in _flat(entry):
+            figures += 1
+            again = dict(_flat(fresh)).get(metric)
+            if again != value:
+                differences.append({"row": name, "metric": metric, "receipt": value, "now": again})
+    stages = [
+        name
+        for name, stage in receipt["stages"].items()
+        if "hash" in stage and work.stage(name).hash != stage["hash"]
+    ]
+    here = provenance()
+    changed = {
+        key: {"receipt": receipt.get(key), "now": here[key]}
+        for key in ("versions", "machine", "git")
+        if receipt.get(key) != here[key]
+    }
+    return {
+        "same": not differences and not stages,
+        "figures": figures,
+        "differences": differences,
+        "stages": stages,
+        "changed": changed,
+    }
+
+
+def _rows(receipt: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a receipt but the wide beam, whose width is a matter of time."""
+    evaluation = receipt.get("evaluation", {})
+    rows = receipt.get("rows") or evaluation["methods"] | evaluation["controls"]
+    return ((name, entry) for name, entry in rows.items() if "stages" in entry)
+
+
+def _flat(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, number) of every metric in a row, masked ones and intervals included."""
+    for name, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, list) and all(isinstance(each, float) for each in value):
+            yield from ((f"{prefix}{name}/{number}", each) for number, each in enumerate(value))
+        elif isinstance(value, int | float) and name not in TIMES:
+            yield prefix + name, value
