@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -147,3 +148,25 @@ def test_a_stage_after_a_changed_parent_is_refused(clean, commands, tmp_path):
     assert answer.returncode == 1
     assert "annotate is stale" in answer.stderr
     assert f"streamctl annotate --run {copy}" in answer.stderr
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_receipt_is_repeated_to_the_last_figure_and_hash(clean, commands, tmp_path):
+    from benchmarks.pipeline import receipt
+
+    run, _ = clean
+    path = tmp_path / "receipt.json"
+    written = receipt(RunDir(run))
+    path.write_text(json.dumps(written))
+    again = commands.run(["reproduce", str(run), "--check", str(path), "--json"])
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert found["same"] and found["figures"] > 50
+    assert not found["differences"] and not found["stages"]
+    # One figure and one hash of the receipt are not what a rerun gives.
+    written["evaluation"]["methods"]["stream_sft"]["ndcg@10"] += 1e-9
+    written["stages"]["sft"]["hash"] = "0"
+    path.write_text(json.dumps(written))
+    other = commands.run(["reproduce", str(run), "--check", str(path)])
+    assert other.returncode == 1
+    assert "1 of" in other.stderr and "of sft" in other.stderr

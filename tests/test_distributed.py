@@ -1,0 +1,156 @@
+"""Several processes: the losses, weights and metrics of one; a killed rank; torchrun itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from benchmarks.kills import SETTINGS, SHOP, Commands
+from benchmarks.ranks import job
+from streamctl.distributed import Ranks, Share
+from streamctl.runs import RunDir
+from streamctl.training.losses import state_target_loss
+from streamctl.training.sft import corrupt
+
+pytestmark = pytest.mark.xdist_group("distributed")
+OPTIONS = ["--set", "pretrain.epochs=2", "--set", "pretrain.dropout=0", "--set", "eval.users=20"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """Commands, options, and a run that is ready for pretraining."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "settings.toml").write_text(SETTINGS)
+    commands, run = Commands(folder), folder / "run"
+    options = ["--config", str(folder / "settings.toml"), *OPTIONS]
+    for words in (SHOP.split(), ["tokenize", *options[:2]]):
+        answer = commands.run([*words, "--run", str(run)])
+        assert answer.returncode == 0, answer.stderr
+    return commands, options, run
+
+
+@pytest.fixture(scope="module")
+def alone(shop):
+    """The same run, pretrained by one process; and its losses."""
+    commands, options, run = shop
+    copy = run.with_name("alone")
+    shutil.copytree(run, copy)
+    words = ["pretrain", *options, "--run", str(copy)]
+    (answer,), losses = job(commands, words, 1, copy.with_suffix(".losses"))
+    assert answer.returncode == 0, answer.stderr
+    return copy, losses
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shares_are_every_row_once(total, count):
+    rows = np.arange(total)
+    shares = [Ranks(rank, count).share(total) for rank in range(count)]
+    counted = [share.of(rows) for share in shares if share.weight]
+    assert np.concatenate(counted).tolist() == rows.tolist()
+    assert sum(share.weight for share in shares) == total
+    assert all(len(share.of(rows)) == share.rows >= 1 for share in shares)
+
+
+def test_chance_and_contrast_do_not_depend_on_the_split():
+    generator = torch.Generator().manual_seed(3)
+    thoughts = torch.randint(100, 200, (10, 4), generator=generator)
+    states = torch.randn(10, 5, 8, generator=generator)
+    targets = torch.randn(10, 8, generator=generator)
+    items = torch.tensor([1, 2, 3, 1, 4, 5, 6, 2, 7, 8])
+
+    def noise():
+        return torch.Generator().manual_seed(7)
+
+    whole = corrupt(thoughts, 0.4, 100, 200, noise())
+    parts, loss = [], 0.0
+    for rank in range(3):
+        share = Ranks(rank, 3).share(10)
+        parts.append(corrupt(share.of(thoughts), 0.4, 100, 200, noise(), share))
+        part = state_target_loss(share.of(states), targets, items, first=share.first)
+        loss += part * share.weight / 10
+    assert torch.equal(torch.cat(parts), whole)
+    torch.testing.assert_close(loss, state_target_loss(states, targets, items))
+
+
+def test_two_ranks_train_the_weights_of_one(shop, alone, tmp_path):
+    commands, options, run = shop
+    single, losses = alone
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    answers, shared = job(commands, ["pretrain", *options, "--run", str(copy)], 2, tmp_path / "two")
+    assert [answer.returncode for answer in answers] == [0, 0], answers
+    assert len(shared) == len(losses) > 10
+    np.testing.assert_allclose(shared, losses, rtol=1e-5)
+    one, two = (load_file(path / "pretrain" / "model.safetensors") for path in (single, copy))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+    assert RunDir(copy).stage("pretrain").manifest["processes"] == 2
+    # The second rank is silent, and leaves nothing.
+    assert not answers[1].stdout and not answers[1].stderr
+
+
+def test_a_killed_rank_ends_the_job_and_one_process_goes_on(shop, alone, tmp_path):
+    commands, options, run = shop
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    words = ["pretrain", *options, "--run", str(copy)]
+    answers, _ = job(commands, words, 2, tmp_path / "killed", kill_at=9)
+    assert [answer.returncode for answer in answers] == [1, -9]
+    assert "rank 0 lost the others" in answers[0].stderr
+    assert "Traceback" not in answers[0].stderr
+    assert (copy / "pretrain" / ".progress" / "checkpoint.safetensors").exists()
+    (answer,), rest = job(commands, words, 1, tmp_path / "rest")
+    assert answer.returncode == 0, answer.stderr
+    losses = alone[1]
+    assert 0 < len(rest) <= len(losses) - 8
+    np.testing.assert_allclose(rest, losses[len(losses) - len(rest) :], rtol=1e-4)
+
+
+def test_eval_in_two_processes_gives_identical_artifacts(shop, alone, tmp_path):
+    commands, options, _ = shop
+    found = []
+    for count in (1, 2):
+        copy = tmp_path / str(count)
+        shutil.copytree(alone[0], copy)
+        words = ["eval", *options, "--run", str(copy), "--methods", "popularity,tiger"]
+        answers, _ = job(commands, words, count, tmp_path / f"eval-{count}")
+        assert not any(answer.returncode for answer in answers), answers
+        found.append(RunDir(copy).stage("eval").manifest["artifacts"])
+    assert found[0] == found[1]
+
+
+def test_torchrun_runs_a_stage_and_refuses_what_one_process_makes(shop, tmp_path):
+    _, options, run = shop
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+
+    def torchrun(*words):
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+        return subprocess.run(
+            [*start, "--", "streamctl", *words, "--run", str(copy), *options],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    answer = torchrun("pretrain", "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count('"stage": "pretrain"') == 1
+    assert RunDir(copy).stage("pretrain").complete
+    refused = torchrun("tokenize", "--force")
+    assert refused.returncode != 0
+    assert "stage tokenizer is made by one process" in refused.stderr
+
+
+def test_a_share_of_the_only_process_is_everything():
+    assert Ranks().share(5) == Share.whole(5)
