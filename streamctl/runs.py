@@ -38,7 +38,12 @@ from streamctl.files import atomic_file, disk_errors, file_hash, read_json, tens
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-COMMANDS = {"data": "data prepare SOURCE", "tokenizer": "tokenize"}
+COMMANDS = {
+    "data": "data prepare SOURCE",
+    "tokenizer": "tokenize",
+    "think-curve": "eval --think-curve",
+    "beam-losses": "eval --decode exact",
+}
 _PACKAGES = ("torch", "transformers", "numpy", "numba", "faiss-cpu", "scikit-learn", "pyarrow")
 
 

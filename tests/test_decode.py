@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_model import SIZES, encoder_inputs, histories, small_policy, transformers_model
 
-from streamctl.decode import recommend
+from streamctl.decode import exact_top, recommend
 from streamctl.errors import UsageError
 from streamctl.model import Policy
 from streamctl.tokenizer import PrefixTrie, Tokens
@@ -242,3 +242,52 @@ def test_unknown_mode_and_empty_history_are_refused():
         recommend(policy, trie, histories(20, [3]), 5, mode="fast")
     with pytest.raises(UsageError, match="a history needs an item"):
         recommend(policy, trie, torch.full((1, 3), -1), 5)
+
+
+@pytest.mark.parametrize("length", [0, 2])
+def test_exact_search_is_brute_force_and_says_how_little_it_expanded(length):
+    policy = distinct_policy(think_codebook=4)
+    trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3, 9])
+    thoughts = torch.randint(*policy.tokens.think_range, (3, length))
+    exclude = [np.arange(0, 50), np.empty(0, np.int64), np.arange(60, 110)]
+    ranking, expansions = exact_top(policy, trie, past, 7, thoughts=thoughts, exclude=exclude)
+    scores = all_scores(policy, past, thoughts)
+    for row, items in enumerate(exclude):
+        scores[row, items] = -torch.inf
+    expected, items = scores.topk(7)
+    assert torch.equal(ranking.items, items)
+    torch.testing.assert_close(ranking.scores, expected, atol=1e-4, rtol=1e-4)
+    inner = trie.n_nodes - len(policy.item_tokens)
+    assert (expansions >= 3).all() and (expansions < inner).all()
+
+
+def test_exact_search_finds_what_a_narrow_beam_loses():
+    policy = distinct_policy()
+    trie, past = catalogue(policy), histories(len(policy.item_tokens), [4] * 40)
+    best, _ = exact_top(policy, trie, past, 5)
+    narrow, _ = recommend(policy, trie, past, 5, beam=5, exact=True)
+    assert (best.scores >= narrow.scores - 1e-4).all()
+    assert not torch.equal(best.items, narrow.items)
+    wide, _ = recommend(policy, trie, past, 5, beam=200, exact=True)
+    assert torch.equal(best.items, wide.items)
+
+
+def test_early_exit_ends_a_thought_that_has_converged_and_no_other():
+    policy = distinct_policy(think_codebook=4)
+    trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3, 9, 5])
+    options = {"think": 4, "beam": 200, "exact": True}
+    whole, trace = recommend(policy, trie, past, 5, **options)
+    never, same = recommend(policy, trie, past, 5, margin=-1.0, **options)
+    assert torch.equal(never.items, whole.items) and torch.equal(same.tokens, trace.tokens)
+    steps = torch.cosine_similarity(trace.states[:, 1:], trace.states[:, :-1], dim=-1)
+    margin = 1 - steps[:, :3].max(1).values.median().item() + 1e-4
+    found, ended = recommend(policy, trie, past, 5, margin=margin, **options)
+    for row in range(4):
+        stops = (steps[row] >= 1 - margin).nonzero()
+        length = int(stops[0]) + 1 if len(stops) else 4
+        assert torch.equal(ended.tokens[row, :length], trace.tokens[row, :length])
+        thought = trace.tokens[row : row + 1, :length]
+        alone, _ = recommend(
+            policy, trie, past[row : row + 1], 5, thoughts=thought, beam=200, exact=True
+        )
+        assert torch.equal(found.items[row], alone.items[0])

@@ -22,6 +22,7 @@ from streamctl.config import (
 )
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError
+from streamctl.evaluation import curve
 from streamctl.evaluation import stage as stage_module
 from streamctl.evaluation.evaluate import evaluate
 from streamctl.evaluation.methods import Models, choose_rows, known_rows
@@ -293,3 +294,37 @@ def test_the_evaluator_agrees_with_the_result(models, result):
     recommender = models.generative("pretrain", decoder="direct")
     found = evaluate(recommender, models.examples, n_items=N_ITEMS, masked=True)
     assert found.metrics["ndcg@10"] == result["methods"]["tiger"]["masked"]["ndcg@10"]
+
+
+def test_exact_search_is_the_yardstick_of_beams(run):
+    found = curve.beam_losses(run, EvalConfig(users=40), device="cpu").json("losses.json")
+    assert found["stage"] == "rl" and found["users"] == 40
+    assert list(found["rows"]) == ["l = 0", "l = 2"]
+    for row in found["rows"].values():
+        assert row["exact"]["of_true_top10"] == row["exact"]["same_top10"] == 1.0
+        count = row["exact"]["expansions"]
+        assert 1 <= count["median"] <= count["most"] <= count["prefixes_in_the_trie"]
+        # A beam wider than the whole catalogue loses nothing.
+        assert row["beam 50"]["same_top10"] == 1.0
+        assert row["beam 50"]["ndcg@10"] == pytest.approx(row["exact"]["ndcg@10"])
+    curve.show_losses(found)
+
+
+def test_think_curve_has_every_length_and_its_controls(run, monkeypatch):
+    monkeypatch.setattr(curve, "LONGEST", 2)
+    monkeypatch.setattr(curve, "BEAMS", (5,))
+    monkeypatch.setattr(curve, "WIDER", (10,))
+    stage = curve.think_curve(run, EvalConfig(users=20), device="cpu")
+    found = stage.json("points.json")
+    kinds = [(point["kind"], point["length"], point["beam"]) for point in found["points"]]
+    for length in (1, 2):
+        assert ("greedy", length, 5) in kinds and ("random thoughts", length, 5) in kinds
+    assert {("no thought", 0, 5), ("no thought", 0, 10), ("early exit", 2, 5)} <= set(kinds)
+    assert found["margin"] in (0.0, *curve.MARGINS)
+    fast = {p["ms_per_user"]: p["ndcg@10"] for p in found["points"] if p["kind"] == "no thought"}
+    for point in found["points"]:
+        if point["kind"] != "no thought":
+            rivals = [value for ms, value in fast.items() if ms <= point["ms_per_user"]]
+            assert point["no_thought_at_equal_latency"] == max(rivals, default=None)
+    assert stage.file("think-curve.png").stat().st_size > 10_000
+    curve.show_curve(found)

@@ -9,7 +9,8 @@ import typer
 from streamctl.commands.options import Config, Device, Force, Json, Run, Seed, Sets, print_json
 
 if TYPE_CHECKING:
-    from streamctl.runs import Stage
+    from streamctl.config import EvalConfig
+    from streamctl.runs import RunDir, Stage
 
 
 def command(
@@ -30,6 +31,13 @@ def command(
         Optional[int],  # noqa: UP045
         typer.Option("--users", help="Evaluate a seeded sample of so many; 0: everyone.", min=0),
     ] = None,
+    decode: Annotated[
+        str, typer.Option("--decode", help="beam, or exact: what beams lose to the true top-k.")
+    ] = "beam",
+    think_curve: Annotated[
+        bool,
+        typer.Option("--think-curve", help="ndcg@10 against milliseconds by thought and beam."),
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if the think labels have collapsed.")
     ] = False,
@@ -45,10 +53,16 @@ def command(
     recall@k is also known as HR@k: each user has one target. Figures with seen items left in and
     masked are both given. Redone by itself when a stage it reads has changed.
 
-    Reads: data and every trained stage. Writes: RUN/eval (metrics.json, ranks, plots as PNG).
+    `--decode exact` instead compares beams of 20 and 50 with best-first search of the whole
+    catalogue, and `--think-curve` measures thoughts of 0..8 tokens, beams, modes, early exit and
+    their controls; both on 1,000 users unless --users says otherwise.
+
+    Reads: data and every trained stage. Writes: RUN/eval (metrics.json, ranks, plots as PNG),
+    RUN/beam-losses (losses.json), RUN/think-curve (points.json, think-curve.png).
     Next: `streamctl recommend --run RUN --user ID`.
     """
     from streamctl.config import EvalConfig, resolve
+    from streamctl.errors import UsageError
     from streamctl.evaluation.stage import evaluate_run
     from streamctl.runs import RunDir
 
@@ -62,8 +76,31 @@ def command(
         users=users,
         seed=seed,
     )
+    if decode not in ("beam", "exact"):
+        raise UsageError(f"unknown --decode {decode!r}; known: beam, exact")
+    if decode == "exact" or think_curve:
+        _measure(RunDir(run), settings, device, json_, think_curve)
+        return
     stage = evaluate_run(RunDir(run), settings, device=device, force=force)
     render(stage, json_, strict=strict)
+
+
+def _measure(run: RunDir, settings: EvalConfig, device: str, json_: bool, curve: bool) -> None:
+    """The think curve, or exact search beside beams."""
+    from streamctl.evaluation import curve as curves
+
+    measure, name, show = (
+        (curves.think_curve, "points.json", curves.show_curve)
+        if curve
+        else (curves.beam_losses, "losses.json", curves.show_losses)
+    )
+    stage = measure(run, settings, device=device)
+    if json_:
+        print_json(stage.json(name))
+        return
+    show(stage.json(name))
+    if curve:
+        typer.echo(f"plot: {stage.path / 'think-curve.png'}")
 
 
 def render(stage: Stage, json_: bool, *, strict: bool = False) -> None:

@@ -1,7 +1,8 @@
 """Decoding: think tokens, then codes inside the catalogue's trie; rollouts for GRPO."""
 
 from streamctl.decode.beam import recommend
+from streamctl.decode.exact import exact_top
 from streamctl.decode.ranking import Ranking, Trace
 from streamctl.decode.sample import Rollout, rollout, rollout_logprobs
 
-__all__ = ["Ranking", "Rollout", "Trace", "recommend", "rollout", "rollout_logprobs"]
+__all__ = ["Ranking", "Rollout", "Trace", "exact_top", "recommend", "rollout", "rollout_logprobs"]

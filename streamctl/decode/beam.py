@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from streamctl import kernels
+from streamctl.decode.items import best_items, legal_nodes
 from streamctl.decode.ranking import Ranking, Trace
 from streamctl.decode.think import (
     Thought,
     beam_thoughts,
+    converged_thoughts,
     given_thought,
     no_thought,
     sample_thoughts,
@@ -43,6 +45,7 @@ def recommend(
     seed: int = 0,
     samples: int = 8,
     exact: bool = False,
+    margin: float | None = None,
 ) -> tuple[Ranking, Trace]:
     """The k best items of each user, and what the model thought.
 
@@ -61,6 +64,8 @@ def recommend(
         exclude: for each user, items that must not be recommended.
         allow: for each user the only items wanted, or None for all.
         exact: fp32 throughout; otherwise bf16 where the device has it.
+        margin: a greedy thought ends before l tokens once a token turns the state by less (1 less
+            the cosine of the states around it); the trace repeats the last token and state.
 
     Raises:
         UsageError: an unknown mode, or a history without items.
@@ -83,26 +88,44 @@ def recommend(
     order = torch.argsort(lengths, stable=True)
     for number, rows in enumerate(order.split(CHUNK) if len(order) else ()):
         part = history[rows, : int(lengths[rows].max())]
-        legal = _legal(trie, rows, exclude, allow)
+        legal = legal_nodes(trie, rows, exclude, allow)
         with autocast(device, enabled=not exact):
             encoded = policy.encode(part)
-            thought = _think(
-                policy, encoded, None if thoughts is None else thoughts[rows].to(device),
-                think, mode, max(beam, k), decoder, samples, derive_seed(seed, "think", number),
-            )  # fmt: skip
-            if mode == "marginal" and thought.tokens.shape[1] > 1:
-                found = _search_each(policy, trie, encoded, thought, max(beam, k), decoder, legal)
+            given = None if thoughts is None else thoughts[rows].to(device)
+            if margin is not None and mode == "greedy" and think and given is None:
+                groups = converged_thoughts(policy, encoded, think, margin, decoder)
             else:
-                start = thought.logprob if mode == "joint" else torch.zeros_like(thought.logprob)
-                found = _search(policy, trie, encoded, thought, start, max(beam, k), decoder, legal)
-            best = thought.logprob.argmax(1)
-            chosen = torch.arange(len(rows), device=device), best
-            tokens[rows] = thought.tokens[chosen]
-            states[rows] = policy.states(encoded, thought.hidden[chosen]).float()
-        leaves, value = found
+                every = torch.arange(len(rows), device=device)
+                seed_here = derive_seed(seed, "think", number)
+                thought = _think(
+                    policy, encoded, given, think, mode, max(beam, k), decoder, samples, seed_here
+                )
+                groups = [(every, thought)]
+            found = []
+            for some, thought in groups:
+                users = encoded if len(groups) == 1 else encoded.rows(some)
+                open_nodes = None if legal is None else legal[some]
+                shared = policy, trie, users, thought
+                settings = max(beam, k), decoder, open_nodes
+                if mode == "marginal" and thought.tokens.shape[1] > 1:
+                    found.append(_search_each(*shared, *settings))
+                else:
+                    chance = thought.logprob
+                    start = chance if mode == "joint" else torch.zeros_like(chance)
+                    found.append(_search(*shared, start, *settings))
+                chosen = torch.arange(len(some), device=device), thought.logprob.argmax(1)
+                walked = thought.tokens[chosen]
+                seen = policy.states(users, thought.hidden[chosen]).float()
+                if short := width - walked.shape[1]:
+                    walked = torch.cat([walked, walked[:, -1:].expand(-1, short)], 1)
+                    seen = torch.cat([seen, seen[:, -1:].expand(-1, short, -1)], 1)
+                tokens[rows[some]], states[rows[some]] = walked, seen
+        place = torch.cat([some for some, _ in groups])
+        rows = rows[place]
+        leaves, value = (torch.cat(part) for part in zip(*found, strict=True))
         barred = None if exclude is None else [exclude[row] for row in rows.tolist()]
         wanted = None if allow is None else [allow[row] for row in rows.tolist()]
-        items[rows], scores[rows] = _items(trie, leaves, value, k, barred, wanted, seed)
+        items[rows], scores[rows] = best_items(trie, leaves, value, k, barred, wanted, seed)
     return Ranking(items, scores), Trace(tokens, states)
 
 
@@ -187,71 +210,3 @@ def _search_each(
         leaves.append(leaf)
         scores.append(score - np.log(count))
     return torch.cat(leaves, 1), torch.cat(scores, 1)
-
-
-def _legal(
-    trie: PrefixTrie,
-    rows: torch.Tensor,
-    exclude: Sequence[np.ndarray] | None,
-    allow: Sequence[np.ndarray | None] | None,
-) -> torch.Tensor | None:
-    """(B, n_nodes) bool: nodes that lead to an item the user may be shown; None for all."""
-    masks = []
-    for row in rows.tolist():
-        denied = None if exclude is None or not len(exclude[row]) else exclude[row]
-        wanted = None if allow is None else allow[row]
-        masks.append(None if denied is None and wanted is None else (wanted, denied))
-    if not any(masks):
-        return None
-    every = torch.ones(trie.n_nodes, dtype=torch.bool)
-    stacked = torch.stack([every if mask is None else trie.mask(*mask) for mask in masks])
-    return stacked.to(rows.device)
-
-
-def _items(
-    trie: PrefixTrie,
-    leaves: torch.Tensor,
-    scores: torch.Tensor,
-    k: int,
-    exclude: Sequence[np.ndarray] | None,
-    allow: Sequence[np.ndarray | None] | None,
-    seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leaves with scores -> the k best items of each row.
-
-    A leaf found more than once (through several thoughts) counts with the sum of its
-    probabilities. Items at one leaf are put in a random order fixed by the seed.
-    """
-    batch, width = leaves.shape
-    leaf, value = leaves.cpu().numpy(), scores.cpu().numpy()
-    row = np.repeat(np.arange(batch), width)
-    real = leaf.ravel() >= 0
-    row, leaf, value = row[real], leaf.ravel()[real], value.ravel()[real].astype(np.float64)
-    key, inverse = np.unique(row * trie.n_nodes + leaf, return_inverse=True)
-    top = np.full(len(key), -np.inf)
-    np.maximum.at(top, inverse, value)
-    total = np.bincount(inverse, np.exp(value - top[inverse]), minlength=len(key))
-    value, row, leaf = top + np.log(total), key // trie.n_nodes, key % trie.n_nodes
-
-    first, count = trie.item_start[leaf], np.diff(trie.item_start)[leaf]
-    place = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-    item = trie.items[np.repeat(first, count) + place]
-    row, value = np.repeat(row, count), np.repeat(value, count)
-    keep = np.ones(len(item), bool)
-    for number in range(batch):
-        if exclude is not None and len(exclude[number]):
-            keep &= (row != number) | ~np.isin(item, exclude[number])
-        if allow is not None and allow[number] is not None:
-            keep &= (row != number) | np.isin(item, allow[number])
-    row, value, item = row[keep], value[keep], item[keep]
-    shuffled = np.random.default_rng(derive_seed(seed, "ties")).permutation(len(trie.leaf))
-    order = np.lexsort((shuffled[item], -value, row))
-    row, value, item = row[order], value[order], item[order]
-    rank = np.arange(len(row)) - np.searchsorted(row, row)
-    kept = rank < k
-    items = torch.full((batch, k), -1, dtype=torch.int64)
-    ranked = torch.full((batch, k), -torch.inf)
-    where = torch.from_numpy(row[kept]), torch.from_numpy(rank[kept])
-    items[where] = torch.from_numpy(item[kept].astype(np.int64))
-    ranked[where] = torch.from_numpy(value[kept]).float()
-    return items.to(leaves.device), ranked.to(leaves.device)

@@ -82,6 +82,55 @@ def beam_thoughts(
     return Thought(tokens, score, torch.stack(states, 2), past)
 
 
+def converged_thoughts(
+    policy: Policy, encoded: Encoded, length: int, margin: float, decoder: DecoderName
+) -> list[tuple[torch.Tensor, Thought]]:
+    """Greedy thoughts that end early: a user stops once a token hardly moves the state.
+
+    A thought has converged when the cosine of s_i and s_{i-1} is 1 - margin or more.
+
+    Args:
+        length: l, the most tokens a thought may have.
+
+    Returns:
+        for each thought length that occurs: the users (n,) int64 and their thoughts.
+    """
+    low, _ = policy.tokens.think_range
+    device = encoded.states.device
+    users = torch.arange(len(encoded), device=device)
+    feed = torch.full((len(encoded), 1, 1), policy.tokens.THINK, device=device)
+    tokens = feed.new_empty(len(encoded), 1, 0)
+    score = torch.zeros(len(encoded), 1, device=device)
+    states = encoded.states.new_empty(len(encoded), 1, 0, encoded.states.shape[-1])
+    hidden, past = policy.extend(encoded, feed, decoder)
+    total = encoded.mean().float()
+    state = policy.thinker.state(total)
+    groups = []
+    for step in range(length):
+        chance, place = think_logits(policy, hidden[:, :, -1]).max(-1)
+        score = score + chance
+        feed = place[..., None] + low
+        tokens = torch.cat([tokens, feed], -1)
+        hidden, past = policy.extend(encoded, feed, decoder, past)
+        states = torch.cat([states, hidden], 2)
+        total = total + hidden[:, 0, -1].float()
+        before, state = state, policy.thinker.state(total)
+        still = torch.cosine_similarity(before.float(), state.float()) >= 1 - margin
+        if step == length - 1:
+            still = torch.ones_like(still)
+        if not bool(still.any()):
+            continue
+        done, rest = still.nonzero()[:, 0], (~still).nonzero()[:, 0]
+        thought = Thought(tokens[done], score[done], states[done], past.rows(done))
+        groups.append((users[done], thought))
+        if not len(rest):
+            break
+        users, tokens, score, states = users[rest], tokens[rest], score[rest], states[rest]
+        hidden, past, encoded = hidden[rest], past.rows(rest), encoded.rows(rest)
+        total, state = total[rest], state[rest]
+    return groups
+
+
 def sample_thoughts(
     policy: Policy,
     encoded: Encoded,

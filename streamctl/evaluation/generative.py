@@ -30,6 +30,7 @@ class PolicyRecommender:
         decoder: "slow", or "direct" (which never thinks).
         beam: width of the search over codes.
         seed: of the random order of items that share their codes.
+        mode, margin: how thoughts are found and when they end early, as in `decode.recommend`.
     """
 
     policy: Policy
@@ -39,6 +40,8 @@ class PolicyRecommender:
     decoder: Literal["slow", "direct"] = "slow"
     beam: int = 50
     seed: int = 0
+    mode: Literal["greedy", "joint", "marginal"] = "greedy"
+    margin: float | None = None
 
     def rank(
         self,
@@ -61,6 +64,8 @@ class PolicyRecommender:
             thoughts=None if self.thoughts is None else self.thoughts(history, users),
             exclude=exclude,
             seed=self.seed,
+            mode=self.mode,
+            margin=self.margin,
         )
         return ranking
 

@@ -2,19 +2,24 @@
 
 Parameter names are those of `transformers.T5ForConditionalGeneration`, so a state dict moves
 between the two unchanged. What differs is the cost: attention is two plain matrix products (flash
-attention does not pay for 10 to 90 tokens), sequences of one length need no mask, and the decoder
-works on (user, branch) pairs, so that beams, rollouts and negatives of a user share the user's
-encoder keys and the keys of their common prefix instead of copying them.
+attention does not pay for 10 to 90 tokens), sequences of one length need no mask, the residual
+stream is bf16 under autocast, a residual connection, its dropout and the norm after it are one
+pass (`fused.py`), and the decoder works on (user, branch) pairs, so that beams, rollouts and
+negatives of a user share the user's encoder keys and the keys of their common prefix instead of
+copying them.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from streamctl.model import fused
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,18 @@ class BackboneConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: no mean is taken, no bias added."""
+    """x / sqrt(mean(x^2) + eps) * weight, after what the layer before adds to x."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, config: BackboneConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.eps, self.p = config.eps, config.dropout
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return x * (scale * self.weight).to(x.dtype)
+    def forward(
+        self, x: torch.Tensor, delta: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream x + dropout(delta), and its norm."""
+        return fused.residual_norm(x, delta, self.weight, self.eps, self.p * self.training)
 
 
 class FeedForward(nn.Module):
@@ -56,20 +63,20 @@ class FeedForward(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.wo(F.relu(self.wi(x)))
+        return self.wo(F.relu(self.wi(x), inplace=True))
 
 
 class FeedForwardLayer(nn.Module):
-    """x + dropout(FeedForward(norm(x)))."""
+    """What the feed-forward layer adds to the residual stream."""
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.DenseReluDense = FeedForward(config)
-        self.layer_norm = RMSNorm(config.d_model, config.eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.layer_norm = RMSNorm(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.dropout(self.DenseReluDense(self.layer_norm(x)))
+        """x (..., d), normed."""
+        return self.DenseReluDense(x)
 
 
 class Attention(nn.Module):
@@ -105,11 +112,6 @@ class Attention(nn.Module):
         return self.split(key), self.split(value)
 
 
-def _weights(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax in fp32, in the dtype of the scores."""
-    return torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype)
-
-
 def relative_buckets(
     queries: torch.Tensor, keys: torch.Tensor, *, bidirectional: bool, buckets: int, limit: int
 ) -> torch.Tensor:
@@ -136,20 +138,50 @@ def relative_buckets(
     return bucket + torch.where(distance < exact, distance, far)
 
 
+@lru_cache(maxsize=512)
+def _bucket_table(
+    first: int, length: int, bidirectional: bool, buckets: int, limit: int, device: torch.device
+) -> torch.Tensor:
+    """Buckets of queries first..length-1 and keys 0..length-1: (length - first, length) int64."""
+    place = torch.arange(length)
+    table = relative_buckets(
+        place[first:], place, bidirectional=bidirectional, buckets=buckets, limit=limit
+    )
+    return table.to(device)
+
+
 class SelfAttentionLayer(nn.Module):
-    """x + dropout(attention(norm(x)))."""
+    """What self-attention adds to the residual stream."""
 
     def __init__(self, config: BackboneConfig, *, biased: bool):
         super().__init__()
+        self.config = config
         self.SelfAttention = Attention(config, biased=biased)
-        self.layer_norm = RMSNorm(config.d_model, config.eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.layer_norm = RMSNorm(config)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """x (B, T, d), bias (1 or B, h, T, T) with -inf where a key may not be seen."""
-        query, key, value = self.SelfAttention.queries_keys_values(self.layer_norm(x))
-        scores = query @ key.transpose(-1, -2) + bias
-        return x + self.dropout(self.SelfAttention.merge(_weights(scores) @ value))
+    def bias(self, first: int, length: int, *, bidirectional: bool) -> torch.Tensor:
+        """(h, T, S) float32 of the first block: queries first..length-1, keys 0..length-1.
+
+        A decoder's is -inf where a key comes after its query.
+        """
+        config, table = self.config, self.SelfAttention.relative_attention_bias.weight
+        device = table.device
+        bucket = _bucket_table(
+            first, length, bidirectional, config.buckets, config.max_distance, device
+        )
+        bias = F.embedding(bucket, table).permute(2, 0, 1)
+        if bidirectional or length - first == 1:
+            return bias
+        place = torch.arange(length, device=device)
+        return bias.masked_fill(place > place[first:, None], -torch.inf)
+
+    def forward(
+        self, x: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x (B, T, d), normed; bias of `bias()`; mask (B, T) bool, or None."""
+        query, key, value = self.SelfAttention.queries_keys_values(x)
+        weights = fused.softmax(query @ key.transpose(-1, -2), bias, mask)
+        return self.SelfAttention.merge(weights @ value)
 
     def branches(
         self, x: torch.Tensor, bias: torch.Tensor, past: LayerPast | None
@@ -157,26 +189,25 @@ class SelfAttentionLayer(nn.Module):
         """The causal form on branches.
 
         Args:
-            x: (B, W, T, d), T new tokens of each branch.
+            x: (B, W, T, d), normed, T new tokens of each branch.
             bias: (h, T, P + O + T): shared prefix P, own past O, new tokens T.
             past: keys and values of the tokens before.
         """
-        query, key, value = self.SelfAttention.queries_keys_values(self.layer_norm(x))
+        query, key, value = self.SelfAttention.queries_keys_values(x)
         shared = past.shared if past else None
         if past and past.own is not None:
             key = torch.cat([past.own[0], key], -2)
             value = torch.cat([past.own[1], value], -2)
         own = key.shape[-2]
-        scores = query @ key.transpose(-1, -2) + bias[..., -own:]
+        scores = query @ key.transpose(-1, -2)
         if shared is None:
-            mixed = _weights(scores) @ value
+            mixed = fused.softmax(scores, bias) @ value
         else:
-            flat = _by_head(query)  # (B, h, W * T, dk)
-            common = _by_branch(flat @ shared[0].transpose(-1, -2), x) + bias[..., :-own]
-            weights = _weights(torch.cat([common, scores], -1))
+            common = _by_branch(_by_head(query) @ shared[0].transpose(-1, -2), x)
+            weights = fused.softmax(torch.cat([common, scores], -1), bias)
             mixed = weights[..., -own:] @ value
             mixed = mixed + _by_branch(_by_head(weights[..., :-own]) @ shared[1], x)
-        return x + self.dropout(self.SelfAttention.merge(mixed)), LayerPast(shared, (key, value))
+        return self.SelfAttention.merge(mixed), LayerPast(shared, (key, value))
 
 
 def _by_head(x: torch.Tensor) -> torch.Tensor:
@@ -241,13 +272,12 @@ class Past:
 
 
 class CrossAttentionLayer(nn.Module):
-    """x + dropout(attention from the decoder to the user's encoder states)."""
+    """What attention from the decoder to the user's encoder states adds to the residual stream."""
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.EncDecAttention = Attention(config)
-        self.layer_norm = RMSNorm(config.d_model, config.eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.layer_norm = RMSNorm(config)
 
     def forward(
         self,
@@ -255,14 +285,11 @@ class CrossAttentionLayer(nn.Module):
         memory: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """x (B, W, T, d); memory two (B, h, S, d_kv); mask (B, 1, 1, S) added, or None."""
+        """x (B, W, T, d), normed; memory two (B, h, S, d_kv); mask (B, S) bool, or None."""
         attention = self.EncDecAttention
-        query = _by_head(attention.split(attention.q(self.layer_norm(x))))  # (B, h, W * T, dk)
-        scores = query @ memory[0].transpose(-1, -2)
-        if mask is not None:
-            scores = scores + mask
-        mixed = _by_branch(_weights(scores) @ memory[1], x)
-        return x + self.dropout(attention.merge(mixed))
+        query = _by_head(attention.split(attention.q(x)))  # (B, h, W * T, dk)
+        weights = fused.softmax(query @ memory[0].transpose(-1, -2), mask=mask)
+        return attention.merge(_by_branch(weights @ memory[1], x))
 
 
 class Block(nn.Module):
@@ -276,38 +303,43 @@ class Block(nn.Module):
         self.layer = nn.ModuleList([*layers, FeedForwardLayer(config)])
 
 
+def _stream(x: torch.Tensor) -> torch.Tensor:
+    """Embedded inputs in the dtype of the residual stream: autocast's, where it is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class Encoder(nn.Module):
     """Embedded positions -> states."""
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
-        self.config = config
+        self.p = config.dropout
         self.block = nn.ModuleList(
             Block(config, decoder=False, biased=not i) for i in range(config.layers)
         )
-        self.final_layer_norm = RMSNorm(config.d_model, config.eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.final_layer_norm = RMSNorm(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, S, d), mask (B, S) bool (True = real) or None when nothing is padded."""
-        place = torch.arange(x.shape[1], device=x.device)
-        config = self.config
-        bucket = relative_buckets(
-            place, place, bidirectional=True, buckets=config.buckets, limit=config.max_distance
-        )
-        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        bias = table(bucket).permute(2, 0, 1)[None].to(x.dtype)  # (1, h, S, S)
-        if mask is not None:
-            bias = bias + closed(mask, x.dtype)
-        x = self.dropout(x)
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, *, causal: bool = False
+    ) -> torch.Tensor:
+        """States (B, S, d).
+
+        Args:
+            x: (B, S, d).
+            mask: (B, S) bool, True = real; None when nothing is padded.
+            causal: let no position see a later one.
+        """
+        bias = self.block[0].layer[0].bias(0, x.shape[1], bidirectional=not causal)
+        p = self.p * self.training
+        x, delta = fused.dropout(_stream(x), p), None
         for block in self.block:
-            x = block.layer[1](block.layer[0](x, bias))
-        return self.dropout(self.final_layer_norm(x))
-
-
-def closed(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, S) bool -> (B, 1, 1, S) to add to scores: 0 where True, the lowest number elsewhere."""
-    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None]
+            attention, feed_forward = block.layer
+            x, normed = attention.layer_norm(x, delta)
+            delta = attention(normed, bias, mask)
+            x, normed = feed_forward.layer_norm(x, delta)
+            delta = feed_forward(normed)
+        return fused.dropout(self.final_layer_norm(x, delta)[1], p)
 
 
 class Decoder(nn.Module):
@@ -315,12 +347,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
-        self.config = config
+        self.p = config.dropout
         self.block = nn.ModuleList(
             Block(config, decoder=True, biased=not i) for i in range(config.decoder_layers)
         )
-        self.final_layer_norm = RMSNorm(config.d_model, config.eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.final_layer_norm = RMSNorm(config)
 
     def memory(self, states: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's keys and values of the encoder states (B, S, d): once a user."""
@@ -346,26 +377,20 @@ class Decoder(nn.Module):
         """
         before = past.length if past else 0
         total = before + x.shape[2]
-        place = torch.arange(total, device=x.device)
-        config = self.config
-        bucket = relative_buckets(
-            place[before:], place, bidirectional=False,
-            buckets=config.buckets, limit=config.max_distance,
-        )  # fmt: skip
-        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        bias = table(bucket).permute(2, 0, 1).to(x.dtype)  # (h, T, total)
-        if x.shape[2] > 1:
-            later = place[None, :] > place[before:, None]
-            bias = bias.masked_fill(later, torch.finfo(x.dtype).min)
-        hidden_keys = None if mask is None else closed(mask, x.dtype)
-        x = self.dropout(x)
+        bias = self.block[0].layer[0].bias(before, total, bidirectional=False)
+        p = self.p * self.training
+        x, delta = fused.dropout(_stream(x), p), None
         layers = []
         for number, block in enumerate(self.block):
-            layer_past = past.layers[number] if past else None
-            x, new = block.layer[0].branches(x, bias, layer_past)
-            x = block.layer[2](block.layer[1](x, memory[number], hidden_keys))
+            attention, cross_attention, feed_forward = block.layer
+            x, normed = attention.layer_norm(x, delta)
+            delta, new = attention.branches(normed, bias, past.layers[number] if past else None)
             layers.append(new)
-        return self.dropout(self.final_layer_norm(x)), Past(layers, total)
+            x, normed = cross_attention.layer_norm(x, delta)
+            delta = cross_attention(normed, memory[number], mask)
+            x, normed = feed_forward.layer_norm(x, delta)
+            delta = feed_forward(normed)
+        return fused.dropout(self.final_layer_norm(x, delta)[1], p), Past(layers, total)
 
 
 @torch.no_grad()

@@ -94,10 +94,10 @@ class Encoded:
         return len(self.states)
 
     def mean(self) -> torch.Tensor:
-        """d_0 (B, d): the mean of the states over real positions."""
+        """d_0 (B, d) float32: the mean of the states over real positions."""
         if self.mask is None:
-            return self.states.mean(1)
-        weight = self.mask[..., None].to(self.states.dtype)
+            return self.states.float().mean(1)
+        weight = self.mask[..., None].float()
         return (self.states * weight).sum(1) / weight.sum(1)
 
     def detach(self) -> Encoded:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from streamctl.model.backbone import BackboneConfig, Encoder, RMSNorm, initialise, relative_buckets
+from streamctl.model.backbone import BackboneConfig, Encoder, RMSNorm, initialise
 
 INITIAL_STD = 0.02  # of the item and code vectors; a norm follows them where they are read
 
@@ -38,8 +38,7 @@ class StateRanker(nn.Module):
         self.shape = shape
         self.items = nn.Embedding(len(item_tokens), shape.d_model)
         self.codes = nn.Embedding(shape.vocabulary, shape.d_model)
-        self.norm = RMSNorm(shape.d_model, shape.eps)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.norm = RMSNorm(shape)
         self.encoder = Encoder(shape)
         self.register_buffer("item_tokens", item_tokens, persistent=False)
 
@@ -69,19 +68,8 @@ class StateRanker(nn.Module):
         Returns:
             (B, H, d).
         """
-        x = self.dropout(self.norm(vectors[history.clamp(min=0)]))
-        place = torch.arange(history.shape[1], device=history.device)
-        shape = self.shape
-        bucket = relative_buckets(
-            place, place, bidirectional=False, buckets=shape.buckets, limit=shape.max_distance
-        )
-        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        bias = table(bucket).permute(2, 0, 1)[None]  # (1, h, H, H)
-        later = place[None, :] > place[:, None]
-        bias = bias.masked_fill(later, torch.finfo(torch.float32).min)
-        for block in self.encoder.block:
-            x = block.layer[1](block.layer[0](x, bias.to(x.dtype)))
-        return self.dropout(self.encoder.final_layer_norm(x))
+        _, x = self.norm(vectors[history.clamp(min=0)], None)
+        return self.encoder(x, causal=True)
 
     @torch.no_grad()
     def states(self, history: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,199 @@
+"""Shared by the speed benchmarks: the paper-size model here and in transformers, clocks, receipts.
+
+The model has the paper's shape (4 + 4 layers, 256 wide, 4 levels of 256 codes) and random weights;
+the histories' lengths are those of Amazon Beauty's training prefixes where STREAMCTL_DATA has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamctl.device import autocast
+from streamctl.model import Policy, PolicyConfig
+from streamctl.tokenizer import PrefixTrie, Tokens
+
+RESULTS = Path(__file__).parent / "results"
+ITEMS, LEVELS, CODES = 12_101, 4, 256
+LONGEST = 20
+Clock = Callable[[], float]
+
+
+def options(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print the whole receipt")
+    parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each contender")
+    parser.add_argument("--only", default="", help="cases whose names start so")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: seconds of this process alone, for a machine that others use too",
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+def paper_policy(device: str = "cpu", history: str = "codes", seed: int = 0) -> Policy:
+    """A policy of the paper's size over random, distinct items."""
+    config = PolicyConfig.of_size("paper", (CODES,) * LEVELS, history=history)
+    random = np.random.default_rng(seed)
+    codes = np.unique(random.integers(0, CODES, (2 * ITEMS, LEVELS)), axis=0)
+    codes = codes[random.permutation(len(codes))[:ITEMS]]
+    tokens = torch.from_numpy(Tokens(config.sizes).item_tokens(codes))
+    return Policy.build(config, tokens, seed).eval().to(device)
+
+
+def transformers_model(policy: Policy) -> Any:
+    """The same weights in transformers' T5."""
+    from transformers import T5ForConditionalGeneration
+
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save(folder)
+        return T5ForConditionalGeneration.from_pretrained(folder).eval().to(policy.device)
+
+
+def catalogue(policy: Policy) -> PrefixTrie:
+    return PrefixTrie(policy.item_tokens.cpu().numpy())
+
+
+def real_lengths() -> tuple[np.ndarray, str]:
+    """Lengths of all training histories of Beauty, or of a geometric stand-in, and which."""
+    root = Path(__file__).resolve().parent.parent
+    path = Path(os.environ.get("STREAMCTL_DATA", root.parent / "shared" / "data"))
+    path = path / "amazon-2014-beauty" / "user_sequence.txt"
+    if path.is_file():
+        users = [len(line.split()) - 1 for line in path.read_text().splitlines()]
+        return np.concatenate([np.minimum(np.arange(1, n - 2), LONGEST) for n in users]), "Beauty"
+    random = np.random.default_rng(0)
+    return np.minimum(random.geometric(0.17, 100_000), LONGEST), "geometric"
+
+
+def histories(lengths: np.ndarray, seed: int = 0) -> torch.Tensor:
+    """(B, longest) random items, -1 on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randint(ITEMS, (len(lengths), int(lengths.max())), generator=generator)
+    return table.masked_fill(torch.arange(table.shape[1]) >= torch.from_numpy(lengths)[:, None], -1)
+
+
+def encoder_inputs(policy: Policy, history: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Token ids and mask of transformers' encoder for these histories (code positions)."""
+    tokens = policy.item_tokens[history.clamp(min=0)].flatten(1)
+    mask = (history >= 0).long().repeat_interleave(LEVELS, 1)
+    return {"input_ids": tokens.masked_fill(mask == 0, Tokens.PAD), "attention_mask": mask}
+
+
+def clock(kind: str, device: str) -> Clock:
+    if device.startswith("cuda"):
+
+        def synchronised() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+        return synchronised
+    return time.process_time if kind == "cpu" else time.perf_counter
+
+
+def take_turns(
+    contenders: dict[str, Callable[[], Any]], repeats: int, now: Clock
+) -> dict[str, float]:
+    """Median seconds of each, the contenders alternating; the first turn warms up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, function in contenders.items():
+            began = now()
+            function()
+            if turn:
+                times[name].append(now() - began)
+    return {name: float(np.median(found)) for name, found in times.items()}
+
+
+def row(case: str, seconds: dict[str, float], work: float, unit: str, **more: Any) -> dict:
+    """One line of a receipt: `work` units done in the seconds of "streamctl" and of each peer."""
+    peers = {name: work / value for name, value in seconds.items() if name != "streamctl"}
+    best = max(peers, key=peers.get) if peers else None
+    ours = work / seconds["streamctl"]
+    base = {"case": case, "ours": ours, "unit": unit, "peer_name": best}
+    base |= {"peer": peers.get(best), "ratio": ours / peers[best] if best else None}
+    return base | {"ceiling": None, "fraction": None, **more, "peers": peers, "seconds": seconds}
+
+
+def ceilings(device: str, now: Clock, repeats: int = 3) -> dict[str, float]:
+    """FLOP/s of large fp32 and bf16 matrix products."""
+    size = 8192 if device.startswith("cuda") else 1536
+    wide = torch.randn(size, size, device=device)
+    half = wide.bfloat16()
+    found = take_turns({"f32": lambda: wide @ wide, "bf16": lambda: half @ half}, repeats, now)
+    return {f"{name}_flops": 2 * size**3 / seconds for name, seconds in found.items()}
+
+
+def profile(function: Callable[[], Any], lines: int = 10) -> list[dict[str, Any]]:
+    """Where the time of one call goes: the operators with the most time of their own."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    kinds = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        kinds.append(ProfilerActivity.CUDA)
+    with record(activities=kinds) as found:
+        function()
+    cuda = torch.cuda.is_available()
+    own = lambda e: e.self_device_time_total if cuda else e.self_cpu_time_total  # noqa: E731
+    events = sorted(found.key_averages(), key=own, reverse=True)
+    total = sum(map(own, events)) or 1
+    return [
+        {"operator": event.key, "share": round(own(event) / total, 4), "calls": event.count}
+        for event in events[:lines]
+    ]
+
+
+def provenance(name: str, settings: argparse.Namespace) -> dict[str, Any]:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    if settings.device.startswith("cuda"):
+        model = torch.cuda.get_device_name()
+    return {
+        "name": name,
+        "machine": f"{model}, {os.cpu_count()} cores, {platform.system()}",
+        "device": settings.device,
+        "threads": settings.threads,
+        "clock": settings.clock,
+        "repeats": settings.repeats,
+        "load": list(os.getloadavg()),
+        "versions": {package: version(package) for package in ("torch", "transformers", "numba")},
+        "git": git.strip(),
+        "seed": 0,
+    }
+
+
+def finish(receipt: dict[str, Any], settings: argparse.Namespace) -> None:
+    text = json.dumps(receipt, indent=1)
+    if settings.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{receipt['name']}.json").write_text(text + "\n")
+    if settings.json:
+        print(text)
+        return
+    for line in receipt["rows"]:
+        ratio = f"{line['ratio']:.2f}x {line['peer_name']}" if line["ratio"] else ""
+        print(f"{line['case']:32} {line['ours']:.4g} {line['unit']}  {ratio}")
+
+
+def bf16(device: str):
+    """bf16 autocast where the device has it: both contenders' default precision."""
+    return autocast(torch.device(device))

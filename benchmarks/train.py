@@ -1,0 +1,181 @@
+"""Speed of training beside transformers on the same weights.
+
+    python benchmarks/train.py --json [--save] [--only step] [--clock cpu] [--device cuda]
+
+A step is forward, backward, gradient clipping and fused AdamW at batch 256 under bf16 autocast,
+with dropout. `step/padded`: the peer pads random batches to their longest history, we take
+exact-length batches; `step/bucketed`: both take the same exact-length batches. transformers drops
+out in more places (attention weights, inside the feed-forward): it runs as it is and with dropout
+only where ours is, and the ratio is to the faster. `rl/ranking`: log-probabilities of a target and
+50 negatives for each rollout's thought, against one pass of encoder and decoder a candidate.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+import peers
+import torch
+from torch import nn
+
+from streamctl.model import Policy
+from streamctl.training import checkpoint
+from streamctl.training.loop import CLIP_NORM, batches
+from streamctl.training.losses import sequence_loss
+
+BATCH, NEGATIVES, THINK, ROLLOUTS = 256, 50, 4, 32
+
+
+def batch_of(lengths: np.ndarray, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(peers.ITEMS, (len(lengths),), generator=generator)
+    return peers.histories(lengths, seed).to(device), targets.to(device)
+
+
+def learner(model: nn.Module, loss, device: str):
+    """One optimiser step of a model on a batch."""
+    optimizer = checkpoint.adamw(model.parameters(), 1e-3, 0.05)
+
+    def step(history: torch.Tensor, target: torch.Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with peers.bf16(device):
+            value = loss(history, target)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+
+    return step
+
+
+def our_step(policy: Policy, device: str):
+    """Encoder and one decoder, which is what transformers' model has."""
+    policy.requires_grad_(True)
+    policy.direct.requires_grad_(False)
+    policy.thinker.requires_grad_(False)
+
+    def loss(history, target):
+        inputs, labels = policy.target_inputs(target)
+        hidden = policy.decode(policy.encode(history), inputs)
+        return sequence_loss(policy.logits(hidden), labels)
+
+    return learner(policy.train(), loss, device)
+
+
+def their_step(policy: Policy, device: str, *, same_dropout: bool):
+    oracle = peers.transformers_model(policy).train()
+    if same_dropout:
+        for module in oracle.modules():
+            if type(module).__name__ == "T5Attention":
+                module.dropout = 0.0
+            elif type(module).__name__ == "T5DenseActDense":
+                module.dropout.p = 0.0
+
+    def loss(history, target):
+        # transformers shifts labels right behind decoder_start_token_id, which BOS stands for.
+        inputs, labels = policy.target_inputs(target)
+        given = peers.encoder_inputs(policy, history)
+        return oracle(**given, decoder_input_ids=inputs, labels=labels).loss
+
+    return learner(oracle, loss, device)
+
+
+def step_rows(device: str, repeats: int, only: str, now, count: int) -> list[dict]:
+    lengths, _ = peers.real_lengths()
+    random = np.random.default_rng(2)
+    order = batches(lengths, BATCH, 0, 0)
+    sizes = np.array([len(rows) for rows in order])
+    chosen = random.choice(len(order), count, p=sizes / sizes.sum())
+    exact = [batch_of(lengths[order[i]], int(i), device) for i in chosen]
+    mixed = [batch_of(random.choice(lengths, BATCH), 1000 + i, device) for i in range(count)]
+    policy = peers.paper_policy(device)
+    peer = "transformers, bf16 autocast"
+    steps = {
+        peer: their_step(policy, device, same_dropout=False),
+        f"{peer}, our dropout": their_step(policy, device, same_dropout=True),
+    }
+    ours = our_step(policy, device)
+
+    def over(step, data):
+        return lambda: [step(*batch) for batch in data]
+
+    done = {name: sum(len(target) for _, target in data) for name, data in (
+        ("exact", exact), ("mixed", mixed))}  # fmt: skip
+    found = []
+    for case, theirs, work in (
+        ("step/padded", mixed, done["mixed"]),
+        ("step/bucketed", exact, done["exact"]),
+    ):
+        if not case.startswith(only):
+            continue
+        turns = {"streamctl": over(ours, exact)}
+        turns |= {name: over(step, theirs) for name, step in steps.items()}
+        seconds = peers.take_turns(turns, repeats, now)
+        seconds["streamctl"] *= work / done["exact"]  # per sequence: our batches are others
+        line = peers.row(case, seconds, work, "sequences/s", batches=count)
+        found.append(line | {"profile": peers.profile(turns["streamctl"])})
+    return found
+
+
+@torch.no_grad()
+def ranking_row(device: str, repeats: int, now) -> dict:
+    policy = peers.paper_policy(device)
+    oracle = peers.transformers_model(policy)
+    lengths, _ = peers.real_lengths()
+    length = int(np.median(lengths))
+    history, target = batch_of(np.full(ROLLOUTS, length), 5, device)
+    generator = torch.Generator().manual_seed(6)
+    look_alikes = torch.randint(peers.ITEMS, (ROLLOUTS, NEGATIVES), generator=generator).to(device)
+    candidates = torch.cat([target[:, None], look_alikes], 1)
+    low, high = policy.tokens.think_range
+    think = torch.randint(low, high, (ROLLOUTS, THINK), generator=generator).to(device)
+
+    def shared() -> torch.Tensor:
+        with peers.bf16(device):
+            return policy.target_logprob(policy.encode(history), candidates, think)
+
+    def naive() -> torch.Tensor:
+        scores = []
+        for column in candidates.T:
+            inputs, labels = policy.target_inputs(column, think)
+            with peers.bf16(device):
+                given = peers.encoder_inputs(policy, history)
+                logits = oracle(**given, decoder_input_ids=inputs).logits
+            table = torch.log_softmax(logits[:, -peers.LEVELS :].float(), -1)
+            codes = labels[:, -peers.LEVELS :, None]
+            scores.append(table.gather(-1, codes)[..., 0].sum(1))
+        return torch.stack(scores, 1)
+
+    if (shared() - naive()).abs().max() > 1.0:  # sums of four bf16 log-probabilities
+        raise SystemExit("log-probabilities of the negatives differ from transformers': no figures")
+    turns = {"streamctl": shared, "a pass for each candidate": naive}
+    seconds = peers.take_turns(turns, repeats, now)
+    line = peers.row("rl/ranking", seconds, ROLLOUTS, "rollouts ranked/s", candidates=51)
+    return line | {"profile": peers.profile(shared)}
+
+
+def rows(
+    device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wall", count: int = 3
+) -> list[dict]:
+    """The receipt's rows; also called by benchmarks/gpu.py."""
+    now = peers.clock(clock, device)
+    found = step_rows(device, repeats, only, now, count) if "step".startswith(only[:4]) else []
+    if "rl/ranking".startswith(only):
+        found.append(ranking_row(device, repeats, now))
+    return found
+
+
+def main() -> None:
+    settings = peers.options(__doc__.splitlines()[0])
+    torch.set_num_threads(settings.threads)
+    began = time.time()
+    receipt = peers.provenance("train", settings)
+    limits = peers.ceilings(settings.device, peers.clock(settings.clock, settings.device))
+    receipt |= {"ceilings": limits, "lengths": peers.real_lengths()[1]}
+    receipt["rows"] = rows(settings.device, settings.repeats, settings.only, settings.clock)
+    peers.finish(receipt | {"wall_s": round(time.time() - began, 1)}, settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

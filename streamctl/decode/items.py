@@ -1,0 +1,79 @@
+"""From users' wishes to the trie's nodes, and from its leaves to ranked items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from streamctl.device import derive_seed
+from streamctl.tokenizer.trie import PrefixTrie
+
+
+def legal_nodes(
+    trie: PrefixTrie,
+    rows: torch.Tensor,
+    exclude: Sequence[np.ndarray] | None,
+    allow: Sequence[np.ndarray | None] | None,
+) -> torch.Tensor | None:
+    """(B, n_nodes) bool: nodes that lead to an item the user may be shown; None for all."""
+    masks = []
+    for row in rows.tolist():
+        denied = None if exclude is None or not len(exclude[row]) else exclude[row]
+        wanted = None if allow is None else allow[row]
+        masks.append(None if denied is None and wanted is None else (wanted, denied))
+    if not any(masks):
+        return None
+    every = torch.ones(trie.n_nodes, dtype=torch.bool)
+    stacked = torch.stack([every if mask is None else trie.mask(*mask) for mask in masks])
+    return stacked.to(rows.device)
+
+
+def best_items(
+    trie: PrefixTrie,
+    leaves: torch.Tensor,
+    scores: torch.Tensor,
+    k: int,
+    exclude: Sequence[np.ndarray] | None,
+    allow: Sequence[np.ndarray | None] | None,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leaves with scores -> the k best items of each row.
+
+    A leaf found more than once (through several thoughts) counts with the sum of its
+    probabilities. Items at one leaf are put in a random order fixed by the seed.
+    """
+    batch, width = leaves.shape
+    leaf, value = leaves.cpu().numpy(), scores.cpu().numpy()
+    row = np.repeat(np.arange(batch), width)
+    real = leaf.ravel() >= 0
+    row, leaf, value = row[real], leaf.ravel()[real], value.ravel()[real].astype(np.float64)
+    key, inverse = np.unique(row * trie.n_nodes + leaf, return_inverse=True)
+    top = np.full(len(key), -np.inf)
+    np.maximum.at(top, inverse, value)
+    total = np.bincount(inverse, np.exp(value - top[inverse]), minlength=len(key))
+    value, row, leaf = top + np.log(total), key // trie.n_nodes, key % trie.n_nodes
+
+    first, count = trie.item_start[leaf], np.diff(trie.item_start)[leaf]
+    place = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+    item = trie.items[np.repeat(first, count) + place]
+    row, value = np.repeat(row, count), np.repeat(value, count)
+    keep = np.ones(len(item), bool)
+    for number in range(batch):
+        if exclude is not None and len(exclude[number]):
+            keep &= (row != number) | ~np.isin(item, exclude[number])
+        if allow is not None and allow[number] is not None:
+            keep &= (row != number) | np.isin(item, allow[number])
+    row, value, item = row[keep], value[keep], item[keep]
+    shuffled = np.random.default_rng(derive_seed(seed, "ties")).permutation(len(trie.leaf))
+    order = np.lexsort((shuffled[item], -value, row))
+    row, value, item = row[order], value[order], item[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    kept = rank < k
+    items = torch.full((batch, k), -1, dtype=torch.int64)
+    ranked = torch.full((batch, k), -torch.inf)
+    where = torch.from_numpy(row[kept]), torch.from_numpy(rank[kept])
+    items[where] = torch.from_numpy(item[kept].astype(np.int64))
+    ranked[where] = torch.from_numpy(value[kept]).float()
+    return items.to(leaves.device), ranked.to(leaves.device)
