@@ -28,6 +28,7 @@ class Server:
     """`streamctl serve` in a process of its own."""
 
     def __init__(self, run: Path, *options: object, keys: Path | None = None):
+        self.run = run
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]

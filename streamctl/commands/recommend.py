@@ -140,9 +140,8 @@ def show(answer: dict[str, Any]) -> None:
     console.print("[bold]Thought[/]" if steps else "[bold]No thought[/] (l = 0)")
     before = [item["id"] for item in answer["explain"]["before"]]
     for number, step in enumerate(steps, 1):
-        level = "" if step["level"] is None else f"level {step['level'] + 1}, "
         words = ", ".join(step["words"]) or "-"
-        console.print(f"  o_{number} = {level}code {step['code']}: [cyan]{escape(words)}[/]")
+        console.print(f"  {number}. {escape(step['title'])}: [cyan]{escape(words)}[/]")
         for item in step["items"][:3]:
             console.print(f"        such as {escape(item['title'])}", style="dim")
         ranking = [item["id"] for item in step["ranking"]]

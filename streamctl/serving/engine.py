@@ -205,6 +205,7 @@ class Engine:
         known = self.catalogue.items
         steps = [
             {
+                "title": step.title,
                 "token": step.token,
                 "level": step.level,
                 "code": step.code,

@@ -73,23 +73,25 @@ class Meanings:
 
 @dataclass(frozen=True)
 class ThoughtStep:
-    """One think token of one user.
+    """One step of one user's reasoning, of whichever kind.
 
     Attributes:
-        token: its id in the vocabulary.
-        level, code: what it is; level None for a token of a think codebook.
+        title: what kind of step it is: `Items of level 2, code 17`.
         meaning: its words and items; empty for a token of a think codebook.
+        items, scores: (k,) the ranking if thinking stopped after this step; -1 where fewer.
+        token: a think token's id in the vocabulary; None for steps that are no token.
+        level, code: what the token is; level None for a token of a think codebook.
         moved: how far the state moved, ||s_i - s_{i-1}||.
-        items, scores: (k,) the ranking if thinking stopped after this token; -1 where fewer.
     """
 
-    token: int
-    level: int | None
-    code: int
+    title: str
     meaning: Meaning
-    moved: float
     items: np.ndarray
     scores: np.ndarray
+    token: int | None = None
+    level: int | None = None
+    code: int | None = None
+    moved: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,10 @@ def explain_thought(
             token = int(tokens[row, step])
             place = policy.tokens.locate(token)
             level, code = place or (None, token - policy.tokens.think_range[0])
+            title = f"Items of level {level + 1}, code {code}" if place else f"Thought {code}"
             steps.append(
                 ThoughtStep(
+                    title=title,
                     token=token,
                     level=level,
                     code=code,

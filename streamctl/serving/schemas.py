@@ -85,17 +85,16 @@ class CodeItem(BaseModel):
 
 
 class Step(BaseModel):
-    """One think token and what it changed."""
+    """One step of the reasoning and what it changed."""
 
-    token: int
-    level: int | None = Field(description="Level of the code it stands for; none for its own kind.")
-    code: int
-    words: list[str] = Field(
-        description="Words of the titles of items with this code, most telling first."
-    )
-    items: list[CodeItem] = Field(description="Items with this code.")
-    moved: float = Field(description="Distance the state moved in this step.")
+    title: str = Field(description="What kind of step this is, in words.")
+    words: list[str] = Field(description="What it stands for, most telling first.")
+    items: list[CodeItem] = Field(description="The items that it stands for or rests on.")
     ranking: list[Ranked] = Field(description="The first items if thinking had stopped here.")
+    token: int | None = Field(None, description="The think token; none for other kinds of steps.")
+    level: int | None = Field(None, description="Level of the code that the token is, if it is.")
+    code: int | None = None
+    moved: float | None = Field(None, description="Distance the state moved in this step.")
 
 
 class Explanation(BaseModel):

@@ -12,17 +12,19 @@ export function clearThought() {
 
 const LETTERS = "abcdefgh";
 
-function nameOf(step) {
+// A think token by its code; a step of another kind by its number.
+function nameOf(step, index) {
+  if (step.token === null) return `${index + 1}`;
   return step.level === null ? `o${step.code}` : `${LETTERS[step.level]}${step.code}`;
 }
 
 export function showThought(answer) {
   const { before, steps } = answer.explain;
   stops = [{ name: "History", words: "before thinking", ranking: before, before: null, step: null }];
-  for (const step of steps) {
+  for (const [index, step] of steps.entries()) {
     stops.push({
-      name: nameOf(step),
-      words: step.words.slice(0, 3).join(", "),
+      name: nameOf(step, index),
+      words: step.words.slice(0, 3).join(", ") || step.title,
       ranking: step.ranking,
       before: stops[stops.length - 1].ranking,
       step,
@@ -79,13 +81,12 @@ function choose(index) {
 }
 
 function meaning(step) {
-  const where = step.level === null ? "a token that only thoughts use" : `level ${step.level + 1}, code ${step.code}`;
+  const moved = step.moved === null ? "" : `The state moved by ${step.moved.toFixed(2)}.`;
   return [
-    make("h3", {}, `Think token ${nameOf(step)}`),
-    make("p", { class: "quiet" }, `${where}; the state moved by ${step.moved.toFixed(2)}`),
-    step.words.length ? make("p", {}, "Words of its items' titles") : null,
-    make("ul", { class: "words-list" }, ...step.words.map((word) => make("li", {}, word))),
-    step.items.length ? make("p", {}, "Items with this code") : null,
+    make("h3", {}, step.title),
+    make("p", { class: "quiet" }, moved),
+    make("ul", { class: "words-list", "aria-label": "What it stands for" }, ...step.words.map((word) => make("li", {}, word))),
+    step.items.length ? make("p", {}, "Such as") : null,
     make("ul", { class: "plain" }, ...step.items.map((item) => make("li", {}, item.title))),
-  ];
+  ].filter((one) => one !== null);
 }

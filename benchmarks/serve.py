@@ -1,0 +1,269 @@
+"""The HTTP server under load, beside transformers' generate behind FastAPI on the same weights.
+
+    python benchmarks/serve.py --json [--save] [--seconds 20] [--memory-minutes 10]
+
+Starts `streamctl serve` on loopback with a model of the paper's size (random weights: the work is
+the same) and drives it with wrk (`apt-get install wrk`). wrk's connections pause for exponential
+times, so that many of them arrive like a Poisson process; server and load share the machine.
+latency/*: a request at a time, at LOAD of what was measured to be the capacity of one. saturation:
+more than the server can take; answers beyond the queue are 429. The peer runs beam search with a
+trie's `prefix_allowed_tokens_fn`, one request at a time, without thinking.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from streamctl.runs import RunDir, provenance
+
+HERE = Path(__file__).resolve().parent
+RECEIPT = HERE / "results" / "serve.json"
+THINK, BEAM, K, DEADLINE_MS = 4, 20, 10, 1000
+CONNECTIONS = 64
+LOAD = 0.25  # share of the capacity at which single requests are timed
+GOALS = {"latency/l0": (25, 80), "latency/l4": (45, 120)}  # p50 and p99 in ms
+
+
+def make_run(path: Path) -> RunDir:
+    """A synthetic shop with a paper-size model of random weights in the place of a trained one."""
+    import torch
+
+    from streamctl.config import AnnotateConfig, PretrainConfig, SftConfig, TokenizeConfig
+    from streamctl.data import synthesize
+    from streamctl.model import Policy, PolicyConfig
+    from streamctl.tokenizer import SemanticIds
+    from streamctl.tokenizer.stage import tokenize
+
+    run = RunDir(path)
+    synthesize(run, users=2000, items=4000)
+    tokenize(run, TokenizeConfig(encoder="tfidf", dim=64, method="rqkmeans", neighbours=5))
+    ids = SemanticIds.load(run.stage("tokenizer"))
+    config = PolicyConfig.of_size("paper", ids.sizes, dedup=ids.dedup)
+    policy = Policy.build(config, torch.from_numpy(ids.tokens().item_tokens(ids.codes)), 0)
+    parents = ["data", "tokenizer"]
+    for name, settings, holds in (
+        ("pretrain", PretrainConfig(), True),
+        ("annotate", AnnotateConfig(length=THINK), False),
+        ("sft", SftConfig(), True),
+    ):
+        with run.begin(name, settings, parents) as stage:
+            for file in policy.save(stage.path) if holds else ():
+                stage.adopt(file)
+            stage.publish()
+        parents = [*parents, name]
+    return run
+
+
+def bodies(run: RunDir, path: Path, think: int) -> None:
+    """Requests, a line each: histories as long as a shop's are (geometric, mean about 6)."""
+    from streamctl.data import Catalog
+
+    ids = Catalog.load(run.stage("data")).ids
+    random = np.random.default_rng(0)
+    lengths = np.minimum(random.geometric(0.17, 500), 20)
+    with open(path, "w") as handle:
+        for length in lengths:
+            history = [ids[item] for item in random.integers(0, len(ids), length)]
+            handle.write(json.dumps({"history": history, "k": K, "think": think}) + "\n")
+
+
+def peer(run: RunDir, port: int) -> None:
+    """The peer's server; runs in a process of its own."""
+    import torch
+    import uvicorn
+    from fastapi import FastAPI
+    from transformers import T5ForConditionalGeneration
+
+    from streamctl.data import Catalog
+    from streamctl.tokenizer import SemanticIds, Tokens
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    ids = SemanticIds.load(run.stage("tokenizer"))
+    titles = Catalog.load(run.stage("data"))
+    tokens = ids.tokens().item_tokens(ids.codes)
+    model = T5ForConditionalGeneration.from_pretrained(run.path / "sft").eval()
+    index = {item: row for row, item in enumerate(titles.ids)}
+    items = {tuple(row): item for row, item in zip(tokens.tolist(), titles.ids, strict=True)}
+    children: dict[tuple[int, ...], set[int]] = {}
+    for row in items:
+        for depth, token in enumerate(row):
+            children.setdefault(row[:depth], set()).add(token)
+    after = {prefix: sorted(found) for prefix, found in children.items()}
+    app, one = FastAPI(), threading.Lock()
+
+    @app.post("/v1/recommend")
+    def recommend(body: dict) -> dict:
+        rows = [index[item] for item in body["history"]]
+        with one, torch.inference_mode():
+            found = model.generate(
+                input_ids=torch.from_numpy(tokens[rows]).reshape(1, -1),
+                decoder_start_token_id=Tokens.BOS,
+                max_new_tokens=tokens.shape[1],
+                min_new_tokens=tokens.shape[1],
+                num_beams=BEAM,
+                num_return_sequences=K,
+                prefix_allowed_tokens_fn=lambda _, prefix: after[tuple(prefix[1:].tolist())],
+            )
+        return {"items": [items.get(tuple(row)) for row in found[:, 1:].tolist()]}
+
+    @app.get("/readyz")
+    def ready() -> dict:
+        return {}
+
+    uvicorn.run(app, port=port, log_level="warning")
+
+
+@contextmanager
+def serving(command: list[str]):
+    """(address, process) of a server, once it is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, *command, "--port", str(port)])
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(1200):
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended with {process.returncode}")
+            try:
+                urllib.request.urlopen(f"{address}/readyz", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.25)
+        yield address, process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def drive(address: str, file: Path, seconds: float, *, rate: float | None, connections: int):
+    """What wrk saw: answers by kind and latencies of those with status 200.
+
+    Args:
+        rate: requests a second, spread over the connections; None: each as fast as it is answered.
+    """
+    pause = 0 if rate is None else 1000 * connections / rate
+    done = subprocess.run(
+        ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "60s",
+         "-s", HERE / "serve.lua", f"{address}/v1/recommend", "--", str(file), str(pause)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stderr.strip().splitlines()[-1])
+
+
+class Memory:
+    """Resident MB of a process, sampled twice a second."""
+
+    def __init__(self, pid: int):
+        import psutil
+
+        self.process, self.samples = psutil.Process(pid), []
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.5):
+            self.samples.append(self.process.memory_info().rss / 2**20)
+
+    def growth(self) -> dict[str, float]:
+        """Median of the second fifth of the time beside that of the last."""
+        self.stop.set()
+        self.thread.join()
+        fifth = max(1, len(self.samples) // 5)
+        early = statistics.median(self.samples[fifth : 2 * fifth])
+        late = statistics.median(self.samples[-fifth:])
+        return {"early_mb": early, "late_mb": late, "grown_mb": late - early}
+
+
+def row(case: str, ours: float, unit: str, other: float | None, better: float | None, **more):
+    name = "FastAPI + transformers generate" if other is not None else None
+    base = {"case": case, "ours": ours, "unit": unit, "peer_name": name, "peer": other}
+    return {**base, "ratio": better, "ceiling": None, "fraction": None, **more}
+
+
+def measure(run: RunDir, folder: Path, seconds: float, minutes: float) -> list[dict]:
+    files = {think: folder / f"l{think}.jsonl" for think in (0, THINK)}
+    for think, file in files.items():
+        bodies(run, file, think)
+    with serving([__file__, "--peer", str(run.path)]) as (address, _):
+        drive(address, files[0], 3, rate=None, connections=1)
+        single = drive(address, files[0], seconds, rate=None, connections=1)
+        theirs = drive(address, files[0], seconds, rate=None, connections=4)
+    rows = []
+    command = ["-m", "streamctl", "serve", "--run", str(run.path), "--beam", str(BEAM)]
+    with serving([*command, "--deadline-ms", str(DEADLINE_MS)]) as (address, process):
+        for think, file in files.items():
+            alone = drive(address, file, 5, rate=None, connections=1)
+            rate = LOAD * alone["ok"] / alone["seconds"]
+            found = drive(address, file, seconds, rate=rate, connections=CONNECTIONS)
+            case = f"latency/l{think}"
+            other = single["p50_ms"] if think == 0 else None
+            better = other / found["p50_ms"] if other else None
+            goals = dict(zip(("p50_ms", "p99_ms"), GOALS[case], strict=True))
+            reached = all(found[name] < goal for name, goal in goals.items())
+            more = {"wrk": found, "rate": rate, "goals": goals, "reached": reached}
+            rows.append(row(case, found["p50_ms"], "ms p50", other, better, **more))
+        flat = drive(address, files[0], seconds, rate=None, connections=CONNECTIONS)
+        capacity = flat["ok"] / flat["seconds"]
+        full = drive(address, files[0], seconds, rate=4 * capacity, connections=512)
+        done = full["ok"] / full["seconds"]
+        before = theirs["ok"] / theirs["seconds"]
+        errors = full["other"] + full["connection_errors"]
+        more = {"wrk": full, "rate": 4 * capacity, "errors_but_429_and_504": errors}
+        more |= {"p99_within_deadline": full["p99_ms"] <= DEADLINE_MS, "peer_wrk": theirs}
+        rows.append(row("saturation", done, "requests/s", before, done / before, **more))
+        if minutes:
+            memory = Memory(process.pid)
+            found = drive(address, files[THINK], 60 * minutes, rate=None, connections=8)
+            grown = memory.growth()
+            case = f"memory/{minutes:g}min"
+            more = {"wrk": found, **grown}
+            rows.append(row(case, grown["grown_mb"], "MB grown", None, None, **more))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the receipt")
+    parser.add_argument("--save", action="store_true", help="write results/serve.json")
+    parser.add_argument("--seconds", type=float, default=20, help="of each measurement")
+    parser.add_argument("--memory-minutes", type=float, default=0)
+    parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peer:
+        peer(RunDir(options.peer), options.port)
+        return
+    if not shutil.which("wrk"):
+        raise SystemExit("wrk is missing. Next: apt-get install wrk")
+    began, busy = time.time(), os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run(Path(folder) / "run")
+        rows = measure(run, Path(folder), options.seconds, options.memory_minutes)
+    receipt = {"name": "serve", **provenance(), "threads": os.cpu_count(), "seed": 0}
+    receipt |= {"load_before": busy, "wall_s": round(time.time() - began, 1), "rows": rows}
+    if options.save:
+        RECEIPT.parent.mkdir(exist_ok=True)
+        RECEIPT.write_text(json.dumps(receipt, indent=1) + "\n")
+    if options.json:
+        print(json.dumps(receipt, indent=1))
+
+
+if __name__ == "__main__":
+    main()
