@@ -127,7 +127,7 @@ class RlConfig:
     """Stage 3: GRPO (Eq. 20) with the rewards of Eqs. 21-27."""
 
     section: ClassVar[str] = "rl"
-    steps: int = 200
+    steps: int = 100
     group: int = 16  # G: rollouts a user
     batch: int = 128  # users a step
     temperature: float = 1.0
@@ -148,7 +148,7 @@ class RlConfig:
     likelihood_weight: float = 1.0
     ranking_weight: float = 1.0
     negatives: int = 50  # K of Eq. 27
-    validate_every: int = 50
+    validate_every: int = 25
     patience: int = 3  # validations below the best before rolling back and stopping
     lr: float = 1e-4
     weight_decay: float = 0.0
