@@ -3,88 +3,70 @@
     python benchmarks/kernels.py --json [--save] [--repeats 7] [--only residual_quantize]
 
 Everything is timed in one run, contenders taking turns, medians. `ceiling` is what the machine's
-own large float32 matrix product would take for the same arithmetic; with bf16 dot products a
-kernel may pass it (fraction > 1), so `bf16_fraction` gives its share of the bf16 product too. A
-backend whose results differ from the reference gets no row: the run stops.
+own large matrix product would take for the same arithmetic, float32 on the CPU, TF32 on a GPU;
+with bf16 dot products a CPU kernel may pass it (fraction > 1), so `bf16_fraction` gives its share
+of the bf16 product too. A backend whose results differ from the reference gets no row: the run
+stops. `rows("cuda")` is what benchmarks/gpu.py runs.
 """
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from streamctl.kernels import nearest_codeword, residual_quantize, trie_topk
+from streamctl.kernels import codeword_sums, nearest_codeword, residual_quantize, trie_topk
+from streamctl.kernels.nearest_codeword.cases import TOLERANCE as DISTANCE
 from streamctl.kernels.nearest_codeword.cases import random_case as random_rows
+from streamctl.kernels.residual_quantize.cases import TOLERANCE as RESIDUAL
+from streamctl.kernels.sweep import assert_equal, to_device
+from streamctl.kernels.trie_topk.cases import TOLERANCE as SCORE
 from streamctl.kernels.trie_topk.cases import random_case as random_beams
 from streamctl.kernels.trie_topk.cases import random_items
+from timing import ceilings, provenance, row, take_turns
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
-CHUNK = 2048  # rows at which chunked addmm + argmin was fastest of 512 .. 8192
+BACKEND = {"cpu": "numba", "cuda": "triton"}
+# Rows at which chunked addmm + argmin was fastest of 512 .. 8192 on a CPU; a GPU wants many more.
+CHUNK = {"cpu": 2048, "cuda": 1 << 17}
+# (N, D, L, K) of the cases.
+QUANTIZE = {"cpu": (200_000, 32, 4, 256), "cuda": (10_000_000, 32, 4, 256)}
+NEAREST = {"cpu": (100_000, 256, 1, 1024), "cuda": (1_000_000, 256, 1, 1024)}
 
 
-def take_turns(contenders, repeats):
-    """Median seconds of each function of a dict, or the reason why it has none."""
-    times, broken = {name: [] for name in contenders}, {}
-    for turn in range(repeats + 1):  # the first turn warms up
-        for name, function in contenders.items():
-            if name in broken:
-                continue
-            start = time.perf_counter()
-            try:
-                function()
-            except Exception as error:  # a peer that cannot run here is reported, not hidden
-                broken[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {n: sorted(t)[len(t) // 2] for n, t in times.items() if n not in broken}, broken
+def check(ours, reference, tolerance, what):
+    try:
+        assert_equal(ours, reference, tolerance)
+    except AssertionError as error:
+        raise SystemExit(
+            f"{what}: differs from the reference; no figures for it\n{error}"
+        ) from None
 
 
-def ceilings(repeats):
-    """FLOP/s of large float32 and bf16 products, bytes/s of a copy."""
-    a = torch.randn(2048, 2048)
-    b, big = a.bfloat16(), torch.zeros(1 << 25)
-    out = torch.empty_like(big)
-    contenders = {"f32": lambda: a @ a, "bf16": lambda: b @ b, "copy": lambda: out.copy_(big)}
-    seconds, _ = take_turns(contenders, repeats)
-    flop = 2 * 2048**3
-    return {
-        "f32_flops": flop / seconds["f32"],
-        "bf16_flops": flop / seconds["bf16"],
-        "copy_bytes": 2 * big.nbytes / seconds["copy"],
-    }
+def short(n):
+    return f"n{n // 1_000_000}m" if n >= 1_000_000 else f"n{n // 1000}k"
 
 
-def check(ours, reference, what):
-    for a, b in zip(ours, reference, strict=True):
-        same = torch.equal(a, b) if a.dtype == torch.int64 else torch.allclose(a, b, rtol=1e-6)
-        if not same:
-            raise SystemExit(f"{what}: differs from the reference; no figures for it")
+def search_row(case, contenders, shape, limits, repeats, device):
+    """A row of a search whose arithmetic is N x L products of K x D."""
+    n, d, depth, k = shape
+    name = BACKEND[device]
+    seconds, first, broken = take_turns(contenders, repeats, device)
+    if name in broken:
+        raise SystemExit(f"{case}: {name} failed: {broken[name]}")
+    ours = seconds.pop(name)
+    # Peers whose answers differ are listed, never compared with.
+    inexact = {peer: seconds.pop(peer) for peer in list(seconds) if "inexact" in peer}
+    flop = 2 * n * d * depth * k
+    ceiling = flop / limits["tf32_flops" if device == "cuda" else "f32_flops"]
+    more = {"ceiling": ceiling, "fraction": ceiling / ours, "first_call": first[name]}
+    more["bf16_fraction"] = flop / limits["bf16_flops"] / ours
+    more |= {"inexact_peers": inexact} if inexact else {}
+    return row(case, ours, seconds, **more, peers_that_failed=broken)
 
 
-def row(case, ours, peers, broken, unit="s", **more):
-    best = min(peers, key=peers.get) if peers else None
-    base = {"case": case, "ours": ours, "unit": unit, "peer_name": best}
-    base |= {"peer": peers.get(best), "ratio": peers[best] / ours if best else None}
-    base |= {"ceiling": None, "fraction": None, **more, "peers": peers}
-    return base | ({"peers_that_failed": broken} if broken else {})
-
-
-def search_row(case, contenders, flop, limits, repeats):
-    seconds, broken = take_turns(contenders, repeats)
-    ours = seconds.pop("numba")
-    ceiling = flop / limits["f32_flops"]
-    bf16 = flop / limits["bf16_flops"] / ours
-    more = {"ceiling": ceiling, "fraction": ceiling / ours, "bf16_fraction": bf16}
-    return row(case, ours, seconds, broken, **more)
-
-
-def nearest_by_cdist(x, codebook):
+def nearest_by_cdist(x, codebook, _):
     return torch.cdist(x, codebook).argmin(1)
 
 
@@ -92,9 +74,17 @@ def nearest_by_addmm(x, codebook, bias):
     return torch.addmm(bias, x, codebook.T, alpha=-2).argmin(1)
 
 
+def nearest_by_tf32(x, codebook, bias):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    index = nearest_by_addmm(x, codebook, bias)
+    torch.set_float32_matmul_precision(before)
+    return index
+
+
 def levels(x, codebooks, nearest, chunk):
     """Residual quantization as one writes it in PyTorch, `chunk` rows at a time."""
-    codes = torch.empty(len(x), len(codebooks), dtype=torch.int64)
+    codes = torch.empty(len(x), len(codebooks), dtype=torch.int64, device=x.device)
     biases = codebooks.square().sum(2)
     for start in range(0, len(x), chunk):
         residual = x[start : start + chunk].clone()
@@ -105,67 +95,113 @@ def levels(x, codebooks, nearest, chunk):
     return codes
 
 
-def torch_peers(x, codebooks):
-    def cdist(r, c, _):
-        return nearest_by_cdist(r, c)
+def torch_peers(x, codebooks, device):
+    chunk = CHUNK[device]
+    whole = len(x) if device == "cpu" else 1 << 20
+    ways = {
+        "torch cdist+argmin": (nearest_by_cdist, whole),
+        "torch chunked addmm+argmin": (nearest_by_addmm, chunk),
+        "torch.compile cdist+argmin": (torch.compile(nearest_by_cdist), whole),
+        "torch.compile chunked addmm+argmin": (torch.compile(nearest_by_addmm), chunk),
+    }
+    if device == "cuda":
+        ways["torch chunked TF32 addmm+argmin (inexact)"] = (nearest_by_tf32, chunk)
+        try:
+            before = torch.get_float32_matmul_precision()
+            from rectokens.ops.nn_quantize import nearest_neighbor_quantize
 
-    compiled_cdist, compiled_addmm = torch.compile(cdist), torch.compile(nearest_by_addmm)
-    n = len(x)
+            torch.set_float32_matmul_precision(before)  # rectokens sets it for everybody
+            ways["rectokens nearest_neighbor_quantize (inexact)"] = (
+                lambda r, c, _: nearest_neighbor_quantize(r, c),
+                len(x),
+            )
+        except ImportError:
+            pass
     return {
-        "torch cdist+argmin": lambda: levels(x, codebooks, cdist, n),
-        "torch chunked addmm+argmin": lambda: levels(x, codebooks, nearest_by_addmm, CHUNK),
-        "torch.compile cdist+argmin": lambda: levels(x, codebooks, compiled_cdist, n),
-        "torch.compile chunked addmm+argmin": lambda: levels(x, codebooks, compiled_addmm, CHUNK),
+        name: lambda way=way, rows=rows: levels(x, codebooks, way, rows)
+        for name, (way, rows) in ways.items()
     }
 
 
-def residual_quantize_row(limits, repeats):
+def residual_quantize_row(limits, repeats, device):
+    shape = n, d, depth, k = QUANTIZE[device]
+    name = BACKEND[device]
+    x, codebooks, _ = to_device(random_rows(n, d, depth, k), device)
+    some = torch.arange(0, n, n // 2000, device=device)
+    ours, residual = residual_quantize(x, codebooks, backend=name)
+    expected = residual_quantize(x[some], codebooks, backend="reference")
+    check((ours[some], residual[some]), expected, RESIDUAL, f"residual_quantize {name}")
+    contenders = {name: lambda: residual_quantize(x, codebooks, backend=name)}
+    with torch.no_grad():
+        contenders |= torch_peers(x, codebooks, device)
+        if device == "cpu":
+            contenders |= quantizer_libraries(x, depth, k)
+        case = f"residual_quantize/{short(n)}-d{d}-l{depth}-k{k}"
+        return search_row(case, contenders, shape, limits, repeats, device)
+
+
+def quantizer_libraries(x, depth, k):
     import faiss
     from vector_quantize_pytorch import ResidualVQ
 
-    n, d, depth, k = 200_000, 32, 4, 256
-    x, codebooks, _ = random_rows(n, d, depth, k)
-    some = torch.arange(0, n, n // 2000)
-    ours, residual = residual_quantize(x, codebooks, backend="numba")
-    reference = residual_quantize(x[some], codebooks, backend="reference")
-    check((ours[some], residual[some]), reference, "residual_quantize numba")
-    rq = faiss.ResidualQuantizer(d, depth, 8)
+    rq = faiss.ResidualQuantizer(x.shape[1], depth, 8)
     rq.max_beam_size = 1
     rq.train_type = faiss.ResidualQuantizer.Train_default
     rq.train(x[:5000].numpy())
-    vq = ResidualVQ(dim=d, num_quantizers=depth, codebook_size=k).eval()
-    with torch.no_grad():
-        contenders = {
-            "numba": lambda: residual_quantize(x, codebooks, backend="numba"),
-            **torch_peers(x, codebooks),
-            "faiss ResidualQuantizer beam 1": lambda: rq.compute_codes(x.numpy()),
-            "vector-quantize-pytorch ResidualVQ": lambda: vq(x[None]),
-        }
-        flop = 2 * n * d * depth * k
-        return search_row("residual_quantize/n200k-d32-l4-k256", contenders, flop, limits, repeats)
+    vq = ResidualVQ(dim=x.shape[1], num_quantizers=depth, codebook_size=k).eval()
+    return {
+        "faiss ResidualQuantizer beam 1": lambda: rq.compute_codes(x.numpy()),
+        "vector-quantize-pytorch ResidualVQ": lambda: vq(x[None]),
+    }
 
 
-def nearest_codeword_row(limits, repeats):
+def nearest_codeword_row(limits, repeats, device):
+    shape = n, d, _, k = NEAREST[device]
+    name = BACKEND[device]
+    x, codebooks, _ = to_device(random_rows(n, d, 1, k), device)
+    some = torch.arange(0, n, n // 500, device=device)
+    index, distance = nearest_codeword(x, codebooks[0], backend=name)
+    expected = nearest_codeword(x[some], codebooks[0], backend="reference")
+    check((index[some], distance[some]), expected, DISTANCE, f"nearest_codeword {name}")
+    contenders = {name: lambda: nearest_codeword(x, codebooks[0], backend=name)}
+    contenders |= torch_peers(x, codebooks, device)
+    if device == "cpu":
+        contenders |= search_libraries(x, codebooks[0])
+    case = f"nearest_codeword/{short(n)}-d{d}-k{k}"
+    return search_row(case, contenders, shape, limits, repeats, device)
+
+
+def search_libraries(x, codebook):
     import faiss
 
-    n, d, k = 100_000, 256, 1024
-    x, codebooks, _ = random_rows(n, d, 1, k)
-    some = torch.arange(0, n, n // 500)
-    index, distance = nearest_codeword(x, codebooks[0], backend="numba")
-    reference = nearest_codeword(x[some], codebooks[0], backend="reference")
-    check((index[some], distance[some]), reference, "nearest_codeword numba")
-    flat = faiss.IndexFlatL2(d)
-    flat.add(codebooks[0].numpy())
-    kmeans = faiss.Kmeans(d, k)
-    kmeans.centroids, kmeans.index = codebooks[0].numpy(), flat
-    contenders = {
-        "numba": lambda: nearest_codeword(x, codebooks[0], backend="numba"),
-        **torch_peers(x, codebooks),
+    flat = faiss.IndexFlatL2(x.shape[1])
+    flat.add(codebook.numpy())
+    kmeans = faiss.Kmeans(x.shape[1], len(codebook))
+    kmeans.centroids, kmeans.index = codebook.numpy(), flat
+    return {
         "faiss IndexFlatL2": lambda: flat.search(x.numpy(), 1),
         "faiss Kmeans.assign": lambda: kmeans.assign(x.numpy()),
     }
-    flop = 2 * n * d * k
-    return search_row("nearest_codeword/n100k-d256-k1024", contenders, flop, limits, repeats)
+
+
+def codeword_sums_row(repeats, device):
+    n, d, k = (200_000, 32, 256) if device == "cpu" else (10_000_000, 32, 256)
+    name = BACKEND[device]
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0)).to(device)
+    index = torch.arange(n, device=device) * 7919 % k
+    ours = codeword_sums(x, index, k, backend=name)
+    expected = codeword_sums(x, index, k, backend="reference")
+    check(ours, expected, {"rtol": 2.0**-22, "atol": 1e-12}, f"codeword_sums {name}")
+    contenders = {
+        name: lambda: codeword_sums(x, index, k, backend=name),
+        "torch index_add_ (float32)": lambda: torch.zeros(k, d, device=device).index_add_(
+            0, index, x
+        ),
+    }
+    seconds, first, broken = take_turns(contenders, repeats, device)
+    ours = seconds.pop(name)
+    more = {"first_call": first[name], "peers_that_failed": broken}
+    return row(f"codeword_sums/{short(n)}-d{d}-k{k}", ours, seconds, **more)
 
 
 # VmHWM is this program's own high-water mark; getrusage's would start at the parent's.
@@ -192,8 +228,8 @@ def memory_row():
     for n in (1_000_000, 10_000_000):
         run = [sys.executable, "-c", MEMORY, str(n)]
         used[n] = float(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
-    more = {"ceiling": 64.0, "fraction": None, "at_1m": used[1_000_000]}
-    return row("memory/n10m", used[10_000_000], {}, {}, "MB beyond inputs and outputs", **more)
+    more = {"ceiling": 64.0, "at_1m": used[1_000_000]}
+    return row("memory/n10m", used[10_000_000], {}, "MB beyond inputs and outputs", **more)
 
 
 def dict_trie_step(case, root, prefixes):
@@ -231,44 +267,46 @@ def paths_to(case, items):
     return root, [[paths[n] for n in line] for line in case.nodes.tolist()]
 
 
-def trie_rows(repeats):
-    for name, count in (("12k", 12_000), ("1m", 1_000_000)):
+def trie_rows(repeats, device):
+    """A step at depth 1 for 32 users x 20 beams; `at_root`: seconds when all beams have 256 children.
+
+    The same number of children costs the same in both catalogues.
+    """
+    name = BACKEND[device]
+    for size, count in (("12k", 12_000), ("1m", 1_000_000)):
         items = random_items(count, 4, 256)
         case = random_beams(items, 32, 20, 1, 1026, 20)
-        arguments = case[:5]
-        ours = trie_topk(*arguments, backend="numba")
-        check(ours, trie_topk(*arguments, backend="reference"), "trie_topk numba")
-        root, prefixes = paths_to(case, items)
+        arguments = to_device(case, device)[:5]
+        logits, nodes, scores, trie, k = arguments
+        root = (logits, torch.zeros_like(nodes), scores, trie, k)
+        for these in (arguments, root):
+            expected = trie_topk(*these, backend="reference")
+            check(trie_topk(*these, backend=name), expected, SCORE, f"trie_topk {name}")
+        top, prefixes = paths_to(case, items)
         contenders = {
-            "numba": lambda a=arguments: trie_topk(*a, backend="numba"),
-            "Python dict trie": lambda c=case, r=root, p=prefixes: dict_trie_step(c, r, p),
+            name: lambda a=arguments: trie_topk(*a, backend=name),
+            "at the root": lambda a=root: trie_topk(*a, backend=name),
+            "Python dict trie": lambda c=case, r=top, p=prefixes: dict_trie_step(c, r, p),
         }
-        seconds, broken = take_turns(contenders, 5 * repeats)
-        children = case.trie.child_start.diff()[case.nodes].sum().item()
-        yield row(f"trie_topk/{name}", seconds.pop("numba"), seconds, broken, children=children)
+        seconds, first, _ = take_turns(contenders, 5 * repeats, device)
+        more = {"at_root": seconds.pop("at the root"), "first_call": first[name]}
+        more["children"] = case.trie.child_start.diff()[case.nodes].sum().item()
+        yield row(f"trie_topk/{size}", seconds.pop(name), seconds, **more)
 
 
-def provenance():
-    def one(name):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    names = ("torch", "numba", "faiss-cpu", "vector-quantize-pytorch")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return {
-        "name": "kernels",
-        "machine": f"{model}, {os.cpu_count()} cores, {platform.system()}",
-        "threads": torch.get_num_threads(),
-        "load_before": list(os.getloadavg()),
-        "versions": {name: one(name) for name in names},
-        "git": git.strip(),
+def rows(device="cpu", repeats=7, only=""):
+    """The ceilings and the rows of all cases (those whose name starts with `only`) on a device."""
+    limits = ceilings(repeats, device)
+    makers = {
+        "residual_quantize": lambda: [residual_quantize_row(limits, repeats, device)],
+        "nearest_codeword": lambda: [nearest_codeword_row(limits, repeats, device)],
+        "codeword_sums": lambda: [codeword_sums_row(repeats, device)],
+        "trie_topk": lambda: list(trie_rows(repeats, device)),
     }
+    if device == "cpu":
+        makers["memory"] = lambda: [memory_row()]
+    found = [row for name, make in makers.items() if name.startswith(only) for row in make()]
+    return {"ceilings": limits, "rows": found}
 
 
 def main():
@@ -278,19 +316,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=7, help="timed turns of each contender")
     parser.add_argument("--only", default="", help="run the cases whose name starts so")
     options = parser.parse_args()
-    receipt = provenance()
-    limits = ceilings(options.repeats)
-    makers = {
-        "residual_quantize": lambda: [residual_quantize_row(limits, options.repeats)],
-        "nearest_codeword": lambda: [nearest_codeword_row(limits, options.repeats)],
-        "memory": lambda: [memory_row()],
-        "trie_topk": lambda: list(trie_rows(options.repeats)),
-    }
-    rows = []
-    for name, make in makers.items():
-        if name.startswith(options.only):
-            rows += make()
-    receipt |= {"ceilings": limits, "rows": rows}
+    receipt = provenance("kernels") | rows("cpu", options.repeats, options.only)
     text = json.dumps(receipt, indent=1)
     if options.save:
         RESULTS.parent.mkdir(exist_ok=True)
@@ -298,7 +324,7 @@ def main():
     if options.json:
         print(text)
         return
-    for r in rows:
+    for r in receipt["rows"]:
         ratio = f"{r['ratio']:.1f}x {r['peer_name']}" if r["ratio"] else ""
         print(f"{r['case']:40} {r['ours']:.4g} {r['unit']}  {ratio}")
 

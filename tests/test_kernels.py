@@ -1,6 +1,5 @@
 """Every kernel on every backend against the float64 reference, and what callers may rely on."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import pytest
 import torch
 from streamctl.kernels import (
     OPS,
-    CsrTrie,
     KernelError,
     backends,
     codeword_sums,
@@ -20,42 +18,16 @@ from streamctl.kernels import (
     trie_topk,
     use_backend,
 )
+from streamctl.kernels.sweep import DTYPES, assert_equal, cases_of, to_device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNNABLE = [name for name, missing in backends(DEVICE).items() if not missing]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def case_module(op):
-    return importlib.import_module(f"streamctl.kernels.{op}.cases")
-
-
-def on_device(value):
-    if isinstance(value, torch.Tensor):
-        return value.to(DEVICE)
-    if isinstance(value, CsrTrie):
-        return CsrTrie(*map(on_device, value))
-    return {k: on_device(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def call(op, case, backend):
-    case = type(case)(*map(on_device, case))
-    if op == "nearest_codeword":
-        return nearest_codeword(case.x, case.codebooks[0], mask=case.mask, backend=backend)
-    if op == "residual_quantize":
-        return residual_quantize(case.x, case.codebooks, mask=case.mask, backend=backend)
-    if op == "codeword_sums":
-        return codeword_sums(case.x, case.index, case.K, mask=case.mask, backend=backend)
-    *arguments, options = case
-    return trie_topk(*arguments, **options, backend=backend)
-
-
 SWEEP = [
     pytest.param(op, backend, name, dtype, id=f"{op}-{backend}-{name}-{dtype}")
     for op in OPS
     for backend in RUNNABLE
     if backend != "reference"
-    for name in case_module(op).cases()
+    for name in cases_of(op).cases()
     for dtype in DTYPES
 ]
 
@@ -74,19 +46,13 @@ def poisoned_outputs(monkeypatch):
 
 @pytest.mark.parametrize(("op", "backend", "name", "dtype"), SWEEP)
 def test_backend_equals_the_reference(op, backend, name, dtype, poisoned_outputs):
-    module = case_module(op)
-    case = module.cases(DTYPES[dtype])[name]
+    module = cases_of(op)
+    case = to_device(module.cases(DTYPES[dtype])[name], DEVICE)
     if backend == "triton" and DEVICE == "cpu" and op in ("nearest_codeword", "residual_quantize"):
         # The interpreter takes milliseconds a row.
         case = case._replace(x=case.x[:7], mask=None if case.mask is None else case.mask[:7])
-    expected = call(op, case, "reference")
-    got = call(op, case, backend)
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        if ours.is_floating_point():
-            torch.testing.assert_close(ours, theirs, **module.TOLERANCE, equal_nan=False)
-        else:
-            assert torch.equal(ours, theirs)
+    expected = module.call(case, "reference")
+    assert_equal(module.call(case, backend), expected, module.TOLERANCE)
 
 
 def some_backends():
@@ -140,7 +106,7 @@ def test_wrong_arguments_say_what_is_required_and_what_came(message, backend):
 
 
 def small_trie():
-    case = case_module("trie_topk").cases()["first-level"]
+    case = cases_of("trie_topk").cases()["first-level"]
     return dict(zip(case._fields[:5], case[:5], strict=True))
 
 
@@ -176,14 +142,14 @@ def test_a_malformed_trie_is_refused_not_read_past():
 
 
 def test_vocabulary_scores_are_the_masked_log_softmax():
-    case = case_module("trie_topk").cases()["root"]
+    case = cases_of("trie_topk").cases()["root"]
     scores, _, tokens, _ = trie_topk(*case[:5], normalize="vocabulary")
     expected = case.logits.log_softmax(-1)[:, 0].gather(1, tokens) + case.beam_scores
     torch.testing.assert_close(scores, expected)
 
 
 def test_legal_scores_of_all_children_sum_to_one():
-    case = case_module("trie_topk").cases()["root"]
+    case = cases_of("trie_topk").cases()["root"]
     scores, *_ = trie_topk(*case[:4], 21)
     total = scores.logsumexp(1) - case.beam_scores[:, 0]
     torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-5, rtol=0)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import CsrTrie
+from . import CsrTrie, trie_topk
 
 # Scores are float64 rounded once, and libraries' exp and log may differ in the last place.
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
@@ -19,6 +19,12 @@ class Case(NamedTuple):
     trie: CsrTrie
     k: int
     options: dict
+
+
+def call(case, backend):
+    """The op on this case."""
+    *arguments, options = case
+    return trie_topk(*arguments, **options, backend=backend)
 
 
 def build_trie(items):
