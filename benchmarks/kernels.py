@@ -268,9 +268,9 @@ def paths_to(case, items):
 
 
 def trie_rows(repeats, device):
-    """A step at depth 1 for 32 users x 20 beams; `at_root`: seconds when all beams have 256 children.
+    """A step at depth 1 for 32 users x 20 beams; `at_root`: seconds with all beams at the root.
 
-    The same number of children costs the same in both catalogues.
+    The root has 256 children in both catalogues: the same number should cost the same.
     """
     name = BACKEND[device]
     for size, count in (("12k", 12_000), ("1m", 1_000_000)):

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: contenders taking turns, the machine's ceilings, a receipt's head."""
+"""What speed benchmarks share: contenders taking turns, the machine's ceilings, a receipt head."""
 
 import os
 import platform
