@@ -96,6 +96,7 @@ def main() -> None:
     }
     print(json.dumps(receipt, indent=1) if options.json else f"{rows}")
     if options.save:
+        RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(receipt, indent=1) + "\n")
 
 

@@ -14,6 +14,7 @@ from streamctl.errors import StreamctlError
 from streamctl.files import disk_errors
 
 MEMORY_BYTES = 64 << 20  # of a column, above which it goes to disk
+LARGEST_TIME = float(1 << 62)  # in the column's unit
 CHUNK_ROWS = 1 << 22  # rows that are worked on at once
 
 
@@ -69,8 +70,6 @@ class Times:
     Once a fraction comes, all times of the column are in thousandths of the source's unit.
     """
 
-    _LARGEST = float(1 << 62)
-
     def __init__(self) -> None:
         self._column = Column(np.int64)
         self._scale = 1
@@ -86,9 +85,7 @@ class Times:
         if self._scale == 1 and values.dtype == np.int64:
             self._column.append(values)
             return
-        if len(values) and float(np.abs(values.astype(np.float64)).max()) * self._scale > (
-            self._LARGEST
-        ):
+        if len(values) and np.abs(values.astype(np.float64)).max() * self._scale > LARGEST_TIME:
             largest = values[np.abs(values.astype(np.float64)).argmax()]
             raise StreamctlError(f"{largest} is too large for a time")
         whole = values * self._scale

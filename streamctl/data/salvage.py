@@ -159,7 +159,7 @@ def _object_check(path: Path, columns: Mapping[str, str] | None) -> Check:
     def check(text: str) -> str | None:
         try:
             row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             return "not a JSON object"
@@ -207,7 +207,7 @@ def _item_check(path: Path) -> Check | None:
         if split is None:
             try:
                 row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 return "not a JSON object"

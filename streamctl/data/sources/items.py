@@ -122,7 +122,7 @@ def json_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     for line, text in lines(path):
         try:
             value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # a ValueError alone: a number of 5000 digits
             try:
                 value = ast.literal_eval(text) if text.lstrip().startswith("{") else None
             except (ValueError, SyntaxError, MemoryError, RecursionError):

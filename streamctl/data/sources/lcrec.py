@@ -44,6 +44,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise StreamctlError(f"not JSON: {error.msg}", where=path, line=error.lineno) from error
     except RecursionError as error:
         raise StreamctlError("not such a file: JSON nested too deep", where=path) from error
+    except ValueError as error:
+        raise StreamctlError("not such a file: JSON with a huge number", where=path) from error
     if not isinstance(value, dict) or not value:
         raise StreamctlError("holds no object of users or items", where=path)
     return value

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from streamctl.data.columns import Times
+from streamctl.data.columns import LARGEST_TIME, Times
 from streamctl.data.sources.items import delimited_rows, find_column, json_rows, read_items
 from streamctl.data.sources.raw import Coder, ItemTable, RawLog
 from streamctl.data.sources.source import Files, Source, beside, pick
@@ -113,15 +113,22 @@ def find_roles(found: Sequence[str], columns: Mapping[str, str] | None, path: Pa
             name = find_column(found, [wanted.lower()] if wanted else usual[role])
         if name is None:
             expected = wanted or {"time": "timestamp or position"}.get(role, f"{role}_id")
-            near = close_matches(wanted or usual[role][0], found)
+            near = close_matches(wanted or usual[role][0], [name[:80] for name in found[:100]])
             near = f"; {near}" if near.startswith("did") else ""
             raise StreamctlError(
-                f"no column {expected}; columns: {', '.join(map(repr, found))}{near}",
+                f"no column {expected}; columns: {_listed(found)}{near}",
                 where=path,
                 run=f"--columns {role}=NAME",
             )
         roles.append(name)
     return roles
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Column names for people, however many and long they are."""
+    shown = [repr(name if len(name) <= 40 else name[:40] + "...") for name in names[:20]]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(shown) + more
 
 
 def _delimited(
@@ -147,7 +154,10 @@ def _delimited(
     reader = csv.open_csv(
         pa.input_stream(str(path), compression="detect"),
         read_options=csv.ReadOptions(
-            block_size=_BLOCK, column_names=header, skip_rows=0 if names else number
+            use_threads=path.stat().st_size > _BLOCK,
+            block_size=_BLOCK,
+            column_names=header,
+            skip_rows=0 if names else number,
         ),
         parse_options=csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False),
         convert_options=csv.ConvertOptions(
@@ -299,7 +309,8 @@ def parse_times(values: pa.Array) -> tuple[np.ndarray, bool] | None:
 
 def is_time(text: str) -> bool:
     """Whether a text is a finite number or an ISO date."""
-    return parse_times(pa.array([text])) is not None
+    parsed = parse_times(pa.array([text]))
+    return parsed is not None and abs(float(parsed[0][0])) <= LARGEST_TIME
 
 
 def line_of_row(path: Path, row: int) -> int:

@@ -1,0 +1,57 @@
+"""Broken and odd data end in success or in one line; the long campaign is benchmarks/fuzz.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.fuzz import CORPUS, Campaign, generated
+from streamctl.data import columns
+from streamctl.data.columns import Column, Times
+from streamctl.errors import StreamctlError
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_a_broken_file_is_one_line_or_no_harm(tmp_path, name):
+    campaign = Campaign(tmp_path)
+    campaign.run(name, None, "prepare")
+    assert campaign.failures == []
+
+
+def test_generated_logs_are_one_line_or_no_harm(tmp_path):
+    campaign = Campaign(tmp_path)
+    generated(campaign, 150, number=1)
+    assert campaign.failures == []
+    assert campaign.ends["success"]
+    assert campaign.ends["one line"]
+
+
+def test_the_campaign_notices_a_traceback(tmp_path, monkeypatch):
+    def broken(*_):
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr("benchmarks.fuzz.read_source", broken)
+    campaign = Campaign(tmp_path)
+    campaign.run("nothing", None, "reader")
+    assert campaign.ends == {"traceback": 1}
+
+
+def test_a_long_column_goes_to_disk_and_reads_the_same(monkeypatch):
+    monkeypatch.setattr(columns, "MEMORY_BYTES", 100)
+    column = Column(np.int32)
+    for start in range(0, 1000, 10):
+        column.append(np.arange(start, start + 10))
+    values = column.finish()
+    assert isinstance(values, np.memmap)
+    assert values.tolist() == list(range(1000))
+
+
+def test_times_become_thousandths_from_the_first_fraction_on(monkeypatch):
+    monkeypatch.setattr(columns, "MEMORY_BYTES", 16)
+    times = Times()
+    times.append(np.array([1, 2, 3]))
+    times.append(np.array([4.0, 5.5]))
+    times.append(np.array([6]))
+    assert times.finish().tolist() == [1000, 2000, 3000, 4000, 5500, 6000]
+    with pytest.raises(StreamctlError, match="too large for a time"):
+        Times().append(np.array([1e300]))
