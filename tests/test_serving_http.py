@@ -44,7 +44,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, headers=READ, timeout=30)
 
-    def wait(self, seconds: float = 90) -> Server:
+    def wait(self, seconds: float = 300) -> Server:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:

@@ -55,7 +55,7 @@ class _ResidualNorm(torch.autograd.Function):
             total, given = x, _NO_ROWS[x.dtype]
         else:
             total, given = torch.empty_like(x), _array(delta.to(x.dtype).contiguous(), width)
-        scale = weight.detach().numpy()
+        scale = weight.detach().float().numpy()  # bf16 while serving
         arrays = _array(x, width), given, scale, np.float32(eps), *ctx.chance
         outputs = _array(total, width), _array(out, width), inverse
 
@@ -82,7 +82,7 @@ class _ResidualNorm(torch.autograd.Function):
         grad_weight = np.zeros((-(-rows // step), width), np.float32)
         none = _NO_ROWS[total.dtype]
         arrays = (
-            _array(total, width), weight.detach().numpy(), ctx.inverse,
+            _array(total, width), weight.detach().float().numpy(), ctx.inverse,
             none if grad_total is None else _array(grad_total.contiguous(), width),
             _array(grad_out.contiguous(), width), *ctx.chance,
         )  # fmt: skip
