@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # One thread a test worker: two workers with two threads each fight for two cores.
 WORKERS ?= 2
+# Those that need a GPU (gpu.py) or a run (pipeline.py, search.py) are started by hand.
+BENCHMARKS ?= kernels decode train prepare serve scale ranks throughput kills
 
 .PHONY: demo test lint bench
 
@@ -22,7 +24,7 @@ lint: $(VENV)/.dev
 	$(BIN)/python .ci/audit.py constraints.txt
 
 bench: $(VENV)/.dev
-	for file in benchmarks/*.py; do $(BIN)/python $$file --json --save || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json --save || exit 1; done
 
 $(VENV)/.cpu: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
