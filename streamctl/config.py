@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -229,6 +230,27 @@ STAGES: tuple[type, ...] = (
 )
 
 
+# The least value of a number; 0 for those not named, and nothing may be infinite.
+LEAST = {
+    **dict.fromkeys(
+        ("batch", "beam", "codes", "dim", "epochs", "heads", "history", "latent", "layers",
+         "length", "levels", "negatives", "neighbours", "rounds", "steps", "updates",
+         "validate_every"), 1,
+    ),
+    "bootstrap": 2,
+    "group": 2,  # a group of one has no advantage over itself
+}  # fmt: skip
+
+
+def _check_range(name: str, value: Any, where: str) -> None:
+    """Refuse a number that no stage can work with."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least = LEAST.get(name.rpartition(".")[2], 0)
+    if not math.isfinite(value) or value < least:
+        raise UsageError(f"{name} is {value}; it must be {least} or more", where=where)
+
+
 def _convert(name: str, value: Any, kind: Any, where: str) -> Any:
     """`value` as the field's type; text (from --set) is parsed, TOML values are checked."""
     origin = typing.get_origin(kind)
@@ -271,7 +293,9 @@ def _apply(cls: type, values: dict[str, Any], new: Mapping[str, Any], where: str
                 f"unknown key {name!r} of [{cls.section}]; {close_matches(name, names)}",
                 where=where,
             )
-        values[name] = _convert(f"{cls.section}.{name}", value, hints[name], where)
+        full = f"{cls.section}.{name}"
+        values[name] = _convert(full, value, hints[name], where)
+        _check_range(full, values[name], where)
 
 
 def resolve(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -31,8 +30,10 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"no CUDA device here, so --device {name} cannot run", run="--device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"no such CUDA device here: --device {name}", run="--device cpu")
     if name == "cuda" and world_size() > 1:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
@@ -57,16 +58,6 @@ def autocast(device: torch.device, enabled: bool = True) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def derive_seed(*parts: int | str) -> int:

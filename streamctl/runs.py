@@ -22,6 +22,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,11 +56,14 @@ def command_for(stage: str) -> str:
 
 
 def _git_revision() -> str | None:
-    source = Path(__file__).resolve().parent
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    source = Path(__file__).resolve()
+    git = ["git", "-C", str(source.parent)]
+    options = {"capture_output": True, "text": True, "timeout": 5, "check": True}
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        # An installed copy may lie inside a repository that is somebody else's.
+        subprocess.run([*git, "ls-files", "--error-unmatch", source.name], **options)
+        answer = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=12"], **options)
+    except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip() or None
 
@@ -77,11 +81,12 @@ def versions() -> dict[str, str]:
 
 def provenance() -> dict[str, Any]:
     """Where a result came from: git revision, versions, machine, peak memory of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return {
         "git": _git_revision(),
         "versions": versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20,
     }
 
 

@@ -70,6 +70,8 @@ def test_every_command_says_what_it_reads_writes_and_what_comes_next(words, comm
         (["run", "--run", "none"], 1, "no such run"),
         (["pretrain", "--run", "none", "--set", "epoch=2"], 2, "did you mean epochs"),
         (["run", "--run", "none", "--set", "epochs=2"], 2, "stage.key=value"),
+        (["rl", "--run", "none", "--set", "group=1"], 2, "must be 2 or more"),
+        (["sft", "--run", "none", "--set", "lr=nan"], 2, "must be 0 or more"),
         (["pretrain", "--run", "none", "--size", "huge"], 2, "tiny, small, paper"),
         (["pretrain", "--run", "none", "--sise", "tiny"], 2, "No such option"),
         (["pretrian"], 2, "No such command"),

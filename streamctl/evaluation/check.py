@@ -82,7 +82,7 @@ def _evaluation(receipt: Mapping[str, Any]) -> configs.EvalConfig:
     if "eval" in receipt["stages"]:
         return configs.resolve(configs.EvalConfig, base=receipt["stages"]["eval"]["config"])
     rows = tuple(entry["row"] for entry in receipt["rows"].values() if "stages" in entry)
-    sets = receipt["plan"]["sets"]
+    sets = [text for text in receipt["plan"]["sets"] if text.startswith("eval.")]
     return configs.resolve(configs.EvalConfig, sets=sets, seed=receipt["seed"], methods=rows)
 
 

@@ -43,7 +43,8 @@ class Plan:
         """A stage's configuration; `method` is the baseline whose own settings count too."""
         if "size" in cls.__dataclass_fields__ and "size" not in fixed:
             fixed["size"] = self.size
-        sets = [text for text in self.sets if text.partition(".")[0] not in JOBS]
+        sections = {stage.section for stage in configs.STAGES}
+        sets = [text for text in self.sets if text.partition(".")[0] in sections]
         own = [text for text in self.sets if text.partition(".")[0] == method]
         sets += [f"baseline.{text.partition('.')[2]}" for text in own]
         return configs.resolve(cls, sets=sets, seed=seed, **fixed)

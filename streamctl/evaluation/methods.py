@@ -101,6 +101,12 @@ class Models:
     def baseline(self, name: str) -> Recommender:
         return baseline_class(name).load(self.run.stage(f"baselines/{name}")).to(self.device)
 
+    def tiger(self) -> PolicyRecommender:
+        """The TIGER trained alone, searched like the other generative rows."""
+        model = self.baseline("tiger")
+        settings = {"beam": self.config.beam, "seed": self.config.seed}
+        return PolicyRecommender(model.policy, model.trie, decoder="direct", **settings)
+
     def popularity(self) -> Recommender:
         config = BaselineConfig(name="popularity")
         return baseline_class("popularity")(config, self.split).to(self.device)
@@ -129,7 +135,7 @@ def known_rows(run: RunDir) -> dict[str, Row]:
     """Every row there could be, in the order of the table; TIGER as good as the run has it."""
     own_tiger = run.stage("baselines/tiger").complete
     tiger = (
-        Row("tiger", ("tokenizer", "baselines/tiger"), lambda models: models.baseline("tiger"))
+        Row("tiger", ("tokenizer", "baselines/tiger"), Models.tiger)
         if own_tiger
         else Row(
             "tiger",

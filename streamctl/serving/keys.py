@@ -63,8 +63,13 @@ class KeyRing:
             return
         try:
             if self._stamp_now() != self._stamp:
+                before = self._keys
                 self._load()
                 self.problem = None
+                if before and not self._keys:
+                    # A file that has lost its keys must not open the door to everybody.
+                    self._keys = before
+                    raise StreamctlError("it holds no key any more; the last ones stay in force")
         except (OSError, StreamctlError) as error:
             text = f"the changed key file is not used: {error}"
             self.problem = StreamctlError(text, where=self.path)

@@ -52,11 +52,13 @@ class TitleIndex:
         return sorted(found, key=order)
 
     def _beginning_with(self, prefix: str) -> set[int]:
-        if self._sorted is None:
-            self._sorted = sorted(self._items)
-        low = bisect.bisect_left(self._sorted, prefix)
+        # Kept in hand: `add` in the model's thread may drop the list meanwhile.
+        known = self._sorted
+        if known is None:
+            known = self._sorted = sorted(self._items)
+        low = bisect.bisect_left(known, prefix)
         found: set[int] = set()
-        while low < len(self._sorted) and self._sorted[low].startswith(prefix):
-            found.update(self._items[self._sorted[low]])
+        while low < len(known) and known[low].startswith(prefix):
+            found.update(self._items[known[low]])
             low += 1
         return found

@@ -282,6 +282,10 @@ def rl(run: RunDir, config: RlConfig, *, device: str = "auto", force: bool = Fal
     Every `validate_every` steps ndcg@10 and recall@50 are measured on validation users. Weights
     are kept when ndcg@10 rises and recall@50 stays at SFT's or above; after `patience` validations
     without that the stage rolls back to the best and stops. Writes the policy and report.json.
+
+    Two defaults depart from the paper's letter: codes are sampled inside the catalogue
+    (`rollouts=free` samples from the whole vocabulary, where Eq. 21 is what GRPO then learns), and
+    the target's cross-entropy is kept beside Eq. 20 as an anchor (`anchor_weight=0` drops it).
     """
     parents = ["data", "tokenizer", "annotate", "sft"]
     with run.begin("rl", config, parents, force=force) as stage:
