@@ -14,7 +14,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,8 @@ import numpy as np
 
 from streamctl import config as configs
 from streamctl.data import load_data
-from streamctl.decode.beam import recommend
 from streamctl.evaluation.compare import bootstrap_mean
 from streamctl.evaluation.evaluate import evaluate
-from streamctl.evaluation.generative import PolicyRecommender
 from streamctl.evaluation.methods import Models
 from streamctl.evaluation.metrics import gains
 from streamctl.runs import RunDir, provenance
@@ -98,27 +96,6 @@ LINES = {
 }
 
 
-@dataclass(frozen=True)
-class _Decoded(PolicyRecommender):
-    """The policy's own thoughts by another way of decoding."""
-
-    mode: str = "greedy"
-
-    def rank(self, history, k, *, users=None, exclude=None):
-        ranking, _ = recommend(
-            self.policy,
-            self.trie,
-            history,
-            k,
-            think=self.think,
-            mode=self.mode,
-            beam=self.beam,
-            exclude=exclude,
-            seed=self.seed,
-        )
-        return ranking
-
-
 def _train(run: RunDir, line: Line, folder: Path) -> RunDir:
     """A run with the line's change, finished up to its last stage."""
     job = RunDir(folder)
@@ -144,9 +121,7 @@ def measure(run: RunDir, name: str, users: int) -> tuple[dict[str, Any], np.ndar
     split = load_data(job)[1]
     examples = split.valid.subset(np.arange(min(users or len(split.valid), len(split.valid))))
     models = Models(job, configs.EvalConfig(split="valid"), examples, "auto")
-    recommender = models.thinking(line.last)
-    if line.mode != "greedy":
-        recommender = _Decoded(**vars(recommender), mode=line.mode)
+    recommender = replace(models.thinking(line.last), mode=line.mode)
     found = evaluate(recommender, examples, n_items=split.n_items, masked=False, title=name)
     manifest = job.stage(line.last).manifest
     figures = {key: found.metrics[key] for key in ("recall@10", "ndcg@10")}
