@@ -33,6 +33,10 @@ def command(
     keep_seen: Annotated[
         bool, typer.Option("--keep-seen", help="Recommend items of the history, too.")
     ] = False,
+    evidence: Annotated[
+        bool,
+        typer.Option("--evidence", help="Ask the evidence stage: what did others like this take?"),
+    ] = False,
     input_: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--input", help="Parquet of users to answer in bulk (user_id or history)."),
@@ -53,6 +57,8 @@ def command(
     Stopped and called again it goes on; `torchrun --nproc-per-node N -m streamctl -- recommend ...`
     shares the rows among N workers.
 
+    With --evidence the thought is what other users took, of the evidence stage.
+
     Reads: the best finished stage of the run (rl, else sft, else pretrain); with --input, a
     parquet with a column user_id or history (item ids, oldest first).
     Writes: nothing, or the file that --output names.
@@ -72,6 +78,17 @@ def command(
     if (input_ is None) != (output is None):
         raise UsageError("--input and --output go together")
     folder = RunDir(run)
+    if evidence:
+        if input_ is not None or think is not None:
+            raise UsageError("--evidence answers one user or history, and takes no --think")
+        from streamctl.serving.evidence import answer as look_up
+
+        items = None if history is None else [x.strip() for x in history.split(",") if x.strip()]
+        found = look_up(
+            folder, user=user, items=items, k=k, exclude_seen=not keep_seen, device=device
+        )
+        print_json(found) if json_ else show_evidence(found)
+        return
     query: dict[str, Any] = {"k": k, "mode": mode, "exclude_seen": not keep_seen}
     query["think"] = "auto" if think is None else think
     if input_ is not None:
@@ -156,6 +173,27 @@ def show(answer: dict[str, Any]) -> None:
         row = (str(place), escape(item["id"]), escape(item["title"]), f"{item['score']:.3f}")
         table.add_row(*row)
     console.print(table)
+
+
+def show_evidence(answer: dict[str, Any]) -> None:
+    """Print history, look-ups and ranking."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from streamctl.commands.options import print_table
+
+    console = Console()
+    console.print("[bold]History[/]")
+    for item in answer["history"]:
+        console.print(f"  {escape(item['title'])}  [dim]{escape(item['id'])}[/]")
+    for number, reasons in enumerate(answer["look_ups"], 1):
+        console.print(f"[bold]Look-up {number}[/]" + ("" if reasons else ": nobody like this"))
+        for reason in reasons:
+            had = ", ".join(item["title"] for item in reason["had"])
+            console.print(f"  who had [dim]{escape(had)}[/]")
+            console.print(f"    took [cyan]{escape(reason['took']['title'])}[/]")
+    rows = [[place, x["id"], x["title"], x["score"]] for place, x in enumerate(answer["items"], 1)]
+    print_table("Recommended", ["", "item", "title", "score"], rows)
 
 
 def show_first_user(run: RunDir, *, device: str) -> None:
