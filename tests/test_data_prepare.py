@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from streamctl.config import DataConfig
 from streamctl.data import load_data, prepare
+from streamctl.data.log import ranges
 from streamctl.data.prepare import build
 from streamctl.data.sources import read_source
 from streamctl.data.sources.raw import ItemTable, RawLog
@@ -239,3 +240,18 @@ def test_scientific_is_as_published(tmp_path, capsys):
     assert "published" not in capsys.readouterr().err
     whole, _, _ = build(read_source(source), DataConfig(min_item=0))
     assert len(whole) == 3_686
+
+
+def test_a_log_prepared_in_many_ranges_on_disk_is_the_log_prepared_in_one(monkeypatch):
+    whole, log, facts = build(raw_log(LOG), DataConfig())
+    for module in ("order", "statistics"):
+        path = f"streamctl.data.{module}.ranges"
+        monkeypatch.setattr(path, lambda offsets: ranges(offsets, rows=13))
+    monkeypatch.setattr("streamctl.data.columns.CHUNK_ROWS", 7)
+    monkeypatch.setattr("streamctl.data.columns.MEMORY_BYTES", 50)
+    catalog, parts, again = build(raw_log(LOG), DataConfig())
+    assert isinstance(parts.items, np.memmap)
+    assert len(list(ranges(parts.offsets, rows=13))) > 1
+    assert as_named(catalog, parts) == as_named(whole, log)
+    assert parts.timestamps.tolist() == log.timestamps.tolist()
+    assert again == facts
