@@ -113,7 +113,7 @@ def is_loopback(host: str) -> bool:
 
 READ = [Depends(_reader)]
 WRITE = [Depends(_writer)]
-COMMON = (401, 413, 421, 422, 503)
+COMMON = (400, 401, 413, 421, 422, 503)
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
@@ -244,7 +244,7 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
 
 def _add_changes(app: FastAPI, service: Service) -> None:
     options = {"tags": ["changes"], "dependencies": WRITE}
-    failures = (401, 403, 413, 422, 503)
+    failures = (400, 401, 403, 413, 422, 503)
 
     @app.post(
         "/v1/items",

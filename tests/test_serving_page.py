@@ -1,0 +1,177 @@
+"""The page as people meet it: a real browser on a real server."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+from serving_run import KEYS, make_run
+from test_serving_http import Server
+
+from streamctl.config import EvalConfig
+from streamctl.evaluation.stage import evaluate_run
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.xdist_group("serving"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+]
+expect = playwright.expect
+SLOW_MS = 30_000  # a busy machine takes its time
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("page") / "run")
+    evaluate_run(run, EvalConfig(users=20, beam=10, bootstrap=20), device="cpu")
+    server = Server(run.path, "--deadline-ms", 20000)
+    yield server.wait()
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page; what it fetched from elsewhere and what its console complained of fail the test."""
+    page = browser.new_page()
+    page.set_default_timeout(SLOW_MS)
+    expect.set_options(timeout=SLOW_MS)
+    foreign, complaints = [], []
+    page.on("request", lambda one: one.url.startswith(server.url) or foreign.append(one.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(server.url)
+    expect(page.locator("#model")).to_have_text("run, stage sft")
+    yield page
+    page.close()
+    assert not foreign and not complaints
+
+
+def test_a_history_is_clicked_together_and_gets_fast_and_slow_answers_and_a_thought(page):
+    word = page.evaluate("fetch('v1/items?limit=1').then((r) => r.json())")["items"][0]["title"]
+    for _ in range(2):
+        page.get_by_label("Add an item by its title").fill(word)
+        page.get_by_role("option", name=word).first.click()
+    expect(page.locator("#history li")).to_have_count(2)
+    expect(page.locator("#fast li[data-id]")).to_have_count(10)
+    expect(page.locator("#slow li[data-id]")).to_have_count(10)
+    expect(page.locator("#path [role=tab]")).to_have_count(5)  # the history and four think tokens
+    expect(page.locator("#fast-time")).to_contain_text("ms")
+    page.locator("#slow button.title").first.click()
+    expect(page.locator("#history li")).to_have_count(3)
+    page.get_by_role("button", name="Remove").first.click()
+    expect(page.locator("#history li")).to_have_count(2)
+
+
+def test_the_slider_sets_how_long_it_thinks_and_shows_what_that_costs(page):
+    page.get_by_role("button", name="A real user").click()
+    expect(page.locator("#path [role=tab]")).to_have_count(5)
+    page.get_by_label("Think tokens", exact=True).focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#think-value")).to_have_text("2")
+    expect(page.locator("#path [role=tab]")).to_have_count(3)
+    expect(page.locator("#slow-title")).to_contain_text("2 think tokens")
+    expect(page.locator("#latency")).to_have_text(re.compile(r"\d+ ms with 2 think tokens"))
+
+
+def test_the_thought_is_walked_with_the_arrow_keys_and_each_step_has_its_ranking(page):
+    page.get_by_role("button", name="A real user").click()
+    last = page.locator("#path [role=tab]").nth(4)
+    expect(last).to_have_attribute("aria-selected", "true")
+    expect(page.locator("#step li[data-id]")).to_have_count(10)
+    final = page.locator("#step li[data-id]").evaluate_all("rows => rows.map(r => r.dataset.id)")
+    slow = page.locator("#slow li[data-id]").evaluate_all("rows => rows.map(r => r.dataset.id)")
+    assert final == slow
+    expect(page.locator("#step .words-list li").first).to_be_visible()
+    last.focus()
+    page.keyboard.press("Home")
+    expect(page.locator("#step")).to_contain_text("The ranking before thinking")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#path [role=tab]").nth(1)).to_be_focused()
+    expect(page.locator("#step")).to_contain_text("after 1 of 4")
+
+
+def test_the_search_works_without_a_mouse(page):
+    word = page.evaluate("fetch('v1/items?limit=1').then((r) => r.json())")["items"][0]["title"]
+    search = page.get_by_role("combobox")
+    search.fill(word)
+    expect(page.get_by_role("option", name=word).first).to_be_visible()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.locator("#history li")).to_have_count(1)
+
+
+def test_an_error_of_the_server_is_read_out_and_gone_with_the_next_success(page):
+    problem = (
+        '{"title": "Too Many Requests", "status": 429, "detail": "too many requests wait already"}'
+    )
+    page.route(
+        "**/v1/recommend",
+        lambda route: route.fulfill(
+            status=429, body=problem, headers={"Retry-After": "3"}, content_type="application/json"
+        ),
+    )
+    page.get_by_role("button", name="A real user").click()
+    alert = page.get_by_role("alert")
+    expect(alert).to_have_text("too many requests wait already Try again in 3 s.")
+    page.unroute("**/v1/recommend")
+    page.get_by_role("button", name="A real user").click()
+    expect(page.locator("#fast li[data-id]")).to_have_count(10)
+    expect(alert).to_be_empty()
+
+
+def test_the_run_has_its_table_its_curves_and_its_codes(page):
+    page.get_by_role("link", name="This run").click()
+    expect(page.locator("#metrics table")).to_have_count(2)
+    expect(page.locator("#metrics")).to_contain_text("stream_sft")
+    assert page.locator("#curves svg").count() > 1
+    expect(page.locator("#codes svg")).to_have_count(3)
+    page.get_by_role("link", name="API").click()
+    expect(page.get_by_text("/v1/recommend/batch")).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_runs_off_the_side(page, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.get_by_role("button", name="A real user").click()
+    expect(page.locator("#slow li[data-id]")).to_have_count(10)
+    for link in ("Recommend", "This run"):
+        page.get_by_role("link", name=link).click()
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_every_control_has_a_name(page):
+    page.get_by_role("button", name="A real user").click()
+    expect(page.locator("#slow li[data-id]")).to_have_count(10)
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("button, input, [role=tab]")].filter((one) =>
+            !one.textContent.trim() && !one.getAttribute("aria-label") && !one.labels?.length)
+            .map((one) => one.outerHTML)"""
+    )
+    assert unnamed == []
+
+
+def test_a_server_with_keys_asks_for_one(browser, server, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(f"read {KEYS['read']}\n")
+    guarded = Server(server.run, "--items", tmp_path / "items.jsonl", keys=keys).wait()
+    try:
+        page = browser.new_page()
+        page.set_default_timeout(SLOW_MS)
+        page.goto(guarded.url)
+        page.get_by_role("button", name="A real user").click()
+        page.get_by_label("API key", exact=True).fill(KEYS["read"])
+        page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#history li").first).to_be_visible()
+    finally:
+        guarded.kill()
