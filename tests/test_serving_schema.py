@@ -83,7 +83,7 @@ def test_no_request_breaks_the_server_and_every_answer_is_described(
     )
     @given(case=cases)
     def run(case):
-        case.call_and_validate(base_url=server.url, headers=headers, checks=wanted)
+        case.call_and_validate(base_url=server.url, headers=headers, checks=wanted, timeout=120)
 
     run()
     assert server.process.poll() is None
