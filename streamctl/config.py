@@ -162,7 +162,7 @@ class EvidenceConfig:
 
     section: ClassVar[str] = "evidence"
     size: Size = "tiny"
-    look_ups: int = 4  # l: questions to the memory before the answer
+    look_ups: int = 4  # the most questions to the memory; validation chooses how many help
     neighbours: int = 100  # rows that one look-up finds
     index: Literal["flat", "ivf", "hnsw"] = "flat"  # exact, or faster on millions of rows
     dropout: float = 0.2
@@ -234,7 +234,7 @@ STAGES: tuple[type, ...] = (
 LEAST = {
     **dict.fromkeys(
         ("batch", "beam", "codes", "dim", "epochs", "heads", "history", "latent", "layers",
-         "length", "levels", "negatives", "neighbours", "rounds", "steps", "updates",
+         "length", "levels", "look_ups", "negatives", "neighbours", "rounds", "steps", "updates",
          "validate_every"), 1,
     ),
     "bootstrap": 2,

@@ -42,7 +42,13 @@ def run(tmp_path_factory) -> RunDir:
 
 @pytest.fixture(scope="module")
 def thinker(run) -> EvidenceThinker:
-    return load_thinker(run, CPU)
+    return load_thinker(run, CPU, look_ups=CONFIG.look_ups)
+
+
+def test_as_many_look_ups_as_ranked_best_on_validation(run):
+    report = run.stage("evidence").json("report.json")
+    found = [report["valid"][f"{count} look-ups"]["ndcg@10"] for count in (1, 2)]
+    assert load_thinker(run, CPU).look_ups == report["look_ups"] == 1 + int(np.argmax(found))
 
 
 def test_a_search_is_the_exact_cosine_order_without_the_users_own_rows():
@@ -218,7 +224,7 @@ def test_the_state_learns_the_circle(thinker):
 
 
 def test_random_evidence_is_fixed_for_a_user_whatever_the_batch(run):
-    drawn = load_thinker(run, CPU, random=3)
+    drawn = load_thinker(run, CPU, look_ups=2, random=3)
     start = torch.randn(4, drawn.vectors.shape[1])
     users, history = np.array([4, 9, 1, 30]), torch.tensor([[1], [2], [3], [4]])
     together = drawn.think(start, history, users).look_ups[0].rows

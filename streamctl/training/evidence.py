@@ -80,7 +80,7 @@ def evidence(
     """Train the ranker, fill the memory, and choose on validation how evidence is weighed.
 
     Writes the weights, the memory's arrays and report.json: the settings, validation ndcg@10 for
-    0..look_ups look-ups, and the memory's size and latency.
+    0..look_ups look-ups and the best number of them, and the memory's size and latency.
     """
     with run.begin("evidence", config, ["data", "tokenizer"], force=force) as stage:
         if stage is None:
@@ -117,10 +117,13 @@ def evidence(
         )  # fmt: skip
         memory = build_memory(ranker, split, config.index)
         settings, chosen = choose(ranker, memory, config, sample)
+        counts = range(1, config.look_ups + 1)  # none at all is the row evidence_l0
+        best = max(counts, key=lambda count: chosen[f"{count} look-ups"]["ndcg@10"])
         report = {
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,
             "settings": asdict(settings),
+            "look_ups": best,
             "valid": chosen,
             "memory": {"rows": len(memory), "bytes": memory.bytes, "index": memory.kind},
         }
@@ -146,7 +149,7 @@ def load_thinker(
     """The thinker of a complete `evidence` stage.
 
     Args:
-        look_ups: l; None for as many as validation chose the settings with.
+        look_ups: l; None for as many, one or more, as ranked best on validation.
         random: see `EvidenceThinker`.
     """
     from safetensors.torch import load_file
@@ -157,10 +160,11 @@ def load_thinker(
     shape = encoder_shape(config, material.ids.tokens().size)
     ranker = StateRanker(shape, material.item_tokens)
     ranker.load_state_dict(load_file(stage.file(WEIGHTS)))
-    settings = EvidenceSettings(**stage.json("report.json")["settings"])
+    report = stage.json("report.json")
     return EvidenceThinker(
-        ranker.to(device).eval(), Memory.load(stage.path, config.index), settings,
-        look_ups=config.look_ups if look_ups is None else look_ups, random=random,
+        ranker.to(device).eval(), Memory.load(stage.path, config.index),
+        EvidenceSettings(**report["settings"]),
+        look_ups=report["look_ups"] if look_ups is None else look_ups, random=random,
     )  # fmt: skip
 
 
@@ -170,8 +174,7 @@ def choose(
     """Settings by ndcg@10 of validation users, and that figure for 0..l look-ups.
 
     Repeats first, on the state alone; then what is compared, temperature, decay and weight, with
-    one look-up; then
-    how far the state moves, with all of them; then the weight again.
+    one look-up; then how far the state moves, with all of them; then the weight again.
     """
     bench = _Bench(ranker, memory, config, examples)
     settings = EvidenceSettings(neighbours=config.neighbours, weight=0.0)
