@@ -61,7 +61,7 @@ def test_every_row_gets_the_answer_that_it_would_get_alone(run, users, tmp_path,
         alone = engine.recommend([job])[0]["items"]
         assert row["items"] == [item["id"] for item in alone] and row["problem"] is None
         assert row["scores"] == pytest.approx([item["score"] for item in alone], abs=1e-4)
-    assert rows[100]["problem"] == "user_id: no such user" and rows[100]["items"] == []
+    assert rows[100]["problem"] == "user_id: no such user: nobody" and rows[100]["items"] == []
     assert not output.with_name("recs.parquet.parts").exists()
 
 
