@@ -32,7 +32,8 @@ class StreamctlError(Exception):
         parts = [f"{self.where}: {what}" if self.where else what]
         if run:
             parts.append(f"Next: {run}")
-        super().__init__(". ".join(parts))
+        # What a file says may hold line breaks; an error is one line.
+        super().__init__(" ".join(". ".join(parts).splitlines()))
 
 
 class UsageError(StreamctlError):
