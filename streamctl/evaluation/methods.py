@@ -23,8 +23,8 @@ from streamctl.runs import RunDir
 from streamctl.training.annotate import label
 from streamctl.training.evidence import load_thinker
 from streamctl.training.material import Material
+from streamctl.training.sft import TWIN
 
-TWIN = "baselines/no_thinking"
 EVIDENCE = ("tokenizer", "evidence")
 EVIDENCE_COUNTS = (0, 1, 2, 3)  # look-ups of the controls; the row itself has as many as trained
 
