@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from .. import threads
+from ..simd import prefetch
 from . import bad_edge, bad_node, bad_offsets, bad_score, bad_token
 
 _CHUNK_WORK = 1 << 15  # logits looked at before a second thread is worth waking
@@ -70,6 +71,28 @@ def _prepare(raw, values, count):
     return np.nan if strange else highest
 
 
+@numba.njit(**_options)
+def _fetch(rows, bits, b, w, node, child_start, tokens, tokens32):
+    """Ask for the logits of a node's children: they lie close together, far from other beams'."""
+    if node < 0 or node >= child_start.shape[0] - 1:
+        return
+    start, stop = child_start[node], child_start[node + 1]
+    if start < 0 or stop > max(tokens.shape[0], tokens32.shape[0]) or start >= stop:
+        return
+    if tokens32.shape[0]:
+        low, high = np.int64(tokens32[start]), np.int64(tokens32[stop - 1])
+    else:
+        low, high = tokens[start], tokens[stop - 1]
+    if bits.shape[0]:
+        row, size = bits.ctypes.data + b * bits.strides[0] + w * bits.strides[1], bits.strides[2]
+    else:
+        row, size = rows.ctypes.data + b * rows.strides[0] + w * rows.strides[1], rows.strides[2]
+    # Wrong tokens are found when they are read; until then no more than a row is asked for.
+    high = min(high, low + max(rows.shape[2], bits.shape[2]))
+    for place in range(row + low * size, row + high * size + 64, 64):
+        prefetch(place)
+
+
 @numba.njit(
     numba.types.UniTuple(numba.int64, 2)(
         # logits as float32 and as bf16 bits, and tokens as int64 and as int32: of each pair one
@@ -112,6 +135,8 @@ def _search(
         found = 0
         for w in range(width):
             node = nodes[b, w]
+            if w + 1 < width:
+                _fetch(logits, logit_bits, b, w + 1, nodes[b, w + 1], child_start, tokens, tokens32)
             if node == -1:
                 continue
             if node < 0 or node >= n_nodes:
