@@ -10,7 +10,7 @@ from .. import threads
 from ..simd import prefetch
 from . import bad_edge, bad_node, bad_offsets, bad_score, bad_token
 
-_CHUNK_WORK = 1 << 15  # logits looked at before a second thread is worth waking
+_CHUNK_WORK = 1 << 15  # logits weighed before a second thread is worth waking
 _BAD_NODE, _BAD_OFFSETS, _BAD_TOKEN, _BAD_EDGE, _BAD_SCORE = range(1, 6)
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _INVERSE = tuple(1.0 / math.factorial(i) for i in range(14))
@@ -69,6 +69,18 @@ def _prepare(raw, values, count):
         strange |= not value < np.inf
         highest = max(highest, value)
     return np.nan if strange else highest
+
+
+@numba.njit(**_options)
+def _children(nodes, child_start):
+    """How many children the beams have together; a beam on no node has none."""
+    total = 0
+    for b in range(nodes.shape[0]):
+        for w in range(nodes.shape[1]):
+            node = nodes[b, w]
+            if 0 <= node < child_start.shape[0] - 1:
+                total += child_start[node + 1] - child_start[node]
+    return total
 
 
 @numba.njit(**_options)
@@ -242,8 +254,12 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
     def search(first, last):
         return _search(*inputs, first, last, *outputs)
 
-    alike = -(-batch // (2 * torch.get_num_threads()))
-    step = max(1, alike, _CHUNK_WORK // max(1, width * vocabulary))
+    whole = batch * width * vocabulary
+    work = (
+        whole if normalize == "vocabulary" else _children(nodes.numpy(), trie.child_start.numpy())
+    )
+    chunks = max(1, min(2 * torch.get_num_threads(), work // _CHUNK_WORK))
+    step = max(1, -(-batch // chunks))
     for error, value in threads.over_ranges(search, batch, step):
         if error:
             raise _ERRORS[error](value, trie.child_start.shape[0] - 1, vocabulary)
