@@ -19,12 +19,12 @@ def tensor(name, value, shape, dtypes, device=None):
     if not isinstance(value, torch.Tensor):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise KernelError(f"{name} must be a torch.Tensor, got {kind}")
-    want = "(" + ", ".join(str(s) for s in shape) + ")"
-    fits = value.dim() == len(shape) and all(
-        isinstance(s, str) or s == n for s, n in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
-        raise KernelError(f"{name} must have shape {want}, got {tuple(value.shape)}")
+    got = value.shape
+    if len(got) != len(shape) or any(
+        want != size and not isinstance(want, str) for want, size in zip(shape, got, strict=True)
+    ):
+        want = "(" + ", ".join(str(s) for s in shape) + ")"
+        raise KernelError(f"{name} must have shape {want}, got {tuple(got)}")
     if value.dtype not in dtypes:
         got = str(value.dtype).removeprefix("torch.")
         raise KernelError(f"{name} must be {_names(dtypes)}, got {got}")
