@@ -12,11 +12,9 @@ from test_baselines import N_ITEMS, write_cycle
 from streamctl.config import EvalConfig, EvidenceConfig, TokenizeConfig
 from streamctl.data import load_data
 from streamctl.decode.evidence import EvidenceSettings, EvidenceThinker, repeats
-from streamctl.errors import StreamctlError
 from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.retrieval.memory import STRANGER, Memory
 from streamctl.runs import RunDir
-from streamctl.serving.evidence import answer
 from streamctl.tokenizer.stage import tokenize
 from streamctl.training.evidence import evidence, load_thinker
 
@@ -265,16 +263,6 @@ def test_the_evaluation_has_the_thinker_and_its_controls(run):
     counts = {f"evidence_l{count}" for count in range(4)}
     assert counts | {"random_evidence"} <= result["controls"].keys()
     assert {"evidence_l0", "random_evidence"} <= result["comparisons"]["stream_evidence"].keys()
-
-
-def test_an_answer_shows_what_others_had_and_took(run):
-    found = answer(run, items=["i5", "i6", "i7"], k=4, device="cpu")
-    assert [item["id"] for item in found["history"]] == ["i5", "i6", "i7"]
-    assert len(found["items"]) == 4
-    assert not {item["id"] for item in found["items"]} & {"i5", "i6", "i7"}
-    assert found["look_ups"][0][0]["took"]["id"].startswith("i")
-    with pytest.raises(StreamctlError, match="i99"):
-        answer(run, items=["i99"], device="cpu")
 
 
 def test_recommend_prints_the_look_ups(run, streamctl):

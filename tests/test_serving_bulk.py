@@ -80,6 +80,17 @@ def test_histories_may_be_given_and_count_before_users(run, tmp_path):
     assert summary["problems"] == 2
 
 
+def test_rows_with_nulls_are_told_which_value_is_missing(run, tmp_path):
+    path, output = tmp_path / "users.parquet", tmp_path / "recs.parquet"
+    known = pq.read_table(run.path / "data" / "items.parquet")["item_id"][0].as_py()
+    histories = [None, [known, None], [None], [known]]
+    table = {"history": pa.array(histories, pa.list_(pa.string())), "user_id": [None] * 4}
+    pq.write_table(pa.table(table), path)
+    assert recommend_file(run, path, output, QUERY, device="cpu")["problems"] == 3
+    problems = [row["problem"] for row in rows_of(output)]
+    assert problems == ["user_id: is null", "history/1: is null", "history/0: is null", None]
+
+
 def test_a_killed_job_goes_on_where_it_was_and_ends_the_same(run, users, tmp_path, small_parts):
     whole, output = tmp_path / "whole.parquet", tmp_path / "recs.parquet"
     recommend_file(run, users, whole, QUERY, device="cpu")

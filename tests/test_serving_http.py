@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from serving_run import KEYS, THINK, make_run
 
@@ -78,7 +79,7 @@ class Server:
 def runs(tmp_path_factory):
     """Two runs side by side, `first` and `second`, with different weights."""
     folder = tmp_path_factory.mktemp("runs")
-    make_run(folder / "first", seed=0)
+    make_run(folder / "first", seed=0, evidence=True)
     make_run(folder / "second", seed=1)
     (folder / "keys").write_text(f"read {KEYS['read']}\nwrite {KEYS['write']}\n")
     return folder
@@ -156,6 +157,20 @@ def test_the_explanation_holds_each_think_token_and_the_rankings(server, history
         assert step["words"] and (len(step["items"]) >= 5 or step["words"][0] in titles)
 
 
+def test_a_query_may_think_by_evidence_and_is_told_who_took_what(server, history):
+    answer = server.recommend(history=history, k=5, thinker="evidence", think=2, explain=True)
+    assert (answer["thinker"], answer["think"]) == ("evidence", 2)
+    assert answer["model"]["stage"] == "evidence"
+    assert [item["id"] for item in answer["items"]] != server.ids(history=history, k=5)
+    for step in answer["explain"]["steps"]:
+        reason = step["reasons"][0]
+        had = [item["title"] for item in reason["had"]]
+        assert all(title in reason["text"] for title in [*had, reason["took"]["title"]])
+    offered = server.client.get("/readyz").json()["thinkers"]
+    assert [one["name"] for one in offered] == ["stream", "evidence"]
+    assert 'thinker="evidence"' in server.client.get("/metrics").text
+
+
 def test_the_batch_form_gives_what_single_requests_give(server, history):
     questions = [{"history": history, "k": 3}, {"user_id": "u020", "k": 5, "think": 0}]
     answer = server.client.post("/v1/recommend/batch", json={"requests": questions}).json()
@@ -175,6 +190,7 @@ def test_the_batch_form_gives_what_single_requests_give(server, history):
         ({"user_id": "u017", "k": 101}, "/k"),
         ({"user_id": "u017", "think": 9}, "/think/constrained-int"),
         ({"user_id": "u017", "mode": "deep"}, "/mode"),
+        ({"user_id": "u017", "thinker": "magic"}, "/thinker/literal['stream','evidence']"),
         ({"user_id": "u017", "kk": 1}, "/kk"),
         ({"user_id": "u017", "filter": {"brnd": ["x"]}}, "/filter/brnd"),
         ({"user_id": "u017", "allow": ["nothing"]}, "/allow/0"),
@@ -302,7 +318,7 @@ def test_an_item_of_the_run_can_be_taken_out(server):
 def test_the_metrics_count_what_happened(server, history):
     server.ids(history=history, think=2)
     text = server.client.get("/metrics").text
-    assert 'streamctl_recommend_seconds_count{think="2"}' in text
+    assert 'streamctl_recommend_seconds_count{think="2",thinker="stream"}' in text
     for name in ("batch_size", "queue_length", "queue_seconds", "rejected", "expired", "items"):
         assert f"streamctl_{name}" in text
 
@@ -474,6 +490,28 @@ def test_a_killed_server_comes_back_with_everything_that_was_added(own):
         server.kill()
 
 
+def test_a_damaged_journal_stops_changes_but_no_answers_and_no_start_hides_it(own):
+    server = Server(own / "first", keys=own / "keys").wait()
+    journal = own / "first" / "serving" / "items.jsonl"
+    try:
+        new = {"id": "new-1", "title": "Alder pigment"}
+        assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
+        with open(journal, "a") as handle:
+            handle.write('[1, 2]\n{"op": "remove", "id": "new-1"}\n')
+        time.sleep(1.2)  # the idle worker has looked at it, too
+        assert server.ids(user_id="u017", allow=["new-1"]) == ["new-1"]
+        refused = server.client.delete("/v1/items/new-1", headers=WRITE)
+        assert refused.status_code == 507 and "damaged" in refused.json()["detail"]
+        assert journal.read_text().count("\n") == 3
+        server.stop()
+        assert "items.jsonl:2" in server.process.stderr.read()
+    finally:
+        server.kill()
+    again = Server(own / "first", keys=own / "keys")
+    _, errors = again.process.communicate(timeout=60)
+    assert again.process.returncode != 0 and "items.jsonl:2" in errors
+
+
 def test_added_items_follow_to_a_run_with_other_codes(own):
     server = Server(own / "first", keys=own / "keys").wait()
     try:
@@ -494,7 +532,7 @@ def test_two_workers_agree_on_items_and_follow_a_reload(own):
         def everywhere(check) -> bool:
             """Each call on a connection of its own, so that both workers are met."""
             for _ in range(16):
-                with httpx.Client(base_url=server.url, headers=READ, timeout=30) as client:
+                with httpx.Client(base_url=server.url, headers=READ, timeout=90) as client:
                     while client.get("/readyz").status_code != 200:
                         time.sleep(0.1)
                     if not check(client):
@@ -516,6 +554,11 @@ def test_two_workers_agree_on_items_and_follow_a_reload(own):
             lambda client: client.get("/readyz").json()["model"]["run"] == "second"
         ):
             time.sleep(0.2)
+        assert everywhere(lambda client: client.get("/readyz").json()["model"]["run"] == "second")
+        # Workers that take the place of killed ones serve what these served.
+        for child in psutil.Process(server.process.pid).children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
         assert everywhere(lambda client: client.get("/readyz").json()["model"]["run"] == "second")
         metrics = server.client.get("/metrics").text
         assert "streamctl_recommend_seconds_count" in metrics

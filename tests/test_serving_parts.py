@@ -201,11 +201,15 @@ def test_a_record_that_was_cut_off_is_dropped_and_the_next_one_takes_its_place(t
     assert path.read_bytes() == whole + b'{"number": 2}\n'
 
 
-def test_a_damaged_line_names_the_file_and_the_line(tmp_path):
+@pytest.mark.parametrize("line", ["not json", "[1]", "null", '"text"', "[" * 5000, '{"bad": 1}'])
+def test_a_damaged_line_names_the_file_and_the_line_and_the_ones_before_count(tmp_path, line):
     path = tmp_path / "items.jsonl"
-    path.write_text('{"a": 1}\nnot json\n{"a": 2}\n')
-    with pytest.raises(StreamctlError, match=r"items\.jsonl:2"):
-        Journal(path).news()
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
+    journal = Journal(path, lambda record: "bad" not in record)
+    assert journal.news() == [{"a": 1}]
+    for _ in range(2):
+        with pytest.raises(StreamctlError, match=r"items\.jsonl:2"):
+            journal.news()
 
 
 def _append_many(path, name):

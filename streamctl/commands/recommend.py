@@ -27,7 +27,9 @@ def command(
     k: Annotated[int, typer.Option("-k", "--k", help="Items wanted.", min=1, max=100)] = 10,
     think: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--think", help="Think tokens; default: as trained.", min=0, max=8),
+        typer.Option(
+            "--think", help="Think tokens or look-ups [default: as trained].", min=0, max=8
+        ),
     ] = None,
     mode: Annotated[str, typer.Option("--mode", help="greedy, joint or marginal.")] = "greedy",
     keep_seen: Annotated[
@@ -35,7 +37,7 @@ def command(
     ] = False,
     evidence: Annotated[
         bool,
-        typer.Option("--evidence", help="Ask the evidence stage: what did others like this take?"),
+        typer.Option("--evidence", help="Think by evidence: what did others like this take?"),
     ] = False,
     input_: Annotated[
         Optional[Path],  # noqa: UP045
@@ -51,15 +53,14 @@ def command(
     """Recommend for one user or history and show what the model thought, or for a file of users.
 
     Each think token is shown as the words and items that its code stands for, with the ranking
-    after it.
+    after it; with --evidence each look-up as what other users had and took.
 
     A file's answers stand in the order of its rows; a row that has none says why in `problem`.
     Stopped and called again it goes on; `torchrun --nproc-per-node N -m streamctl -- recommend ...`
     shares the rows among N workers.
 
-    With --evidence the thought is what other users took, of the evidence stage.
-
-    Reads: the best finished stage of the run (rl, else sft, else pretrain); with --input, a
+    Reads: the best finished stage of the run (rl, else sft, else pretrain, else evidence); with
+    --evidence the evidence stage; with --input, a
     parquet with a column user_id or history (item ids, oldest first).
     Writes: nothing, or the file that --output names.
     Next: `streamctl serve --run RUN` answers the same over HTTP.
@@ -78,19 +79,9 @@ def command(
     if (input_ is None) != (output is None):
         raise UsageError("--input and --output go together")
     folder = RunDir(run)
-    if evidence:
-        if input_ is not None or think is not None:
-            raise UsageError("--evidence answers one user or history, and takes no --think")
-        from streamctl.serving.evidence import answer as look_up
-
-        items = None if history is None else [x.strip() for x in history.split(",") if x.strip()]
-        found = look_up(
-            folder, user=user, items=items, k=k, exclude_seen=not keep_seen, device=device
-        )
-        print_json(found) if json_ else show_evidence(found)
-        return
     query: dict[str, Any] = {"k": k, "mode": mode, "exclude_seen": not keep_seen}
     query["think"] = "auto" if think is None else think
+    query["thinker"] = "evidence" if evidence else "auto"
     if input_ is not None:
         from streamctl.serving.bulk import recommend_file
 
@@ -140,7 +131,7 @@ def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
     except Refused as error:
         raise StreamctlError(str(error), where=run.path) from error
     described = [engine.catalogue.describe(item) for item in job.history.tolist()]
-    return {"model": engine.model, "history": described, **engine.recommend([job])[0]}
+    return {"model": job.model, "history": described, **engine.recommend([job])[0]}
 
 
 def show(answer: dict[str, Any]) -> None:
@@ -159,7 +150,9 @@ def show(answer: dict[str, Any]) -> None:
     for number, step in enumerate(steps, 1):
         words = ", ".join(step["words"]) or "-"
         console.print(f"  {number}. {escape(step['title'])}: [cyan]{escape(words)}[/]")
-        for item in step["items"][:3]:
+        for reason in step["reasons"]:
+            console.print(f"        {escape(reason['text'])}", style="dim")
+        for item in step["items"][:3] if not step["reasons"] else ():
             console.print(f"        such as {escape(item['title'])}", style="dim")
         ranking = [item["id"] for item in step["ranking"]]
         new = [item for item in ranking if item not in before]
@@ -167,33 +160,12 @@ def show(answer: dict[str, Any]) -> None:
         console.print(f"        now first: {escape(top)}; {len(new)} new among {len(ranking)}")
         before = ranking
     table = Table(title="Recommended", title_justify="left")
-    for name in ("", "item", "title", "log P"):
-        table.add_column(name, justify="right" if name in ("", "log P") else "left")
+    for name in ("", "item", "title", "score"):
+        table.add_column(name, justify="right" if name in ("", "score") else "left")
     for place, item in enumerate(answer["items"], 1):
         row = (str(place), escape(item["id"]), escape(item["title"]), f"{item['score']:.3f}")
         table.add_row(*row)
     console.print(table)
-
-
-def show_evidence(answer: dict[str, Any]) -> None:
-    """Print history, look-ups and ranking."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    from streamctl.commands.options import print_table
-
-    console = Console()
-    console.print("[bold]History[/]")
-    for item in answer["history"]:
-        console.print(f"  {escape(item['title'])}  [dim]{escape(item['id'])}[/]")
-    for number, reasons in enumerate(answer["look_ups"], 1):
-        console.print(f"[bold]Look-up {number}[/]" + ("" if reasons else ": nobody like this"))
-        for reason in reasons:
-            had = ", ".join(item["title"] for item in reason["had"])
-            console.print(f"  who had [dim]{escape(had)}[/]")
-            console.print(f"    took [cyan]{escape(reason['took']['title'])}[/]")
-    rows = [[place, x["id"], x["title"], x["score"]] for place, x in enumerate(answer["items"], 1)]
-    print_table("Recommended", ["", "item", "title", "score"], rows)
 
 
 def show_first_user(run: RunDir, *, device: str) -> None:

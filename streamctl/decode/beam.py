@@ -20,6 +20,7 @@ from streamctl.decode.think import (
     sample_thoughts,
 )
 from streamctl.device import autocast, derive_seed
+from streamctl.distributed import Share
 from streamctl.errors import UsageError
 from streamctl.model.policy import DecoderName, Encoded, Policy
 from streamctl.tokenizer.trie import PrefixTrie
@@ -86,7 +87,7 @@ def recommend(
     states = torch.zeros(len(history), width + 1, policy.config.d_model, device=device)
     # Users of similar lengths side by side: little of a chunk is padding.
     order = torch.argsort(lengths, stable=True)
-    for number, rows in enumerate(order.split(CHUNK) if len(order) else ()):
+    for rows in order.split(CHUNK) if len(order) else ():
         part = history[rows, : int(lengths[rows].max())]
         legal = legal_nodes(trie, rows, exclude, allow)
         with autocast(device, enabled=not exact):
@@ -96,9 +97,8 @@ def recommend(
                 groups = converged_thoughts(policy, encoded, think, margin, decoder)
             else:
                 every = torch.arange(len(rows), device=device)
-                seed_here = derive_seed(seed, "think", number)
                 thought = _think(
-                    policy, encoded, given, think, mode, max(beam, k), decoder, samples, seed_here
+                    policy, encoded, given, think, mode, max(beam, k), decoder, samples, seed
                 )
                 groups = [(every, thought)]
             found = []
@@ -145,10 +145,12 @@ def _think(
     if given is not None or not length:
         return no_thought(encoded)
     if mode == "marginal":
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "think"))
+        # Every user gets the same uniform numbers, so that no answer depends on the others'.
         thought, _ = sample_thoughts(
-            policy, encoded, length, samples, decoder, temperature=1.0, generator=generator
-        )
+            policy, encoded, length, samples, decoder, temperature=1.0, generator=generator,
+            share=Share.whole(1),
+        )  # fmt: skip
         return thought
     return beam_thoughts(policy, encoded, length, 1 if mode == "greedy" else beam, decoder)
 

@@ -29,7 +29,8 @@ from streamctl.files import atomic_file_each, file_hash
 from streamctl.progress import progress_bar, say
 from streamctl.runs import RunDir
 from streamctl.serving.catalogue import Refused
-from streamctl.serving.engine import Engine, Job
+from streamctl.serving.engine import EVIDENCE, Engine
+from streamctl.serving.job import Job
 from streamctl.serving.model import servable
 from streamctl.serving.schemas import Query
 
@@ -138,7 +139,7 @@ def recommend_file(
 
     Args:
         run: a run with a finished model; items added by a server are known.
-        query: k, think, mode and the rest of the question; its user is replaced.
+        query: k, think, thinker and the rest of the question; its user is replaced.
 
     Returns:
         rows, answered, problems, seconds and rows_per_s of this worker; `complete`, if the
@@ -150,7 +151,8 @@ def recommend_file(
     began = time.monotonic()
     users = Input(source)
     options = query.model_dump(exclude={"user_id", "history", "explain", "deadline_ms"})
-    plan = {"input": file_hash(source), "model": servable(run).hash, "part": PART, **options}
+    stage = run.require(EVIDENCE) if query.thinker == EVIDENCE else servable(run)
+    plan = {"input": file_hash(source), "model": stage.hash, "part": PART, **options}
     job = Bulk(output, plan, run.path / "serving" / "items.jsonl")
     summary = {"rows": 0, "answered": 0, "problems": 0}
     if job.finished():
@@ -280,6 +282,14 @@ def _schema(users: Input) -> pa.Schema:
     return pa.schema([*users.schema, *(pa.field(*column) for column in answer.items())])
 
 
+def _null(user: dict[str, Any]) -> str | None:
+    """Where a row has no value though it needs one; None where all is well."""
+    history = user.get("history")
+    if history is None:
+        return "user_id" if user.get("user_id") is None else None
+    return f"history/{history.index(None)}" if None in history else None
+
+
 def _answers(engine: Engine, table: pa.Table, query: Query, schema: pa.Schema) -> pa.Table:
     """A part with its answers; histories of like length are computed together."""
     import pyarrow as pa
@@ -289,6 +299,9 @@ def _answers(engine: Engine, table: pa.Table, query: Query, schema: pa.Schema) -
     for row, user in enumerate(table.to_pylist()):
         if user.get("history") is not None:
             user["user_id"] = None
+        if (missing := _null(user)) is not None:
+            problems[row] = f"{missing}: is null"
+            continue
         try:
             # The limits of a request are there to protect a server; a file's rows have none.
             jobs[row] = engine.prepare(query.model_copy(update={"history": None, **user}))

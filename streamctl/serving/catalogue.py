@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from streamctl.data import Catalog
-from streamctl.errors import close_matches
+from streamctl.errors import StreamctlError, close_matches
 from streamctl.runs import Stage
 from streamctl.serving.items import LiveItems
 from streamctl.serving.journal import Journal
@@ -33,6 +33,19 @@ class Refused(Exception):
     def __init__(self, kind: Kind, field: str, detail: str):
         super().__init__(detail)
         self.kind, self.field, self.detail = kind, field, detail
+
+
+def announced_run(journal: Path, server: str) -> str | None:
+    """The run that a worker of this server announced last; None if none did.
+
+    Raises:
+        StreamctlError: the journal is damaged.
+    """
+    records = Journal(journal).news()
+    found = [
+        one["name"] for one in records if one.get("op") == "run" and one.get("server") == server
+    ]
+    return found[-1] if found else None
 
 
 class LiveCatalogue:
@@ -66,10 +79,10 @@ class LiveCatalogue:
         self._vocabulary, self._stage, self._joined = vocabulary, stage, joined
         self._dedup = ids.dedup
         self._tokenizer: Tokenizer | None = None
-        self._journal = Journal(journal)
+        self._journal = Journal(journal, self._sound)
         self._announced: dict[str, Any] | None = None
+        self.problem: Exception | None = None
         self.refresh()
-        self._announced = None  # which run was served in an earlier life does not matter now
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """int64 (n, learned levels): codes of new texts; the first call loads the encoder."""
@@ -122,25 +135,60 @@ class LiveCatalogue:
                 raise Refused("unknown", "id", self.no_item(item_id))
             self._record(op="remove", id=item_id)
 
-    def announce(self, run: str, process: int) -> None:
-        """Tell the other workers, through the journal, which run to serve."""
+    def announce(self, run: str, server: str, process: int) -> None:
+        """Tell the other workers of this server, through the journal, which run to serve."""
         with self._journal.lock():
             self.refresh()
-            self._record(op="run", name=run, process=process)
+            self._record(op="run", name=run, server=server, process=process)
 
-    def take_announced(self, process: int) -> str | None:
-        """The run that another worker announced since the last call."""
+    def take_announced(self, server: str, process: int) -> str | None:
+        """The run that another worker of this server announced last, and since the last call.
+
+        What was served in an earlier life, by a server that is gone, does not matter.
+        """
         record, self._announced = self._announced, None
-        return record["name"] if record and record["process"] != process else None
+        ours = record and record.get("server") == server and record["process"] != process
+        return record["name"] if ours else None
 
     def refresh(self) -> None:
         """Apply what the journal has gained; costs a look at the file's size when nothing has.
 
         Raises:
-            StreamctlError: a damaged line.
+            StreamctlError: a damaged line; the records before it are applied.
         """
-        for record in self._journal.news():
-            self._apply(record)
+        while records := self._journal.news():
+            for record in records:
+                self._apply(record)
+
+    def follow(self) -> None:
+        """As `refresh`, but a journal that cannot be read further leaves its reason in `problem`.
+
+        What is known already can be recommended all the same.
+        """
+        try:
+            self.refresh()
+            self.problem = None
+        except (StreamctlError, OSError) as error:
+            self.problem = error
+
+    def _sound(self, record: dict[str, Any]) -> bool:
+        """Whether a record of the journal can be applied."""
+        match record:
+            case {"op": "add", "id": str(), "title": str(), "text": str(), "tokenizer": str(maker),
+                  "fields": dict(fields), "codes": list(codes)}:  # fmt: skip
+                named = all(isinstance(value, str) for value in fields.values())
+                return named and (maker != self._stage.hash or self._are_codes(codes))
+            case {"op": "remove", "id": str()}:
+                return True
+            case {"op": "run", "name": str(), "process": int()}:
+                return True
+        return False
+
+    def _are_codes(self, codes: list[Any]) -> bool:
+        sizes = self._vocabulary.sizes
+        return len(codes) == len(sizes) and all(
+            type(code) is int and 0 <= code < size for code, size in zip(codes, sizes, strict=True)
+        )
 
     def _record(self, **record: Any) -> None:
         record["time"] = round(time.time(), 3)

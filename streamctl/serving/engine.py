@@ -1,9 +1,8 @@
-"""The engine: a trained model and a live catalogue that answer queries. It knows no HTTP."""
+"""The engine: a run's thinkers and a live catalogue that answer queries. It knows no HTTP."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,83 +10,85 @@ import numpy as np
 import torch
 
 from streamctl.data import load_data
-from streamctl.decode import recommend
+from streamctl.errors import StreamctlError
+from streamctl.progress import warn
 from streamctl.runs import RunDir
 from streamctl.serving.catalogue import LiveCatalogue, Refused
-from streamctl.serving.explain import Explained, Meanings, decoder_for, explain_thought
-from streamctl.serving.model import load_policy, servable, thought_length
+from streamctl.serving.explain import Explained, Meanings, Reason
+from streamctl.serving.job import STRANGER, Job, Reply
+from streamctl.serving.model import servable
 from streamctl.serving.report import run_report
 from streamctl.serving.schemas import Query
+from streamctl.serving.stream import Stream
 from streamctl.tokenizer import SemanticIds
 
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A query in the engine's terms.
-
-    Attributes:
-        history: int64 (H,) what the model reads, oldest first.
-        exclude: int64, items that must not be recommended.
-        allow: int64, the only items wanted; None for all.
-    """
-
-    engine: Engine
-    history: np.ndarray
-    exclude: np.ndarray
-    allow: np.ndarray | None
-    k: int
-    think: int
-    mode: str
-    explain: bool
-
-    @property
-    def group(self) -> Hashable:
-        """Jobs that can share a batch."""
-        return id(self.engine), self.think, self.mode
+STREAM, EVIDENCE = "stream", "evidence"
 
 
 class Engine:
     """One run in service.
 
     Questions may be asked from any thread; `recommend` and the catalogue's changes belong to one.
+
+    Attributes:
+        thinkers: by name; the first is the one that answers where a query names none.
     """
 
     def __init__(self, run: RunDir, *, journal: Path, device: str = "auto", beam: int = 20):
-        """Load the best finished stage of a run, and the items added since.
+        """Load the best finished stage of a run, its evidence, and the items added since.
 
         Raises:
             StreamctlError: the run cannot be served, or the journal is damaged.
         """
         self.run, self.name, self.beam = run, run.path.resolve().name, beam
         self.stage = servable(run)
-        self.model = {"run": self.name, "stage": self.stage.name, "hash": self.stage.hash}
-        self.think = thought_length(run, self.stage)
         catalog, self.split = load_data(run)
         ids = SemanticIds.load(run.stage("tokenizer"))
-        self.policy = load_policy(self.stage, ids, device)
+        meanings = Meanings(catalog.titles, ids.codes)
+        self.thinkers: dict[str, Any] = {}
+        if self.stage.name != EVIDENCE:
+            self.thinkers[STREAM] = Stream(run, self.stage, ids, meanings, device)
+        if run.stage(EVIDENCE).complete:
+            self._load_evidence(meanings, device)
         self.catalogue = LiveCatalogue(
-            catalog, ids, self.policy.tokens, run.stage("tokenizer"), journal, self._joined
+            catalog, ids, ids.tokens(), run.stage("tokenizer"), journal, self._joined
         )
-        self._meanings = Meanings(catalog.titles, ids.codes)
         self._users = {user: index for index, user in enumerate(self.split.log.user_ids)}
         self._report: dict[str, Any] | None = None
 
+    @property
+    def model(self) -> dict[str, Any]:
+        """The stage that answers where a query names no thinker."""
+        return next(iter(self.thinkers.values())).model
+
+    def _load_evidence(self, meanings: Meanings, device: str) -> None:
+        from streamctl.serving.evidence import Evidence
+
+        try:
+            self.thinkers[EVIDENCE] = Evidence(self.run, meanings, device)
+        except StreamctlError as error:
+            if not self.thinkers:
+                raise
+            warn(f"served without its evidence: {error}")
+
     def _joined(self, item: int, tokens: np.ndarray) -> None:
-        """Make an added item readable in histories: the model knows its codes and no more."""
-        known = self.policy.item_tokens
-        row = torch.from_numpy(tokens).to(known)[None]
-        self.policy.item_tokens = torch.cat([known[:item], row])
+        if STREAM in self.thinkers:
+            self.thinkers[STREAM].join(item, tokens)
 
     def warm_up(self, batch: int) -> None:
         """Run the paths that queries take, so that the first ones find everything compiled."""
-        longest, none = self.split.history, np.empty(0, np.int64)
-        for think in sorted({0, self.think}):
-            for size in sorted({1, batch}):
-                rows = np.arange(size * longest).reshape(size, longest) % self.catalogue.items.base
-                explain = size == 1
-                self.recommend(
-                    [Job(self, row, none, None, 10, think, "greedy", explain) for row in rows]
-                )
+        longest, base = self.split.history, self.catalogue.items.base
+        for name, thinker in self.thinkers.items():
+            for think in sorted({0, thinker.think}):
+                for size in sorted({1, batch}):
+                    rows = np.arange(size * longest).reshape(size, longest) % base
+                    self.recommend([self._trial(row, name, think, size == 1) for row in rows])
+
+    def _trial(self, history: np.ndarray, thinker: str, think: int, explain: bool) -> Job:
+        none = np.empty(0, np.int64)
+        return Job(
+            self, history, none, None, 10, think, "greedy", explain, thinker, self._width(10)
+        )
 
     def prepare(self, query: Query, prefix: str = "") -> Job:
         """A query as a job.
@@ -96,9 +97,10 @@ class Engine:
             prefix: where the query stands in the request, for error messages.
 
         Raises:
-            Refused: an unknown item, user or field; an empty history.
+            Refused: an unknown item, user or field; an empty history; a thinker that the run
+                does not have.
         """
-        catalogue = self.catalogue
+        catalogue, user = self.catalogue, STRANGER
         if query.user_id is not None:
             user = self._user(query.user_id, f"{prefix}/user_id", "invalid")
             seen = self.split.log.of(user).astype(np.int64)
@@ -106,20 +108,45 @@ class Engine:
             seen = catalogue.known(query.history, f"{prefix}/history")
         if not len(seen):
             raise Refused("invalid", f"{prefix}/history", "a history needs an item or more")
+        name, thinker = self._thinker(query, prefix)
+        history = thinker.readable(seen)[-self.split.history :]
+        if not len(history):
+            raise Refused(
+                "invalid",
+                f"{prefix}/history",
+                "the evidence knows none of these items: they were added after it was gathered",
+            )
         denied = [catalogue.items.index_ever(item) for item in query.deny]
         exclude = [np.array([item for item in denied if item is not None], np.int64)]
         if query.exclude_seen:
             exclude.append(seen)
         return Job(
             engine=self,
-            history=seen[-self.split.history :],
+            history=history,
             exclude=np.unique(np.concatenate(exclude)),
             allow=self._allowed(query, prefix),
             k=query.k,
-            think=self.think if query.think == "auto" or not self.think else query.think,
+            think=thinker.think if query.think == "auto" else min(query.think, thinker.most),
             mode=query.mode,
             explain=query.explain,
+            thinker=name,
+            beam=self._width(query.k),
+            user=user,
         )
+
+    def _thinker(self, query: Query, prefix: str) -> tuple[str, Any]:
+        name = next(iter(self.thinkers)) if query.thinker == "auto" else query.thinker
+        if name not in self.thinkers:
+            hint = f"this run has no such stage; it has {', '.join(self.thinkers)}"
+            raise Refused("invalid", f"{prefix}/thinker", hint)
+        return name, self.thinkers[name]
+
+    def _width(self, k: int) -> int:
+        """The engine's beam, doubled until it holds k items."""
+        width = self.beam
+        while width < k:
+            width *= 2
+        return width
 
     def _allowed(self, query: Query, prefix: str) -> np.ndarray | None:
         catalogue = self.catalogue
@@ -140,69 +167,35 @@ class Engine:
 
     def recommend(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Answers to jobs of one group: {"items": [...]} and, where wanted, "explain"."""
-        self.catalogue.refresh()
+        self.catalogue.follow()
+        removed = np.array(sorted(self.catalogue.items.removed), np.int64)
         answers: list[dict[str, Any]] = [{"items": []} for _ in jobs]
         # A job that allows nothing has an empty answer; the trie would have no legal path.
         live = [place for place, job in enumerate(jobs) if job.allow is None or len(job.allow)]
         if not live:
             return answers
         wanted = [jobs[place] for place in live]
+        thinker = self.thinkers[jobs[0].thinker]
         with torch.inference_mode():
-            ranking, trace = recommend(
-                self.policy,
-                self.catalogue.trie,
-                self._histories(wanted),
-                max(job.k for job in wanted),
-                think=jobs[0].think,
-                decoder=decoder_for(jobs[0].think),
-                **self._options(wanted),
-            )
-            for row, job in enumerate(wanted):
-                answer = answers[live[row]]
-                answer["items"] = self._ranked(ranking.items[row], ranking.scores[row], job.k)
-                if job.explain:
-                    answer["explain"] = self._explain(job, trace.row(row))
+            replies: list[Reply] = thinker.answer(wanted, self.catalogue.trie, removed)
+        for place, reply in zip(live, replies, strict=True):
+            answers[place]["items"] = self._ranked(reply.items, reply.scores)
+            if reply.explained is not None:
+                answers[place]["explain"] = self._described(reply.explained)
         return answers
 
-    def _options(self, jobs: Sequence[Job]) -> dict[str, Any]:
-        """What `recommend` is told beside histories and lengths."""
-        removed = np.array(sorted(self.catalogue.items.removed), np.int64)
-        return {
-            "mode": jobs[0].mode,
-            "beam": max(self.beam, *(job.k for job in jobs)),
-            "exclude": [np.union1d(job.exclude, removed) for job in jobs],
-            "allow": [job.allow for job in jobs],
-        }
-
-    def _histories(self, jobs: Sequence[Job]) -> torch.Tensor:
-        width = max(len(job.history) for job in jobs)
-        history = torch.full((len(jobs), width), -1, dtype=torch.int64)
-        for row, job in enumerate(jobs):
-            history[row, : len(job.history)] = torch.from_numpy(job.history)
-        return history
-
-    def _ranked(self, items: Any, scores: Any, k: int) -> list[dict[str, Any]]:
-        known = self.catalogue.items
+    def _ranked(self, items: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
         return [
-            {"id": known.ids[item], "title": known.titles[item], "score": score}
-            for item, score in zip(items[:k].tolist(), scores[:k].tolist(), strict=True)
+            {**self._named(item), "score": score}
+            for item, score in zip(items.tolist(), scores.tolist(), strict=True)
             if item >= 0
         ]
 
-    def _explain(self, job: Job, trace: Any) -> dict[str, Any]:
-        [explained] = explain_thought(
-            self.policy,
-            self.catalogue.trie,
-            self._meanings,
-            self._histories([job]),
-            trace,
-            job.k,
-            **self._options([job]),
-        )
-        return self._described(explained, job.k)
-
-    def _described(self, explained: Explained, k: int) -> dict[str, Any]:
+    def _named(self, item: int) -> dict[str, str]:
         known = self.catalogue.items
+        return {"id": known.ids[item], "title": known.titles[item]}
+
+    def _described(self, explained: Explained) -> dict[str, Any]:
         steps = [
             {
                 "title": step.title,
@@ -210,16 +203,21 @@ class Engine:
                 "level": step.level,
                 "code": step.code,
                 "words": step.meaning.words,
-                "items": [
-                    {"id": known.ids[item], "title": known.titles[item]}
-                    for item in step.meaning.items
-                ],
+                "items": [self._named(item) for item in step.meaning.items],
                 "moved": step.moved,
-                "ranking": self._ranked(step.items, step.scores, k),
+                "reasons": [self._reason(reason) for reason in step.reasons],
+                "ranking": self._ranked(step.items, step.scores),
             }
             for step in explained.steps
         ]
-        return {"before": self._ranked(explained.items, explained.scores, k), "steps": steps}
+        return {"before": self._ranked(explained.items, explained.scores), "steps": steps}
+
+    def _reason(self, reason: Reason) -> dict[str, Any]:
+        had, took = [self._named(item) for item in reason.had], self._named(reason.took)
+        *first, last = [item["title"] for item in had]
+        what = f"{', '.join(first)} and {last}" if first else last
+        text = f"A user who had {what} took {took['title']}."
+        return {"text": text, "had": had, "took": took}
 
     def users(self, beginning: str, limit: int) -> dict[str, Any]:
         """Users of the log, evenly over it, whose ids begin so."""

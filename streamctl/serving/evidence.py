@@ -1,82 +1,137 @@
-"""One answer of the evidence thinker with its reasons: who had these, and what they took."""
+"""The evidence thinker in service: who had these, and what they took next."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
 
-from streamctl.data import load_data
+from streamctl.decode.evidence import EvidenceThinker, EvidenceTrace
 from streamctl.device import resolve_device
-from streamctl.errors import StreamctlError, UsageError, close_matches
 from streamctl.runs import RunDir
+from streamctl.serving.explain import EXAMPLES, Explained, Meaning, Meanings, Reason, ThoughtStep
+from streamctl.serving.job import Job, Reply, padded
+from streamctl.serving.model import model_name
+from streamctl.tokenizer import PrefixTrie
 from streamctl.training.evidence import load_thinker
 
-SHOWN = 3  # reasons a look-up, and items of each
+SHOWN = 3  # reasons of a look-up
+READ = 20  # reasons whose items give the look-up its words
+HAD = 3  # items of a reason
 
 
-def answer(
-    run: RunDir,
-    *,
-    user: str | None = None,
-    items: list[str] | None = None,
-    k: int = 10,
-    exclude_seen: bool = True,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Recommend for a user of the log, or for a history.
+class Evidence:
+    """An evidence stage that answers jobs.
 
-    Args:
-        run: its `evidence` stage is complete.
-        user: an id of the log; the history is everything but the test item, as in evaluation.
-        items: ids, oldest first, instead.
-        k: items wanted.
-        exclude_seen: leave the history out of the answer.
+    It knows the items of its run: those added since are neither read nor recommended.
 
-    Returns:
-        history, look_ups (each a list of {"had", "took"}) and items with scores, all JSON.
-
-    Raises:
-        StreamctlError: no such user or item, or the stage is missing.
+    Attributes:
+        think: look-ups where the caller leaves it open: as many as validation preferred.
+        most: the most look-ups that a thought may have, those of its training.
     """
-    catalog, split = load_data(run)
-    thinker = load_thinker(run, resolve_device(device))
-    index = -1
-    if user is not None:
-        names = split.log.user_ids
-        if user not in names:
-            raise StreamctlError(f"no user {user!r} in the log; {close_matches(user, names)}")
-        index = list(names).index(user)
-        row = np.array([index])
-        history = split.test.histories(row)
-    else:
-        if not items:
-            raise UsageError("a history needs at least one item")
-        history = np.array([[catalog.index(item) for item in items][-split.history :]])
-    shown = torch.from_numpy(history).to(thinker.vectors.device)
-    users = np.array([index])
-    trace = thinker.think(thinker.ranker.states(shown), shown, users)
-    exclude = [history[0]] if exclude_seen else None
-    ranking = thinker.rank(shown, k, users=users, exclude=exclude)
 
-    def item(place: int) -> dict[str, str]:
-        return {"id": catalog.ids[place], "title": catalog.titles[place]}
+    def __init__(self, run: RunDir, meanings: Meanings, device: str):
+        """Load the stage.
 
-    return {
-        "history": [item(place) for place in history[0]],
-        "look_ups": [
-            [
-                {"had": [item(place) for place in had[:SHOWN]], "took": item(took)}
-                for had, took in thinker.reasons(look_up, 0, SHOWN)
-            ]
-            for look_up in trace.look_ups
-        ],
-        "items": [
-            item(place) | {"score": score}
-            for place, score in zip(
-                ranking.items[0].tolist(), ranking.scores[0].tolist(), strict=True
+        Raises:
+            StreamctlError: it is missing, stale or damaged.
+        """
+        stage = run.require("evidence")
+        self.model = model_name(run, stage)
+        self.think = stage.json("report.json")["look_ups"]
+        self.most = stage.manifest["config"]["look_ups"]
+        self._thinker = load_thinker(run, resolve_device(device), look_ups=self.most)
+        self._asking = cache(self._asking)
+        self._meanings = meanings
+
+    def _asking(self, count: int) -> EvidenceThinker:
+        """The thinker with so many look-ups; weights and memory are shared."""
+        thinker = copy.copy(self._thinker)
+        thinker.look_ups = count
+        return thinker
+
+    def readable(self, history: np.ndarray) -> np.ndarray:
+        """The items of a history that were there when the evidence was gathered."""
+        return history[history < len(self._thinker.vectors)]
+
+    def answer(self, jobs: Sequence[Job], trie: PrefixTrie, removed: np.ndarray) -> list[Reply]:
+        """Replies to jobs of one group; the trie is not used."""
+        thinker = self._asking(jobs[0].think)
+        history = padded([job.history for job in jobs]).to(thinker.vectors.device)
+        users = np.array([job.user for job in jobs])
+        trace = thinker.think(thinker.ranker.states(history), history, users)
+        barred = self._barred(jobs, removed)
+        k = max(job.k for job in jobs)
+        items, scores = _best(thinker.log_scores(history, trace), barred, k)
+        replies = []
+        for row, job in enumerate(jobs):
+            explained = None
+            if job.explain:
+                one = slice(row, row + 1)
+                explained = self._explained(
+                    thinker, history[one], _row(trace, row), barred[one], job.k
+                )
+            replies.append(Reply(items[row, : job.k], scores[row, : job.k], explained))
+        return replies
+
+    def _barred(self, jobs: Sequence[Job], removed: np.ndarray) -> torch.Tensor:
+        """(B, N) bool: what each job may not be shown."""
+        known = len(self._thinker.vectors)
+        barred = np.zeros((len(jobs), known), bool)
+        for row, job in zip(barred, jobs, strict=True):
+            if job.allow is not None:
+                row[:] = True
+                row[job.allow[job.allow < known]] = False
+            row[job.exclude[job.exclude < known]] = True
+        barred[:, removed[removed < known]] = True
+        return torch.from_numpy(barred).to(self._thinker.vectors.device)
+
+    def _explained(
+        self,
+        thinker: EvidenceThinker,
+        history: torch.Tensor,
+        trace: EvidenceTrace,
+        barred: torch.Tensor,
+        k: int,
+    ) -> Explained:
+        """One user's look-ups in words, each with the ranking after it."""
+        rankings = []
+        for done in range(len(trace.look_ups) + 1):
+            part = EvidenceTrace(trace.look_ups[:done], trace.states[:, : done + 1])
+            items, scores = _best(thinker.log_scores(history, part), barred, k)
+            rankings.append((items[0], scores[0]))
+        moved = (trace.states[0, 1:] - trace.states[0, :-1]).norm(dim=-1).tolist()
+        steps = []
+        for number, look_up in enumerate(trace.look_ups):
+            reasons = thinker.reasons(look_up, 0, READ)
+            taken = list(dict.fromkeys(took for _, took in reasons))
+            words = self._meanings.telling(np.array(taken, np.int64)) if taken else []
+            items, scores = rankings[number + 1]
+            steps.append(
+                ThoughtStep(
+                    title=f"Look-up {number + 1}: what others took who had items like these",
+                    meaning=Meaning(words, taken[:EXAMPLES]),
+                    items=items,
+                    scores=scores,
+                    moved=moved[number] or None,
+                    reasons=[Reason(had[:HAD], took) for had, took in reasons[:SHOWN]],
+                )
             )
-            if place >= 0
-        ],
-    }
+        return Explained(*rankings[0], steps)
+
+
+def _best(scores: torch.Tensor, barred: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best items that are not barred, and their scores, both (B, k); item -1 for none."""
+    scores = scores.masked_fill(barred, -torch.inf)
+    best, items = scores.topk(min(k, scores.shape[1]), dim=1)
+    items = items.masked_fill(best == -torch.inf, -1)
+    return items.cpu().numpy(), best.cpu().numpy()
+
+
+def _row(trace: EvidenceTrace, row: int) -> EvidenceTrace:
+    one = slice(row, row + 1)
+    look_ups = tuple(type(x)(x.rows[one], x.weights[one]) for x in trace.look_ups)
+    return EvidenceTrace(look_ups, trace.states[one])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from streamctl.decode import Ranking, Trace, recommend
+from streamctl.decode import Trace, recommend
 from streamctl.model import Policy
 from streamctl.serving.search import words_of
 from streamctl.tokenizer import PrefixTrie
@@ -53,13 +53,14 @@ class Meanings:
         return sets, Counter(word for words in sets for word in words)
 
     def of(self, level: int, code: int) -> Meaning:
-        """The words are ranked by their log-likelihood ratio against the whole catalogue."""
+        """The words and items of a code of a level."""
         if (level, code) not in self._known:
             items = np.flatnonzero(self.codes[:, level] == code)
-            self._known[level, code] = Meaning(self._telling(items), items[:EXAMPLES].tolist())
+            self._known[level, code] = Meaning(self.telling(items), items[:EXAMPLES].tolist())
         return self._known[level, code]
 
-    def _telling(self, items: np.ndarray) -> list[str]:
+    def telling(self, items: np.ndarray) -> list[str]:
+        """Words that tell these items' titles from the others', by log-likelihood ratio."""
         sets, totals = self._words
         inside = Counter(word for item in items.tolist() for word in sets[item])
 
@@ -72,6 +73,14 @@ class Meanings:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """Evidence: some items that another user had, latest first, and what that user took next."""
+
+    had: list[int]
+    took: int
+
+
+@dataclass(frozen=True)
 class ThoughtStep:
     """One step of one user's reasoning, of whichever kind.
 
@@ -81,7 +90,8 @@ class ThoughtStep:
         items, scores: (k,) the ranking if thinking stopped after this step; -1 where fewer.
         token: a think token's id in the vocabulary; None for steps that are no token.
         level, code: what the token is; level None for a token of a think codebook.
-        moved: how far the state moved, ||s_i - s_{i-1}||.
+        moved: how far the state moved, ||s_i - s_{i-1}||; None where it stays.
+        reasons: of a look-up, the heaviest first.
     """
 
     title: str
@@ -92,6 +102,7 @@ class ThoughtStep:
     level: int | None = None
     code: int | None = None
     moved: float | None = None
+    reasons: Sequence[Reason] = ()
 
 
 @dataclass(frozen=True)
@@ -107,23 +118,22 @@ def explain_thought(
     policy: Policy,
     trie: PrefixTrie,
     meanings: Meanings,
-    history: np.ndarray,
+    history: torch.Tensor,
     trace: Trace,
     k: int,
     **options: Any,
-) -> list[Explained]:
-    """Each user's thought in words and rankings.
+) -> Explained:
+    """One user's thought in words and rankings.
 
     Args:
-        history: (B, H) int64 items, -1 on the right.
-        trace: what `recommend` returned for these histories.
+        history: (1, H) int64 items.
+        trace: what `recommend` returned for this history.
         k: length of the rankings.
         options: as `recommend` was called, less `think`, `thoughts` and `decoder`.
     """
     tokens = trace.tokens
-    length = tokens.shape[1]
-    rankings: list[Ranking] = []
-    for done in range(length + 1):
+    rankings = []
+    for done in range(tokens.shape[1] + 1):
         ranking, _ = recommend(
             policy,
             trie,
@@ -133,33 +143,23 @@ def explain_thought(
             decoder=decoder_for(done),
             **options,
         )
-        rankings.append(ranking)
-    moved = (trace.states[:, 1:] - trace.states[:, :-1]).float().norm(dim=-1)
-    explained = []
-    for row in range(len(tokens)):
-        steps = []
-        for step in range(length):
-            token = int(tokens[row, step])
-            place = policy.tokens.locate(token)
-            level, code = place or (None, token - policy.tokens.think_range[0])
-            title = f"Items of level {level + 1}, code {code}" if place else f"Thought {code}"
-            steps.append(
-                ThoughtStep(
-                    title=title,
-                    token=token,
-                    level=level,
-                    code=code,
-                    meaning=meanings.of(level, code) if place else Meaning([], []),
-                    moved=float(moved[row, step]),
-                    items=_row(rankings[step + 1].items, row),
-                    scores=_row(rankings[step + 1].scores, row),
-                )
+        rankings.append((ranking.items[0].cpu().numpy(), ranking.scores[0].cpu().numpy()))
+    moved = (trace.states[0, 1:] - trace.states[0, :-1]).float().norm(dim=-1)
+    steps = []
+    for step, token in enumerate(tokens[0].tolist()):
+        place = policy.tokens.locate(token)
+        level, code = place or (None, token - policy.tokens.think_range[0])
+        items, scores = rankings[step + 1]
+        steps.append(
+            ThoughtStep(
+                title=f"Items of level {level + 1}, code {code}" if place else f"Thought {code}",
+                token=token,
+                level=level,
+                code=code,
+                meaning=meanings.of(level, code) if place else Meaning([], []),
+                moved=float(moved[step]),
+                items=items,
+                scores=scores,
             )
-        explained.append(
-            Explained(_row(rankings[0].items, row), _row(rankings[0].scores, row), steps)
         )
-    return explained
-
-
-def _row(values: torch.Tensor, row: int) -> np.ndarray:
-    return values[row].cpu().numpy()
+    return Explained(*rankings[0], steps)

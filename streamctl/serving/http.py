@@ -129,7 +129,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         """The model is loaded and warm, and the server is not about to stop."""
         if not service.ready:
             raise Problem(503, "draining" if service.draining else "loading", retry_after=1)
-        return {"status": "ok", "model": service.engine.model}
+        return _served(service)
 
     @app.get(
         "/metrics",
@@ -142,6 +142,14 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         """Counters and histograms for Prometheus."""
         body, kind = metrics.exposition()
         return Response(body, media_type=kind)
+
+
+def _served(service: Service) -> dict[str, Any]:
+    thinkers = [
+        {"name": name, "stage": one.model["stage"], "think": one.think, "most": one.most}
+        for name, one in service.engine.thinkers.items()
+    ]
+    return {"status": "ok", "model": service.engine.model, "thinkers": thinkers}
 
 
 def _add_recommend(app: FastAPI, service: Service) -> None:
@@ -183,8 +191,9 @@ def _answer(job: Any, timed: Any) -> dict[str, Any]:
     return {
         **timed.answer,
         "think": job.think,
+        "thinker": job.thinker,
         "mode": job.mode,
-        "model": job.engine.model,
+        "model": job.model,
         "timing": {
             "queue_ms": round(timed.queue_s * 1e3, 2),
             "compute_ms": round(timed.compute_s * 1e3, 2),
@@ -273,7 +282,7 @@ def _add_changes(app: FastAPI, service: Service) -> None:
     async def reload(which: schemas.Reload) -> dict[str, Any]:
         """Serve another run, or the present one as it is on the disk now."""
         await service.reload(which.run)
-        return {"status": "ok", "model": service.engine.model}
+        return _served(service)
 
 
 def _add_page(app: FastAPI) -> None:

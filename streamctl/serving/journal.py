@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ class Journal:
 
     Args:
         path: the file; it and its folder are made by the first append.
+        sound: whether an object is a record that the reader can use.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, sound: Callable[[dict[str, Any]], bool] = lambda _: True):
+        self.path, self._sound = path, sound
         self._position = 0
         self._line = 0
 
@@ -32,10 +33,11 @@ class Journal:
         """The records written since the last call, by this process or another.
 
         A last line without its end is a write that was cut off: it is left alone here and cut
-        away by the next append.
+        away by the next append. Records before a damaged line are given first; the call after
+        that raises.
 
         Raises:
-            StreamctlError: a complete line is not a JSON object; names file and line.
+            StreamctlError: a complete line is no sound record; names file and line.
         """
         try:
             if os.stat(self.path).st_size <= self._position:
@@ -45,19 +47,29 @@ class Journal:
         with open(self.path, "rb") as handle:
             handle.seek(self._position)
             content = handle.read()
-        complete = content[: content.rfind(b"\n") + 1]
-        records = []
-        for number, line in enumerate(complete.splitlines(), self._line + 1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
+        records: list[dict[str, Any]] = []
+        for line in content[: content.rfind(b"\n") + 1].splitlines(keepends=True):
+            record = self._record(line)
+            if record is None:
+                if records:
+                    break
                 raise StreamctlError(
-                    "not a JSON object", where=self.path, line=number, run="remove this line"
-                ) from error
+                    "not a record of the catalogue's changes",
+                    where=self.path,
+                    line=self._line + 1,
+                    run="remove this line",
+                )
             records.append(record)
-        self._position += len(complete)
-        self._line += len(records)
+            self._position += len(line)
+            self._line += 1
         return records
+
+    def _record(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        return record if isinstance(record, dict) and self._sound(record) else None
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from streamctl.device import has_bf16, resolve_device
@@ -9,11 +11,11 @@ from streamctl.model import Policy
 from streamctl.runs import RunDir, Stage
 from streamctl.tokenizer import SemanticIds
 
-BEST_FIRST = ("rl", "sft", "pretrain")
+BEST_FIRST = ("rl", "sft", "pretrain", "evidence")
 
 
 def best_stage(run: RunDir) -> Stage | None:
-    """The furthest finished stage that holds a model: rl, else sft, else pretrain."""
+    """The furthest finished stage that holds a model: rl, sft or pretrain, else evidence."""
     stages = (run.stage(name) for name in BEST_FIRST)
     return next((stage for stage in stages if stage.complete), None)
 
@@ -26,6 +28,11 @@ def servable(run: RunDir) -> Stage:
     """
     stage = best_stage(run)
     return run.require("pretrain" if stage is None else stage.name)
+
+
+def model_name(run: RunDir, stage: Stage) -> dict[str, Any]:
+    """What answers say about the model that made them."""
+    return {"run": run.path.resolve().name, "stage": stage.name, "hash": stage.hash}
 
 
 def load_policy(stage: Stage, ids: SemanticIds, device: str = "auto") -> Policy:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import signal
 import tempfile
+import uuid
 
 from streamctl.errors import StreamctlError
 from streamctl.progress import say, warn
@@ -14,6 +16,7 @@ from streamctl.serving.model import servable
 from streamctl.serving.service import Settings
 
 HEALTH_CHECK_S = 60  # a worker that loads a model may be silent for this long
+KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they are the ones to close
 
 
 def serve(settings: Settings) -> None:
@@ -35,6 +38,7 @@ def serve(settings: Settings) -> None:
         from streamctl.serving.http import create_app
 
         _check_address(settings)
+        settings = dataclasses.replace(settings, server=uuid.uuid4().hex)
         factory = functools.partial(create_app, settings)
         config = uvicorn.Config(
             factory() if settings.workers == 1 else factory,
@@ -46,6 +50,7 @@ def serve(settings: Settings) -> None:
             access_log=False,
             server_header=False,
             timeout_worker_healthcheck=HEALTH_CHECK_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
         say(f"loading {settings.run} ({stage.name}) for http://{settings.host}:{settings.port}")
         # uvicorn raises the signal again when it has stopped: by then there is nothing to end.

@@ -16,7 +16,9 @@ from streamctl.progress import say, warn
 from streamctl.runs import RunDir
 from streamctl.serving import metrics
 from streamctl.serving.batcher import Batcher, Busy, Late, Timed
-from streamctl.serving.engine import Engine, Job
+from streamctl.serving.catalogue import announced_run
+from streamctl.serving.engine import Engine
+from streamctl.serving.job import Job
 from streamctl.serving.keys import KeyRing
 from streamctl.serving.model import best_stage
 from streamctl.serving.problems import Problem
@@ -37,6 +39,7 @@ class Settings:
         max_batch, max_wait_ms, queue: the batcher's bounds.
         deadline_ms: for requests that name none.
         drain_s: seconds that a stopping server goes on answering, marked as not ready.
+        server: a name that the workers of one server share, and no other server has.
         threads: CPU threads of one worker's model; 0 shares the machine among the workers.
     """
 
@@ -55,6 +58,7 @@ class Settings:
     deadline_ms: int = 1000
     drain_s: float = 1.0
     threads: int = 0
+    server: str = ""
 
     @property
     def journal(self) -> Path:
@@ -132,7 +136,7 @@ class Service:
         except Late:
             raise Problem(504, f"no answer within {limit * 1000:.0f} ms") from None
         for job in jobs:
-            metrics.LATENCY.labels(think=job.think).observe(time.monotonic() - arrived)
+            metrics.LATENCY.labels(job.thinker, job.think).observe(time.monotonic() - arrived)
         return list(zip(jobs, answers, strict=True))
 
     async def add(self, new: NewItem) -> dict[str, Any]:
@@ -179,7 +183,8 @@ class Service:
             path = engine.run.path if name is None else runs[name]
             await self._swap(path)
             if self.settings.workers > 1:
-                await self._changed(lambda: self._engine.catalogue.announce(path.name, os.getpid()))
+                own = self.settings.server, os.getpid()
+                await self._changed(lambda: self._engine.catalogue.announce(path.name, *own))
 
     def siblings(self) -> dict[str, Path]:
         """Runs that can be served, by name: folders beside the run with a finished model."""
@@ -192,6 +197,8 @@ class Service:
             result = await self._batcher.call(change)
         except OSError as error:
             raise Problem(507, f"the change cannot be stored: {error.strerror}") from error
+        except StreamctlError as error:
+            raise Problem(507, "the change cannot be stored: the journal is damaged") from error
         metrics.ITEMS.set(len(self.engine.catalogue.items))
         return result
 
@@ -222,17 +229,25 @@ class Service:
         settings = self.settings
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // settings.workers))
         try:
-            self._engine = await asyncio.to_thread(self._load, settings.run)
+            # A worker that takes the place of one that died serves what its siblings serve.
+            name = announced_run(settings.journal, settings.server)
+            while True:
+                path = self.siblings().get(name, settings.run)
+                engine = await asyncio.to_thread(self._load, path)
+                served, name = name, engine.catalogue.take_announced(settings.server, os.getpid())
+                if name in (None, served):
+                    break
+            self._engine = engine
         except Exception as error:  # reported by whoever started the server
             self.failure = error
             self.failed()
             return
-        metrics.ITEMS.set(len(self._engine.catalogue.items))
-        engine = self._engine
+        metrics.ITEMS.set(len(engine.catalogue.items))
         say(f"ready: {engine.name} ({engine.stage.name}), {len(engine.catalogue.items):,} items")
 
     async def _watch(self) -> None:
         """Follow what other workers write: items, and the run to serve."""
+        told = None
         while True:
             await asyncio.sleep(POLL_S)
             if self.keys.problem is not None:
@@ -240,11 +255,15 @@ class Service:
                 self.keys.problem = None
             if self._engine is None or self._changing.locked():
                 continue
-            try:
-                await self._batcher.call(self._engine.catalogue.refresh)
-                name = self._engine.catalogue.take_announced(os.getpid())
-                if name in self.siblings():
+            catalogue = self._engine.catalogue
+            await self._batcher.call(catalogue.follow)
+            if catalogue.problem is not None and str(catalogue.problem) != told:
+                told = str(catalogue.problem)
+                warn(f"the items' journal cannot be followed: {told}")
+            name = catalogue.take_announced(self.settings.server, os.getpid())
+            if name in self.siblings():
+                try:
                     async with self._changing:
                         await self._swap(self.siblings()[name])
-            except (StreamctlError, OSError, Problem) as error:
-                warn(f"the items' journal cannot be followed: {error}")
+                except Problem as error:
+                    warn(f"the run that another worker serves cannot be loaded: {error}")
