@@ -231,16 +231,6 @@ def test_the_dedup_digit_counts_items_of_equal_codes():
         assert sorted(digits.tolist()) == list(range(len(digits)))
 
 
-def test_semantic_ids_find_the_items_of_a_code():
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 4, (60, 3))
-    ids = SemanticIds(codes, (4, 4, 5))
-    for row in np.ndindex(4, 4, 5):
-        expected = (codes == row).all(1).nonzero()[0]
-        assert ids.items_of(np.array(row)).tolist() == expected.tolist()
-    assert ids.items_of(np.array([0, 9, 0])).tolist() == []
-
-
 def test_the_report_counts_usage_entropy_and_collisions():
     report = SemanticIds(np.array([[0, 0], [0, 1], [1, 1], [1, 1]]), (4, 2)).report()
     first, second = report["levels"]
@@ -261,7 +251,6 @@ def test_tokens_number_pad_bos_think_and_then_each_level_and_code():
     tokens = Tokens((256, 256, 7), dedup=True)
     assert (tokens.PAD, tokens.BOS, tokens.THINK, tokens.of(0, 0)) == (0, 1, 2, 3)
     assert tokens.item_tokens(np.array([[0, 255, 6]])).tolist() == [[3, 514, 521]]
-    assert tokens.codes_of(np.array([3, 514, 521])).tolist() == [0, 255, 6]
     assert (tokens.level_range(2), tokens.size) == ((515, 522), 522)
     assert [tokens.locate(t) for t in (2, 3, 514, 521, 522)] == [
         None, (0, 0), (1, 255), (2, 6), None,

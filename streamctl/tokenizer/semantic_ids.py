@@ -1,9 +1,8 @@
-"""Semantic IDs: the codes of every item, their inverse, and how well they tell items apart."""
+"""Semantic IDs: the codes of every item, and how well they tell items apart."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,31 +64,6 @@ class SemanticIds:
     def tokens(self, think_codebook: int = 0) -> Tokens:
         """The vocabulary of a model that reads and writes these codes."""
         return Tokens(self.sizes, think_codebook, self.dedup)
-
-    @cached_property
-    def _groups(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        return group_rows(self.codes, self.sizes)
-
-    @cached_property
-    def _members(self) -> tuple[np.ndarray, np.ndarray]:
-        """Items by full code: items (N,), and where each code's begin."""
-        keys, group = self._groups[-1]
-        counts = np.bincount(group, minlength=len(keys))
-        return np.argsort(group, kind="stable"), np.concatenate([[0], counts.cumsum()])
-
-    def items_of(self, row: np.ndarray) -> np.ndarray:
-        """Items with exactly these m codes, ascending, int64; none if no item has them."""
-        place = 0
-        row = np.asarray(row, np.int64)
-        if row.shape != (self.levels,) or (row < 0).any() or (row >= self.sizes).any():
-            return np.empty(0, np.int64)
-        for (keys, _), size, code in zip(self._groups, self.sizes, row.tolist(), strict=True):
-            key = place * size + code
-            place = int(np.searchsorted(keys, key))
-            if place == len(keys) or keys[place] != key:
-                return np.empty(0, np.int64)
-        order, starts = self._members
-        return order[starts[place] : starts[place + 1]]
 
     def report(self) -> dict[str, Any]:
         """Usage, entropy and perplexity of each level, collisions, and the quantizer's figures."""

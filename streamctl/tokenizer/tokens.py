@@ -60,10 +60,6 @@ class Tokens:
         """Codes (..., m) -> tokens (..., m) int64."""
         return np.asarray(codes, np.int64) + np.array(self._starts[:-1], np.int64)
 
-    def codes_of(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens (..., m) of whole items -> codes (..., m) int64; the inverse of `item_tokens`."""
-        return np.asarray(tokens, np.int64) - np.array(self._starts[:-1], np.int64)
-
     def level_range(self, level: int) -> tuple[int, int]:
         """First token of a level and one past its last."""
         return self._starts[level], self._starts[level + 1]
