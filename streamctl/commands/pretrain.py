@@ -11,6 +11,7 @@ from streamctl.commands.options import (
     Seed,
     Sets,
     Size,
+    epochs_row,
     print_stage,
     valid_rows,
 )
@@ -41,8 +42,4 @@ def command(
     settings = resolve(PretrainConfig, file=config, sets=set_ or (), size=size, seed=seed)
     stage = pretrain(RunDir(run), settings, device=device, force=force)
     report = stage.json("report.json")
-    rows = [
-        *valid_rows(report),
-        ["epochs (best)", f"{report['epochs']} ({report['best_epoch'] + 1})"],
-    ]
-    print_stage(stage, json_, rows)
+    print_stage(stage, json_, [*valid_rows(report), epochs_row(report)])

@@ -14,6 +14,7 @@ from streamctl.commands.options import (
     Run,
     Seed,
     Sets,
+    epochs_row,
     print_stage,
     valid_rows,
 )
@@ -45,8 +46,4 @@ def command(
     settings = resolve(SftConfig, file=config, sets=set_ or (), seed=seed)
     stage = sft(RunDir(run), settings, device=device, force=force, strict=strict)
     report = stage.json("report.json")
-    rows = [
-        *valid_rows(report),
-        ["epochs (best)", f"{report['epochs']} ({report['best_epoch'] + 1})"],
-    ]
-    print_stage(stage, json_, rows)
+    print_stage(stage, json_, [*valid_rows(report), epochs_row(report)])
