@@ -36,6 +36,8 @@ def over_ranges(function, n, step):
 
     Results come in order. The ranges depend on n and step alone, never on the thread count.
     """
+    if n <= step:
+        return [function(0, n)] if n else []
     starts = list(range(0, n, step))
     results = [None] * len(starts)
     turns = iter(range(len(starts)))  # next() on it is atomic

@@ -12,6 +12,7 @@ from transformers import T5ForConditionalGeneration
 from streamctl.errors import StreamctlError
 from streamctl.model import Policy, PolicyConfig
 from streamctl.model.backbone import relative_buckets
+from streamctl.model.packed import pack
 from streamctl.tokenizer import Tokens
 
 SIZES = (6, 5, 7)
@@ -251,3 +252,14 @@ def test_training_learns_to_copy_the_last_item():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.3
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_packed_matrices_give_what_plain_ones_give(length):
+    plain = small_policy().to(torch.bfloat16)
+    packed = pack(small_policy().to(torch.bfloat16))
+    assert any("qkv" in name for name, _ in packed.named_modules())
+    history, think = histories(40, [3, 5]), torch.full((2, length), 4)
+    with torch.inference_mode():
+        found = [one.prompt(one.encode(history), think)[0].float() for one in (plain, packed)]
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)

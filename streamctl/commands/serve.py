@@ -33,8 +33,9 @@ def command(
         int, typer.Option("--max-batch", min=1, max=1024, help="Most requests computed together.")
     ] = 32,
     max_wait_ms: Annotated[
-        float, typer.Option("--max-wait-ms", min=0, help="Longest wait for others to join a batch.")
-    ] = 2.0,
+        float,
+        typer.Option("--max-wait-ms", min=0, help="An idle model waits so long for a batch."),
+    ] = 0.0,
     queue: Annotated[
         int, typer.Option("--queue", min=1, help="Most requests waiting; beyond it 429.")
     ] = 256,
@@ -45,8 +46,8 @@ def command(
         float, typer.Option("--drain-seconds", min=0, help="Goes on so long after SIGTERM.")
     ] = 1.0,
     threads: Annotated[
-        int, typer.Option("--threads", min=0, help="CPU threads a worker [default: a fair share].")
-    ] = 0,
+        int, typer.Option("--threads", min=1, help="CPU threads a worker; more workers do more.")
+    ] = 1,
     device: Device = "auto",
 ) -> None:
     """Serve a trained run: an API under /v1, its description at /docs, a page at /.

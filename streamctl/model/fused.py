@@ -46,25 +46,10 @@ class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, weight, eps, p):
         ctx.set_materialize_grads(False)
-        width = x.shape[-1]
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        inverse = np.empty(x.numel() // width, np.float32)
         ctx.chance = _chance(p)
-        if delta is None:
-            total, given = x, _NO_ROWS[x.dtype]
-        else:
-            total, given = torch.empty_like(x), _array(delta.to(x.dtype).contiguous(), width)
-        scale = weight.detach().float().numpy()  # bf16 while serving
-        arrays = _array(x, width), given, scale, np.float32(eps), *ctx.chance
-        outputs = _array(total, width), _array(out, width), inverse
-
-        def run(first, last):
-            loops.norm_forward(*arrays, first, last, *outputs)
-
-        threads.over_ranges(run, len(inverse), max(1, _RANGE // width))
+        total, out, ctx.inverse = _norm(x, delta, weight, eps, ctx.chance)
         ctx.save_for_backward(total, weight)
-        ctx.inverse, ctx.branch = inverse, None if delta is None else delta.dtype
+        ctx.branch = None if delta is None else delta.dtype
         return out if delta is None else (total, out)
 
     @staticmethod
@@ -97,6 +82,27 @@ class _ResidualNorm(torch.autograd.Function):
         return grad_x, grad_delta, torch.from_numpy(grad_weight.sum(0)), None, None
 
 
+def _norm(x, delta, weight, eps, chance):
+    """x + dropout(delta), the norm of that, and float32 (rows,) one over the root mean squares."""
+    width = x.shape[-1]
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    inverse = np.empty(x.numel() // width, np.float32)
+    if delta is None:
+        total, given = x, _NO_ROWS[x.dtype]
+    else:
+        total, given = torch.empty_like(x), _array(delta.to(x.dtype).contiguous(), width)
+    scale = weight.detach().float().numpy()  # bf16 while serving
+    arrays = _array(x, width), given, scale, np.float32(eps), *chance
+    outputs = _array(total, width), _array(out, width), inverse
+
+    def run(first, last):
+        loops.norm_forward(*arrays, first, last, *outputs)
+
+    threads.over_ranges(run, len(inverse), max(1, _RANGE // width))
+    return total, out, inverse
+
+
 def residual_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,6 +118,8 @@ def residual_norm(
         x + dropout(delta), and that over its root mean square, times the weight; dtype of x.
     """
     if _compiled(x):
+        if not torch.is_grad_enabled():  # autograd's own bookkeeping costs more than the loop
+            return _norm(x, delta, weight, eps, _chance(p))[:2]
         found = _ResidualNorm.apply(x, delta, weight, eps, p)
         return (x, found) if delta is None else found
     if delta is not None:
@@ -153,20 +161,7 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, bias, mask):
-        width = scores.shape[-1]
-        scores = scores.contiguous()
-        out = torch.empty_like(scores)
-        source, target = _array(scores, width), _array(out, width)
-        added = _NO_ROWS[torch.float32]
-        if bias is not None:
-            added = bias.detach().float().contiguous().view(-1, width).numpy()
-        open_keys = _NO_MASK if mask is None else mask.numpy()
-        per_user = max(1, len(source) // max(1, len(open_keys)))
-
-        def run(first, last):
-            loops.softmax_forward(source, added, open_keys, per_user, first, last, target)
-
-        threads.over_ranges(run, len(source), max(1, _RANGE // max(1, width)))
+        out = _weights(scores, bias, mask)
         ctx.save_for_backward(out)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return out
@@ -194,6 +189,24 @@ class _Softmax(torch.autograd.Function):
         return result, torch.from_numpy(grad_bias.sum(0)).view(shape).to(dtype), None
 
 
+def _weights(scores, bias, mask):
+    width = scores.shape[-1]
+    scores = scores.contiguous()
+    out = torch.empty_like(scores)
+    source, target = _array(scores, width), _array(out, width)
+    added = _NO_ROWS[torch.float32]
+    if bias is not None:
+        added = bias.detach().float().contiguous().view(-1, width).numpy()
+    open_keys = _NO_MASK if mask is None else mask.numpy()
+    per_user = max(1, len(source) // max(1, len(open_keys)))
+
+    def run(first, last):
+        loops.softmax_forward(source, added, open_keys, per_user, first, last, target)
+
+    threads.over_ranges(run, len(source), max(1, _RANGE // max(1, width)))
+    return out
+
+
 def softmax(
     scores: torch.Tensor, bias: torch.Tensor | None = None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -208,7 +221,8 @@ def softmax(
         the shape and dtype of the scores.
     """
     if _compiled(scores):
-        return _Softmax.apply(scores, bias, mask)
+        free = not torch.is_grad_enabled()
+        return (_weights if free else _Softmax.apply)(scores, bias, mask)
     values = scores.float() if bias is None else scores.float() + bias
     if mask is not None:
         values = values.masked_fill(~mask.view(len(mask), *[1] * (scores.ndim - 2), -1), -torch.inf)

@@ -40,7 +40,8 @@ class Settings:
         deadline_ms: for requests that name none.
         drain_s: seconds that a stopping server goes on answering, marked as not ready.
         server: a name that the workers of one server share, and no other server has.
-        threads: CPU threads of one worker's model; 0 shares the machine among the workers.
+        threads: CPU threads of one worker's model. Matrices of one request are too small to share:
+            with two threads an answer takes twice as long, and a full batch hardly less.
     """
 
     run: Path
@@ -53,11 +54,11 @@ class Settings:
     open_to_all: bool = False
     beam: int = 20
     max_batch: int = 32
-    max_wait_ms: float = 2.0
+    max_wait_ms: float = 0.0
     queue: int = 256
     deadline_ms: int = 1000
     drain_s: float = 1.0
-    threads: int = 0
+    threads: int = 1
     server: str = ""
 
     @property
@@ -227,7 +228,7 @@ class Service:
         import torch
 
         settings = self.settings
-        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // settings.workers))
+        torch.set_num_threads(settings.threads)
         try:
             # A worker that takes the place of one that died serves what its siblings serve.
             name = announced_run(settings.journal, settings.server)
