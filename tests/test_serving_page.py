@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from serving_run import KEYS, make_run
+from serving_run import KEYS, LOOK_UPS, THINK, make_run
 from test_serving_http import Server
 
 from streamctl.config import EvalConfig
@@ -24,7 +24,7 @@ SLOW_MS = 30_000  # a busy machine takes its time
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("page") / "run")
+    run = make_run(tmp_path_factory.mktemp("page") / "run", evidence=True)
     evaluate_run(run, EvalConfig(users=20, beam=10, bootstrap=20), device="cpu")
     server = Server(run.path, "--deadline-ms", 20000)
     yield server.wait()
@@ -63,7 +63,7 @@ def test_a_history_is_clicked_together_and_gets_fast_and_slow_answers_and_a_thou
     expect(page.locator("#history li")).to_have_count(2)
     expect(page.locator("#fast li[data-id]")).to_have_count(10)
     expect(page.locator("#slow li[data-id]")).to_have_count(10)
-    expect(page.locator("#path [role=tab]")).to_have_count(5)  # the history and four think tokens
+    expect(page.locator("#path [role=tab]")).to_have_count(1 + THINK)  # the history, then tokens
     expect(page.locator("#fast-time")).to_contain_text("ms")
     page.locator("#slow button.title").first.click()
     expect(page.locator("#history li")).to_have_count(3)
@@ -73,8 +73,9 @@ def test_a_history_is_clicked_together_and_gets_fast_and_slow_answers_and_a_thou
 
 def test_the_slider_sets_how_long_it_thinks_and_shows_what_that_costs(page):
     page.get_by_role("button", name="A real user").click()
-    expect(page.locator("#path [role=tab]")).to_have_count(5)
+    expect(page.locator("#path [role=tab]")).to_have_count(1 + THINK)
     page.get_by_label("Think tokens", exact=True).focus()
+    page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#think-value")).to_have_text("2")
@@ -85,7 +86,7 @@ def test_the_slider_sets_how_long_it_thinks_and_shows_what_that_costs(page):
 
 def test_the_thought_is_walked_with_the_arrow_keys_and_each_step_has_its_ranking(page):
     page.get_by_role("button", name="A real user").click()
-    last = page.locator("#path [role=tab]").nth(4)
+    last = page.locator("#path [role=tab]").nth(THINK)
     expect(last).to_have_attribute("aria-selected", "true")
     expect(page.locator("#step li[data-id]")).to_have_count(10)
     final = page.locator("#step li[data-id]").evaluate_all("rows => rows.map(r => r.dataset.id)")
@@ -97,7 +98,33 @@ def test_the_thought_is_walked_with_the_arrow_keys_and_each_step_has_its_ranking
     expect(page.locator("#step")).to_contain_text("The ranking before thinking")
     page.keyboard.press("ArrowRight")
     expect(page.locator("#path [role=tab]").nth(1)).to_be_focused()
-    expect(page.locator("#step")).to_contain_text("after 1 of 4")
+    expect(page.locator("#step")).to_contain_text(f"after 1 of {THINK}")
+
+
+def test_evidence_is_chosen_and_its_path_tells_what_others_had_and_took(page):
+    page.get_by_role("button", name="A real user").click()
+    expect(page.locator("#path [role=tab]")).to_have_count(1 + THINK)
+    tokens = page.locator("#slow li[data-id]").evaluate_all("rows => rows.map(r => r.dataset.id)")
+    page.get_by_label("evidence: what others took").check()
+    slider = page.get_by_label("Look-ups", exact=True)
+    expect(slider).to_have_attribute("max", str(LOOK_UPS))
+    slider.focus()
+    page.keyboard.press("End")
+    expect(page.locator("#slow-title")).to_contain_text(f"{LOOK_UPS} look-ups")
+    expect(page.locator("#path [role=tab]")).to_have_count(1 + LOOK_UPS)
+    slow = page.locator("#slow li[data-id]").evaluate_all("rows => rows.map(r => r.dataset.id)")
+    assert slow != tokens
+    expect(page.get_by_role("list", name="Evidence")).to_contain_text("A user who had")
+    page.locator("#path [role=tab]").nth(LOOK_UPS).focus()
+    rankings = []
+    for step in range(LOOK_UPS, -1, -1):
+        expect(page.locator("#path [role=tab]").nth(step)).to_be_focused()
+        rows = page.locator("#step li[data-id]")
+        rankings.append(rows.evaluate_all("rows => rows.map(r => r.dataset.id)"))
+        page.keyboard.press("ArrowLeft")
+    assert rankings[0] == slow and len({tuple(one) for one in rankings}) > 1
+    page.get_by_label("think tokens", exact=True).check()
+    expect(page.locator("#slow-title")).to_contain_text("think tokens")
 
 
 def test_the_search_works_without_a_mouse(page):

@@ -1,11 +1,16 @@
 """The server keeps its own OpenAPI description: generated requests, valid and not.
 
-STREAMCTL_SCHEMA_EXAMPLES raises the number of cases an operation (20 here).
+STREAMCTL_SCHEMA_EXAMPLES raises the number of cases an operation (20 here);
+STREAMCTL_SCHEMA_COUNTS names a file that gets a line for each operation: its cases by status.
+`python benchmarks/openapi.py` is the long campaign.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -35,7 +40,7 @@ pytestmark = pytest.mark.xdist_group("serving")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("schema")
-    make_run(folder / "run")
+    make_run(folder / "run", evidence=True)
     (folder / "keys").write_text(f"read {KEYS['read']}\nwrite {KEYS['write']}\n")
     server = Server(folder / "run", "--deadline-ms", 60000, keys=folder / "keys").wait()
     yield server
@@ -72,6 +77,7 @@ def test_no_request_breaks_the_server_and_every_answer_is_described(
     wanted += [checks.content_type_conformance, checks.response_schema_conformance]
     headers = {"Authorization": f"Bearer {KEYS['write']}"}
     few = 5 if path in ("/v1/reload", "/v1/run", "/metrics") else EXAMPLES
+    statuses: Counter[int] = Counter()
 
     @settings(
         max_examples=few,
@@ -83,7 +89,15 @@ def test_no_request_breaks_the_server_and_every_answer_is_described(
     )
     @given(case=cases)
     def run(case):
-        case.call_and_validate(base_url=server.url, headers=headers, checks=wanted, timeout=120)
+        answer = case.call(base_url=server.url, headers=headers, timeout=120)
+        statuses[answer.status_code] += 1
+        case.validate_response(answer, checks=wanted)
 
-    run()
+    try:
+        run()
+    finally:
+        if counts := os.environ.get("STREAMCTL_SCHEMA_COUNTS"):
+            line = {"operation": f"{method} {path}", "kind": kind, "statuses": statuses}
+            with Path(counts).open("a") as handle:
+                handle.write(json.dumps(line) + "\n")
     assert server.process.poll() is None

@@ -5,15 +5,24 @@ import { byId, make } from "./dom.js";
 import { clearThought, showThought } from "./thought.js";
 
 const K = 10;
+const UNITS = { stream: "think token", evidence: "look-up" };
+let thinkers = []; // what the run offers: {name, think, most}
+let thinker = null; // the chosen one
 let history = []; // {id, title}
 let options = []; // what the search found
 let chosen = -1; // which of them the arrow keys are on
 
-export function startRecommend() {
+export function startRecommend(offered) {
+  thinkers = offered;
+  const radios = [...byId("thinkers").querySelectorAll("input")];
+  for (const radio of radios) radio.addEventListener("change", () => choose(radio.value));
+  byId("thinkers").hidden = thinkers.length < 2;
+  radios.find((radio) => radio.value === thinkers[0].name).checked = true;
+  choose(thinkers[0].name);
   const search = byId("search");
   search.addEventListener("input", () => find(search.value));
   search.addEventListener("focus", () => find(search.value));
-  search.addEventListener("blur", () => setTimeout(closeFound, 150));
+  search.addEventListener("blur", () => setTimeout(() => document.activeElement === search || closeFound(), 150));
   search.addEventListener("keydown", steer);
   byId("clear").addEventListener("click", () => setHistory([], "The history is empty."));
   byId("some-user").addEventListener("click", pickUser);
@@ -24,6 +33,20 @@ export function startRecommend() {
   byId("history-note").textContent = "Add some items, or take a real user's history.";
   update();
 }
+
+function choose(name) {
+  thinker = thinkers.find((one) => one.name === name);
+  const slider = byId("think");
+  slider.max = thinker.most;
+  slider.value = thinker.think;
+  slider.disabled = thinker.most === 0;
+  byId("think-value").textContent = slider.value;
+  byId("think-label").textContent = { stream: "Think tokens", evidence: "Look-ups" }[name];
+  update();
+}
+
+// `3 look-ups`, `1 think token`
+const steps = (count) => `${count} ${UNITS[thinker.name]}${count === 1 ? "" : "s"}`;
 
 function find(words) {
   newest("search", async (signal) => {
@@ -125,7 +148,7 @@ function update() {
     return newest("recommend", async () => {});
   }
   newest("recommend", async (signal) => {
-    const question = { history: history.map((item) => item.id), k: K };
+    const question = { history: history.map((item) => item.id), k: K, thinker: thinker.name };
     const began = performance.now();
     const fast = await call("v1/recommend", { ...question, think: 0 }, signal);
     const between = performance.now();
@@ -134,9 +157,9 @@ function update() {
     const explained = await call("v1/recommend", { ...question, think, explain: true }, signal);
     showRanking("fast", fast, null, between - began);
     showRanking("slow", slow, fast, ended - between);
-    byId("slow-title").firstChild.textContent = `Slow, ${think} think token${think === 1 ? "" : "s"} `;
+    byId("slow-title").firstChild.textContent = `Slow, ${steps(think)} `;
     byId("latency").textContent =
-      `${(ended - between).toFixed(0)} ms with ${think} think tokens, ` +
+      `${(ended - between).toFixed(0)} ms with ${steps(think)}, ` +
       `${(between - began).toFixed(0)} ms with none`;
     showThought(explained);
   });

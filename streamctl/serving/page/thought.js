@@ -1,4 +1,4 @@
-// The thought as a path from the history over the think tokens to the items.
+// The thought as a path from the history over think tokens or look-ups to the items.
 
 import { byId, make } from "./dom.js";
 import { rank } from "./recommend.js";
@@ -12,9 +12,9 @@ export function clearThought() {
 
 const LETTERS = "abcdefgh";
 
-// A think token by its code; a step of another kind by its number.
+// A think token by its code, a look-up by its number.
 function nameOf(step, index) {
-  if (step.token === null) return `${index + 1}`;
+  if (step.token === null) return `Look-up ${index + 1}`;
   return step.level === null ? `o${step.code}` : `${LETTERS[step.level]}${step.code}`;
 }
 
@@ -81,12 +81,34 @@ function choose(index) {
 }
 
 function meaning(step) {
-  const moved = step.moved === null ? "" : `The state moved by ${step.moved.toFixed(2)}.`;
+  const found = step.reasons.length ? evidence(step) : examples(step);
+  const moved = step.moved === null ? null : make("p", { class: "quiet" }, `The state moved by ${step.moved.toFixed(2)}.`);
+  const words = step.words.map((word) => make("li", {}, word));
   return [
     make("h3", {}, step.title),
-    make("p", { class: "quiet" }, moved),
-    make("ul", { class: "words-list", "aria-label": "What it stands for" }, ...step.words.map((word) => make("li", {}, word))),
-    step.items.length ? make("p", {}, "Such as") : null,
-    make("ul", { class: "plain" }, ...step.items.map((item) => make("li", {}, item.title))),
+    moved,
+    make("ul", { class: "words-list", "aria-label": "What it stands for" }, ...words),
+    ...found,
   ].filter((one) => one !== null);
+}
+
+const titles = (items) => items.map((item) => make("li", {}, item.title));
+
+function examples(step) {
+  if (!step.items.length) return [];
+  return [make("p", {}, "Such as"), make("ul", { class: "plain" }, ...titles(step.items))];
+}
+
+function evidence(step) {
+  const rows = step.reasons.map(({ had, took }) =>
+    make(
+      "li",
+      {},
+      make("span", { class: "quiet" }, "A user who had"),
+      make("ul", { class: "plain" }, ...titles(had)),
+      make("span", { class: "quiet" }, "took "),
+      make("b", {}, took.title),
+    ),
+  );
+  return [make("ul", { class: "reasons", "aria-label": "Evidence" }, ...rows)];
 }
