@@ -166,6 +166,7 @@ class EvidenceConfig:
     neighbours: int = 100  # rows that one look-up finds
     index: Literal["flat", "ivf", "hnsw"] = "flat"  # exact, or faster on millions of rows
     dropout: float = 0.2
+    input_dropout: float = 0.3
     epochs: int = 8
     patience: int = 2
     batch: int = 256  # sequences

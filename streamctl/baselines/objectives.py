@@ -21,11 +21,12 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
+    def forward(ctx, hidden, weight, bias, targets, marked, bonus):
         low = torch.bfloat16 if _in_bf16(weight) else torch.float32
         states, items = hidden.to(low), weight.to(low)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
+        grad_bonus = None if bonus is None else torch.zeros_like(bonus)
         total = hidden.new_zeros(())
         step = max(1, min(len(hidden), _LOGITS // len(weight)))
         # One buffer for every chunk: fresh memory costs more than the product written to it.
@@ -36,6 +37,9 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
             logits = torch.mm(chunk, items.T, out=buffer[: len(chunk)])
             if bias is not None:
                 logits += bias
+            if bonus is not None:
+                cells = _cells(marked[rows])
+                logits[cells] += bonus
             torch.softmax(logits, 1, out=logits)
             total -= logits.gather(1, wanted).float().clamp_(min=_TINY).log_().sum()
             logits.scatter_add_(1, wanted, logits.new_full((len(chunk), 1), -1.0))
@@ -43,14 +47,25 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
             grad_weight += logits.T @ chunk
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            if grad_bonus is not None:
+                grad_bonus += logits[cells].sum(dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_bonus)
         return total / len(hidden)
 
     @staticmethod
     def backward(ctx, grad):
         grads = ctx.saved_tensors
         scale = grad / len(grads[0])
-        return *(None if saved is None else saved * scale for saved in grads), None
+        hidden, weight, bias, bonus = (None if g is None else g * scale for g in grads)
+        return hidden, weight, bias, None, None, bonus
+
+
+def _cells(marked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of each item of marked (T, H), once each; -1 is none."""
+    marked = marked.sort(1).values
+    new = marked >= 0
+    new[:, 1:] &= marked[:, 1:] != marked[:, :-1]
+    return new.nonzero()[:, 0], marked[new]
 
 
 def _in_bf16(weight: torch.Tensor) -> bool:
@@ -62,8 +77,10 @@ def catalogue_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None = None,
+    marked: torch.Tensor | None = None,
+    bonus: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over T of -log softmax(hidden @ weight.T + bias)[target].
+    """Mean over T of -log softmax(hidden @ weight.T + bias, + bonus where marked)[target].
 
     Over 4,096 items and more the products are in bf16, where the device has it, and summed in
     float32.
@@ -73,9 +90,11 @@ def catalogue_cross_entropy(
         weight: float32 (N, d), the catalogue.
         targets: int64 (T,).
         bias: float32 (N,) or None.
+        marked: int64 (T, H) items of each row whose logits carry the bonus; -1 is none.
+        bonus: float32 scalar; None where nothing is marked.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _CatalogueCrossEntropy.apply(hidden.float(), weight, bias, targets)
+        return _CatalogueCrossEntropy.apply(hidden.float(), weight, bias, targets, marked, bonus)
 
 
 def sampled_bce(

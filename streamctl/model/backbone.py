@@ -303,7 +303,7 @@ class Block(nn.Module):
         self.layer = nn.ModuleList([*layers, FeedForwardLayer(config)])
 
 
-def _stream(x: torch.Tensor) -> torch.Tensor:
+def in_stream(x: torch.Tensor) -> torch.Tensor:
     """Embedded inputs in the dtype of the residual stream: autocast's, where it is on."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
@@ -332,7 +332,7 @@ class Encoder(nn.Module):
         """
         bias = self.block[0].layer[0].bias(0, x.shape[1], bidirectional=not causal)
         p = self.p * self.training
-        x, delta = fused.dropout(_stream(x), p), None
+        x, delta = fused.dropout(in_stream(x), p), None
         for block in self.block:
             attention, feed_forward = block.layer
             x, normed = attention.layer_norm(x, delta)
@@ -379,7 +379,7 @@ class Decoder(nn.Module):
         total = before + x.shape[2]
         bias = self.block[0].layer[0].bias(before, total, bidirectional=False)
         p = self.p * self.training
-        x, delta = fused.dropout(_stream(x), p), None
+        x, delta = fused.dropout(in_stream(x), p), None
         layers = []
         for number, block in enumerate(self.block):
             attention, cross_attention, feed_forward = block.layer

@@ -23,9 +23,8 @@ from streamctl.decode.evidence import EvidenceSettings, EvidenceThinker
 from streamctl.device import derive_seed, resolve_device
 from streamctl.evaluation.evaluate import evaluate, sample_users
 from streamctl.evaluation.metrics import gains
-from streamctl.model.backbone import BackboneConfig
 from streamctl.model.policy import SIZES
-from streamctl.model.ranker import StateRanker, states_of
+from streamctl.model.ranker import RankerShape, StateRanker, states_of
 from streamctl.progress import say
 from streamctl.retrieval.memory import Memory
 from streamctl.runs import RunDir, Stage
@@ -43,12 +42,10 @@ MOVES = (0.0, 0.3, 1.0)
 REPEATS = (1.0, 0.0, -1.0, -2.0, -4.0, -8.0)
 
 
-def encoder_shape(config: EvidenceConfig, vocabulary: int) -> BackboneConfig:
-    """The encoder of a named size (DESIGN, Commands)."""
-    layers, _, width, heads, d_kv, d_ff = SIZES[config.size]
-    return BackboneConfig(
-        vocabulary, width, d_kv, heads, d_ff, layers, decoder_layers=0, dropout=config.dropout
-    )
+def ranker_shape(config: EvidenceConfig, vocabulary: int) -> RankerShape:
+    """The ranker of a named size (DESIGN, Commands)."""
+    layers, _, width, heads, _, _ = SIZES[config.size]
+    return RankerShape(vocabulary, width, heads, layers, config.dropout, config.input_dropout)
 
 
 def build_memory(ranker: StateRanker, split: Split, kind: str) -> Memory:
@@ -74,6 +71,13 @@ def recent_items(train: Examples) -> np.ndarray:
     return np.where(inside, train.items[np.maximum(places, 0)], -1).astype(np.int32)
 
 
+def had(history: torch.Tensor) -> torch.Tensor:
+    """(B * H, H): the items up to each position of each history (B, H), -1 after it."""
+    length = history.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=history.device).triu(1)
+    return history[:, None, :].expand(-1, length, -1).masked_fill(later, -1).flatten(0, 1)
+
+
 def evidence(
     run: RunDir, config: EvidenceConfig, *, device: str = "auto", force: bool = False
 ) -> Stage:
@@ -89,7 +93,7 @@ def evidence(
         where = resolve_device(device)
         material = Material.load(run)
         split = material.split
-        shape = encoder_shape(config, material.ids.tokens().size)
+        shape = ranker_shape(config, material.ids.tokens().size)
         seed = derive_seed(config.seed, "initial weights")
         ranker = StateRanker.build(shape, material.item_tokens, seed).to(where)
         windows = whole_sequences(split.train, split.history)
@@ -100,7 +104,9 @@ def evidence(
             vectors = ranker.item_vectors()
             states = ranker(batch.history, vectors).flatten(0, 1)
             targets = shifted_targets(batch.history, batch.target).flatten()
-            value = catalogue_cross_entropy(states, vectors, targets)
+            value = catalogue_cross_entropy(
+                states, vectors, targets, marked=had(batch.history), bonus=ranker.repeat
+            )
             # Every position counts the same, whether its sequence is long or short.
             return value * (batch.history.shape[1] / mean_length), {}
 
@@ -157,7 +163,7 @@ def load_thinker(
     stage = run.require("evidence")
     config = resolve(EvidenceConfig, base=stage.manifest["config"])
     material = material or Material.load(run)
-    shape = encoder_shape(config, material.ids.tokens().size)
+    shape = ranker_shape(config, material.ids.tokens().size)
     ranker = StateRanker(shape, material.item_tokens)
     ranker.load_state_dict(load_file(stage.file(WEIGHTS)))
     report = stage.json("report.json")
