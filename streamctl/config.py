@@ -162,13 +162,13 @@ class EvidenceConfig:
 
     section: ClassVar[str] = "evidence"
     size: Size = "tiny"
-    look_ups: int = 4  # the most questions to the memory; validation chooses how many help
+    look_ups: int = 4  # the most questions of a thought; validation says how many help
     neighbours: int = 100  # rows that one look-up finds
     index: Literal["flat", "ivf", "hnsw"] = "flat"  # exact, or faster on millions of rows
-    dropout: float = 0.2
+    dropout: float = 0.3
     input_dropout: float = 0.3
-    epochs: int = 8
-    patience: int = 2
+    epochs: int = 10
+    patience: int = 3
     batch: int = 256  # sequences
     lr: float = 1e-3
     weight_decay: float = 0.05

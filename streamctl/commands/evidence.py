@@ -29,14 +29,15 @@ def command(
 ) -> None:
     """Train a state that ranks the catalogue, and the memory of evidence that it looks up.
 
-    The memory holds what users took after every training prefix; a look-up finds the prefixes
-    nearest to a state. How evidence is weighed is chosen on validation users.
+    The memory holds what users took after every training prefix. A thought is a sequence of
+    questions to it, each of another kind; validation users choose which, and how many help.
 
     Reads: the data and tokenizer stages. Writes: RUN/evidence: the weights, the memory,
     report.json, metrics.jsonl. Interrupt it; the same command continues.
     Next: `streamctl eval --run RUN`, `streamctl recommend --run RUN --evidence --user ID`.
     """
     from streamctl.config import EvidenceConfig, resolve
+    from streamctl.decode.questions import VIEWS
     from streamctl.runs import RunDir
     from streamctl.training.evidence import evidence
 
@@ -46,7 +47,11 @@ def command(
     memory = report["memory"]
     rows = [
         *valid_rows(report),
-        *([name, value] for name, value in report["settings"].items()),
+        *(
+            [f"look-up {number}", f"{question['view']}: {VIEWS[question['view']].asks}"]
+            for number, question in enumerate(report["settings"]["questions"], 1)
+        ),
+        ["look-ups that help", report["look_ups"]],
         ["memory", f"{memory['rows']:,} rows, {memory['bytes'] / 1e6:.0f} MB ({memory['index']})"],
         ["milliseconds a look-up", stage.manifest["search_ms"]],
         epochs_row(report),

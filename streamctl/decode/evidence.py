@@ -1,46 +1,58 @@
-"""Thinking as looking up evidence: the state asks the memory, moves, and asks again."""
+"""Thinking as looking up evidence: one question after the other to a memory of other users."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 
+from streamctl.decode.questions import Asker, ViewName, latest_first
 from streamctl.decode.ranking import Ranking
 from streamctl.device import derive_seed
 from streamctl.model.ranker import StateRanker
 from streamctl.retrieval.memory import Memory
 
-_TINY = 1e-12
-_TOP = 10  # items of a look-up that join the next question
 _STRIDE = 2_654_435_761  # a prime: users draw rows that lie far apart
 
 
 @dataclass(frozen=True)
-class EvidenceSettings:
-    """How evidence is weighed; chosen on validation users.
+class Question:
+    """One look-up of a thought, and how what it finds is weighed; chosen on validation users.
 
     Attributes:
-        by: what is compared with the memory: "items" the user had, or "state".
-        neighbours: rows that one look-up returns.
-        temperature: of the softmax over their cosines.
+        view: what is compared with the memory (`decode.questions.VIEWS`).
+        neighbours: rows that it finds.
+        temperature: a row counts exp((cosine - 1) / temperature): a sure look-up has more to say.
         decay: weight of the item after the next one, and again of the one after that.
-        weight: w, by how much full evidence multiplies the odds of an item.
-        move: how far the question goes towards what a look-up found, in its own lengths.
+        weight: w, by how much a row that is wholly alike raises the odds of what it took.
+    """
+
+    view: ViewName = "items"
+    neighbours: int = 100
+    temperature: float = 0.2
+    decay: float = 0.5
+    weight: float = 10.0
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """A thought: its questions in their order.
+
+    Attributes:
+        questions: at most one look-up each.
         repeat: added to the log-probability of an item of the history.
     """
 
-    by: Literal["items", "state"] = "items"
-    neighbours: int = 100
-    temperature: float = 0.1
-    decay: float = 0.0
-    weight: float = 100.0
-    move: float = 0.0
+    questions: tuple[Question, ...] = ()
     repeat: float = 0.0
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> EvidenceSettings:
+        """From what `dataclasses.asdict` gives."""
+        return cls(tuple(Question(**entry) for entry in saved["questions"]), saved["repeat"])
 
 
 @dataclass(frozen=True)
@@ -48,35 +60,50 @@ class LookUp:
     """What one question to the memory found.
 
     Attributes:
+        question: the question.
         rows: (B, k) int64 rows of the memory, -1 where there was none.
-        weights: (B, k) float32, a softmax over the rows; 0 where there is none.
+        weights: (B, k) float32 in 0..1, 0 where there was none.
     """
 
+    question: Question
     rows: np.ndarray
     weights: torch.Tensor
+
+    def row(self, index: int) -> LookUp:
+        """One user's look-up, its first dimension kept."""
+        one = slice(index, index + 1)
+        return LookUp(self.question, self.rows[one], self.weights[one])
 
 
 @dataclass(frozen=True)
 class EvidenceTrace:
-    """The thought of each user: the look-ups in their order, and the states around them.
+    """The thought of each user.
 
     Attributes:
-        look_ups: l of them.
-        states: (B, l + 1, d) float32, s_0 before the first look-up.
+        state: (B, d) float32, s_0.
+        look_ups: in their order.
     """
 
+    state: torch.Tensor
     look_ups: tuple[LookUp, ...]
-    states: torch.Tensor
+
+    def row(self, index: int) -> EvidenceTrace:
+        """One user's thought, its first dimension kept."""
+        look_ups = tuple(look_up.row(index) for look_up in self.look_ups)
+        return EvidenceTrace(self.state[index : index + 1], look_ups)
+
+    def first(self, count: int) -> EvidenceTrace:
+        """The thought up to and with look-up number `count`."""
+        return EvidenceTrace(self.state, self.look_ups[:count])
 
 
 class EvidenceThinker:
     """Ranks by the state's own opinion, raised where other users' choices speak for an item.
 
-        score(item) = log softmax(s_l . v) + log(1 + w mean over i of E_i(item))
+        score(item) = log softmax(s_0 . v) + repeat (item in history) + log(1 + sum over i w_i E_i)
 
-    where E_i is the distribution of what the users found by look-up i took next. A sum of the two
-    distributions instead of their product helps a weak state only. A row is found once: every
-    look-up brings new evidence.
+    where E_i(item) sums the weights of the rows of look-up i whose users took the item. A row is
+    found once: every look-up brings new evidence.
     """
 
     def __init__(
@@ -84,8 +111,9 @@ class EvidenceThinker:
         ranker: StateRanker,
         memory: Memory | None,
         settings: EvidenceSettings,
+        look_alikes: np.ndarray | None = None,
         *,
-        look_ups: int,
+        look_ups: int | None = None,
         random: int | None = None,
     ):
         """A recommender.
@@ -93,11 +121,14 @@ class EvidenceThinker:
         Args:
             ranker: in evaluation mode, on its device.
             memory: its keys are the ranker's states; None where nothing is looked up.
-            look_ups: l; 0 answers from the state alone.
-            random: a seed, to draw rows at random instead of the nearest ones: the control.
+            look_alikes: (N, J) int64, for the view `alike`.
+            look_ups: l, the first questions to ask; None for all, 0 answers from the state alone.
+            random: a seed, to weigh rows drawn at random like the ones found: the control.
         """
         self.ranker, self.memory, self.settings = ranker, memory, settings
-        self.look_ups, self.random = look_ups, random
+        self.look_alikes = look_alikes
+        self.look_ups = len(settings.questions) if look_ups is None else look_ups
+        self.random = random
         with torch.no_grad():
             self.vectors = ranker.item_vectors().float()
 
@@ -105,90 +136,54 @@ class EvidenceThinker:
     def think(
         self, start: torch.Tensor, history: torch.Tensor, users: np.ndarray | None = None
     ) -> EvidenceTrace:
-        """Look up l times.
+        """Ask the first l questions.
 
         Args:
             start: s_0 (B, d) float32.
             history: (B, H) int64, oldest first, -1 on the right.
             users: (B,) int64, whose own rows are left out; None for strangers.
         """
-        states, found = [start], []
+        recent = latest_first(history.cpu().numpy())
+        asker = Asker(self.memory, self.look_alikes, start, recent, users)
+        look_ups: list[LookUp] = []
         known = np.empty((len(start), 0), np.int64)
-        basket = None
-        if self.look_ups and self.settings.by == "items":
-            basket = self.memory.baskets(latest_first(history.cpu().numpy()))
-        for number in range(self.look_ups):
+        for number, question in enumerate(self.settings.questions[: self.look_ups]):
+            so_far = self.total(look_ups) if look_ups else None
+            found = asker.ask(question.view, question.neighbours, known, so_far)
+            known = np.concatenate([known, found.rows], axis=1)
+            rows = found.rows
             if self.random is not None:
-                rows = self._drawn(len(start), users, number)
-                cosine = np.where(rows >= 0, 0.0, -np.inf).astype(np.float32)
-            else:
-                k = self.settings.neighbours
-                search, query = (
-                    (self.memory.search, states[-1].cpu().numpy())
-                    if basket is None
-                    else (self.memory.search_items, basket)
-                )
-                nearest = search(query, k, users=users, known=known)
-                rows, cosine = nearest.rows, nearest.cosine
-            scores = torch.from_numpy(cosine).to(start.device) / self.settings.temperature
-            look_up = LookUp(rows, torch.softmax(scores, 1).nan_to_num_(0.0))
-            found.append(look_up)
-            known = np.concatenate([known, rows], axis=1)
-            if basket is None:
-                states.append(self.moved(states[-1], look_up))
-            else:
-                states.append(states[-1])
-                basket = self._filled(basket, look_up)
-        return EvidenceTrace(tuple(found), torch.stack(states, 1))
+                rows = np.where(rows >= 0, self._drawn(rows.shape, users, number), -1)
+            look_ups.append(LookUp(question, rows, weigh(found.cosine, question, start.device)))
+        return EvidenceTrace(start, tuple(look_ups))
 
-    def _filled(self, basket: scipy.sparse.csr_matrix, look_up: LookUp) -> scipy.sparse.csr_matrix:
-        """The basket (B, items) of length 1 with the items that were taken most, `move` long."""
-        if not self.settings.move:
-            return basket
-        width = basket.shape[1]
-        weights, items = self.evidence(look_up)[:, :width].topk(min(_TOP, width), dim=1)
-        weights = self.settings.move * torch.nn.functional.normalize(weights, dim=1)
-        row = np.repeat(np.arange(len(items)), items.shape[1])
-        entries = (weights.cpu().numpy().ravel(), (row, items.cpu().numpy().ravel()))
-        return (basket + scipy.sparse.csr_matrix(entries, shape=basket.shape)).tocsr()
-
-    def _drawn(self, count: int, users: np.ndarray | None, number: int) -> np.ndarray:
-        """Random rows (count, k) of others, fixed for each user by the seed."""
+    def _drawn(self, shape: tuple[int, ...], users: np.ndarray | None, number: int) -> np.ndarray:
+        """Random rows (B, k) of others, fixed for each user by the seed; -1 for an own one."""
         rng = np.random.default_rng(derive_seed(self.random, "random evidence", number))
-        first = rng.integers(0, len(self.memory), self.settings.neighbours)
-        whom = np.zeros(count, np.int64) if users is None else users
+        first = rng.integers(0, len(self.memory), shape[1])
+        whom = np.zeros(shape[0], np.int64) if users is None else users
         rows = (first + whom[:, None] * _STRIDE) % len(self.memory)
         if users is not None:
             rows[self.memory.users[rows] == users[:, None]] = -1
         return rows
 
-    def moved(self, state: torch.Tensor, look_up: LookUp) -> torch.Tensor:
-        """s + move |s| e / |e|, e the weighted vectors of the items taken next."""
-        if not self.settings.move:
-            return state
-        items, weights = self._taken(look_up)
-        thought = torch.einsum("bk,bkd->bd", weights, self.vectors[items])
-        length = thought.norm(dim=1, keepdim=True).clamp(min=_TINY)
-        return state + self.settings.move * state.norm(dim=1, keepdim=True) * thought / length
-
-    def _taken(self, look_up: LookUp, after: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Items (B, k) that the rows' users took `after` further steps on, and their weights."""
-        items = self.memory.taken[look_up.rows, after].astype(np.int64)
-        there = torch.from_numpy((items >= 0) & (look_up.rows >= 0)).to(look_up.weights.device)
-        chosen = torch.from_numpy(items.clip(min=0)).to(look_up.weights.device)
-        return chosen, look_up.weights * there
-
     def evidence(self, look_up: LookUp) -> torch.Tensor:
-        """E (B, N): the distribution of what the found users took; zeros where none was found."""
+        """E (B, N) float32: what the users of the rows took next, and less what they took later."""
         found = look_up.weights.new_zeros(len(look_up.weights), len(self.vectors))
         share = 1.0
         for after in range(self.memory.taken.shape[1]):
-            items, weights = self._taken(look_up, after)
-            found.scatter_add_(1, items, share * weights)
-            share *= self.settings.decay
+            items = self.memory.taken[look_up.rows, after].astype(np.int64)
+            there = torch.from_numpy((items >= 0) & (look_up.rows >= 0)).to(found.device)
+            chosen = torch.from_numpy(items.clip(min=0)).to(found.device)
+            found.scatter_add_(1, chosen, share * look_up.weights * there)
+            share *= look_up.question.decay
             if not share:
                 break
-        return found / found.sum(1, keepdim=True).clamp(min=_TINY)
+        return found
+
+    def total(self, look_ups: Sequence[LookUp]) -> torch.Tensor:
+        """Sum of w_i E_i (B, N) over one look-up or more."""
+        return sum(look_up.question.weight * self.evidence(look_up) for look_up in look_ups)
 
     def log_scores(self, history: torch.Tensor, trace: EvidenceTrace) -> torch.Tensor:
         """Scores (B, N) float32, before items are left out.
@@ -196,12 +191,10 @@ class EvidenceThinker:
         Args:
             history: (B, H) int64, -1 on the right.
         """
-        settings = self.settings
-        scores = torch.log_softmax(trace.states[:, -1] @ self.vectors.T, 1)
-        if trace.look_ups and settings.weight:
-            found = sum(self.evidence(look_up) for look_up in trace.look_ups)
-            scores = scores + torch.log1p(found * (settings.weight / len(trace.look_ups)))
-        return repeats(scores, history, settings.repeat)
+        scores = torch.log_softmax(trace.state @ self.vectors.T, 1)
+        if trace.look_ups:
+            scores = scores + torch.log1p(self.total(trace.look_ups))
+        return repeats(scores, history, self.settings.repeat)
 
     @torch.no_grad()
     def rank(
@@ -224,17 +217,18 @@ class EvidenceThinker:
 
     def reasons(self, look_up: LookUp, user: int, count: int = 3) -> list[tuple[list[int], int]]:
         """The heaviest rows of one user's look-up: (what those users had, what they took next)."""
-        order = torch.argsort(look_up.weights[user], descending=True)[:count].cpu().numpy()
-        rows = [row for row in look_up.rows[user, order] if row >= 0]
+        order = torch.argsort(look_up.weights[user], descending=True, stable=True)[:count]
+        rows = look_up.rows[user, order.cpu().numpy()]
         recent, taken = self.memory.recent, self.memory.taken
+        rows = rows[rows >= 0]
         return [([int(i) for i in recent[row] if i >= 0], int(taken[row, 0])) for row in rows]
 
 
-def latest_first(history: np.ndarray) -> np.ndarray:
-    """(B, H) histories, oldest first and -1 on the right, as baskets: latest first."""
-    lengths = (history >= 0).sum(1)[:, None]
-    places = lengths - 1 - np.arange(history.shape[1])
-    return np.where(places >= 0, np.take_along_axis(history, places.clip(min=0), 1), -1)
+def weigh(
+    cosine: np.ndarray, question: Question, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Weights (B, k) float32 of rows of these cosines; 0 for -inf."""
+    return torch.exp((torch.from_numpy(cosine).to(device) - 1) / question.temperature)
 
 
 def repeats(scores: torch.Tensor, history: torch.Tensor, bonus: float) -> torch.Tensor:

@@ -26,7 +26,7 @@ from streamctl.training.material import Material
 from streamctl.training.sft import TWIN
 
 EVIDENCE = ("tokenizer", "evidence")
-EVIDENCE_COUNTS = (0, 1, 2, 3)  # look-ups of the controls; the row itself has as many as trained
+EVIDENCE_COUNTS = (0, 1, 2, 3, 4)  # look-ups of the controls; the row has as many as help
 
 
 class Models:
@@ -93,7 +93,7 @@ class Models:
         return self.generative(stage, thoughts=thoughts)
 
     def evidence(self, look_ups: int | None = None, **options: Any) -> EvidenceThinker:
-        """The evidence thinker; as many look-ups as trained for if not told."""
+        """The evidence thinker; as many look-ups as help on validation if not told."""
         return load_thinker(
             self.run, self.device, look_ups=look_ups, material=self.material, **options
         )
@@ -178,7 +178,14 @@ def known_rows(run: RunDir) -> dict[str, Row]:
             EVIDENCE,
             lambda models: models.evidence(random=models.config.seed),
             control=True,
-            note="as many rows of other users, drawn at random",
+            note="as many rows of other users, drawn at random and weighed alike",
+        ),
+        Row(
+            "wide_evidence",
+            EVIDENCE,
+            lambda models: models.evidence(wide=True),
+            control=True,
+            note="one look-up with as many rows as all of them together",
         ),
         Row(
             "no_thinking",

@@ -139,6 +139,7 @@ def relative_buckets(
 
 
 @lru_cache(maxsize=512)
+@torch.inference_mode(False)  # a table first made while serving is read by a training later
 def _bucket_table(
     first: int, length: int, bidirectional: bool, buckets: int, limit: int, device: torch.device
 ) -> torch.Tensor:

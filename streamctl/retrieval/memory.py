@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import scipy.sparse
 
 from streamctl.errors import StreamctlError
+from streamctl.retrieval.baskets import BasketIndex, Found, Weighing
 from streamctl.retrieval.neighbours import unit
 
 if TYPE_CHECKING:
@@ -18,31 +17,17 @@ if TYPE_CHECKING:
 Kind = Literal["flat", "ivf", "hnsw"]
 STRANGER = -1  # the user of a row that belongs to nobody known
 _ARRAYS = ("keys", "taken", "users", "recent")
-_AGE = 0.8  # weight of an item of a basket against the one taken after it
 _LINKS = 32  # neighbours that a node of the HNSW graph keeps
 _LISTS_PER_ROOT = 4  # IVF: lists = 4 sqrt(rows), of which an eighth are read
 _READ = 8
 
 
-@dataclass(frozen=True)
-class Found:
-    """The nearest rows of each query, best first.
-
-    Attributes:
-        rows: (B, k) int64, -1 where the memory has too few.
-        cosine: (B, k) float32, -inf where there is no row.
-    """
-
-    rows: np.ndarray
-    cosine: np.ndarray
-
-
 class Memory:
     """Rows (state, items, what was taken next), searched by the cosine of states or of items.
 
-    States are compared by FAISS. Items are compared as baskets through an inverted index, which
-    touches only the rows that share one: an item weighs the root of its inverse frequency, and
-    0.8 times less for each item taken after it.
+    States are compared by FAISS. Items are compared as baskets through inverted indexes, one for
+    each way of weighing (`by_items`); an item's rarity is the root of its inverse frequency among
+    the rows that the memory began with.
 
     Only interactions that train may be put in: a row made of a validation or test item would hand
     the answer to its own user. Rows of a user are never returned to that user.
@@ -83,65 +68,35 @@ class Memory:
         self.users = np.asarray(users, np.int64)
         self.recent = np.asarray(recent, np.int32)
         self._index = _build(self.keys, kind)
-        self._refresh()
+        self._rarity = self._rarities()
+        self._baskets: dict[Weighing, BasketIndex] = {}
+        self._count_owned()
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def bytes(self) -> int:
-        """What rows and vectors take in memory; an HNSW graph comes on top (256 bytes a row)."""
-        return sum(getattr(self, name).nbytes for name in _ARRAYS)
+        """What rows, vectors and lists take in memory; an HNSW graph adds 256 bytes a row."""
+        lists = sum(index.bytes for index in self._baskets.values())
+        return lists + sum(getattr(self, name).nbytes for name in _ARRAYS)
 
-    def _refresh(self) -> None:
+    def _count_owned(self) -> None:
         known = self.users[self.users >= 0]
         self._owned = np.bincount(known) if len(known) else np.zeros(1, np.int64)
+
+    def _rarities(self) -> np.ndarray:
+        """(items,) float64, by how many rows took each item next."""
         taken = self.taken[:, 0]
         count = max(int(self.recent.max(initial=-1)), int(self.taken.max(initial=-1))) + 1
         times = np.bincount(taken[taken >= 0], minlength=count)
-        self._rarity = np.sqrt(np.log((len(self) + 1) / (times + 1)))
-        self._rows_of = self.baskets(self.recent).T.tocsr()  # (items, R)
+        return np.sqrt(np.log((len(self) + 1) / (times + 1)))
 
-    def baskets(self, recent: np.ndarray) -> scipy.sparse.csr_matrix:
-        """Weighted items as rows of length 1.
-
-        Args:
-            recent: (B, P) int, latest first, -1 where there is none or one of no known rarity.
-
-        Returns:
-            (B, items) float32.
-        """
-        known = (recent >= 0) & (recent < len(self._rarity))
-        row, age = np.nonzero(known)
-        items = recent[row, age]
-        shape = (len(recent), len(self._rarity))
-        weights = (_AGE**age * self._rarity[items]).astype(np.float32)
-        return _unit_rows(scipy.sparse.csr_matrix((weights, (row, items)), shape=shape))
-
-    def search_items(
-        self,
-        baskets: scipy.sparse.csr_matrix,
-        k: int,
-        *,
-        users: np.ndarray | None = None,
-        known: np.ndarray | None = None,
-    ) -> Found:
-        """As `search`, by the cosine of baskets (B, items); rows that share nothing stay away."""
-        shared = (_unit_rows(baskets) @ self._rows_of).tocsr()
-        rows = np.full((baskets.shape[0], k), -1, np.int64)
-        cosine = np.full((baskets.shape[0], k), -np.inf, np.float32)
-        for place in range(len(rows)):
-            part = slice(shared.indptr[place], shared.indptr[place + 1])
-            found, near = shared.indices[part], shared.data[part]
-            keep = near > 0
-            if users is not None and users[place] >= 0:
-                keep &= self.users[found] != users[place]
-            if known is not None:
-                keep &= ~np.isin(found, known[place])
-            found, near = found[keep], near[keep]
-            best = np.lexsort((found, -near))[:k]
-            rows[place, : len(best)], cosine[place, : len(best)] = found[best], near[best]
-        return Found(rows, cosine)
+    def by_items(self, weighing: Weighing) -> BasketIndex:
+        """The index of this way of weighing, made when it is first asked for."""
+        if weighing not in self._baskets:
+            self._baskets[weighing] = BasketIndex(self.recent, self._rarity, weighing)
+        return self._baskets[weighing]
 
     def search(
         self,
@@ -198,8 +153,15 @@ class Memory:
         self.keys = np.concatenate([self.keys, added])
         self.taken = np.concatenate([self.taken, np.asarray(taken, np.int32)])
         self.users = np.concatenate([self.users, np.asarray(users, np.int64)])
-        self.recent = np.concatenate([self.recent, np.asarray(recent, np.int32)])
-        self._refresh()
+        recent = np.asarray(recent, np.int32)
+        self.recent = np.concatenate([self.recent, recent])
+        self._count_owned()
+        new = max(int(recent.max(initial=-1)), int(np.max(taken, initial=-1))) + 1
+        if new > len(self._rarity):  # an item that nobody took is as rare as can be
+            rarest = np.sqrt(np.log(len(self) + 1))
+            self._rarity = np.append(self._rarity, np.full(new - len(self._rarity), rarest))
+        for index in self._baskets.values():
+            index.append(recent, self._rarity)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `load` needs; the index is built again from the keys."""
@@ -238,11 +200,6 @@ def _build(keys: np.ndarray, kind: Kind) -> faiss.Index:
         index = faiss.IndexFlatIP(width)
     index.add(keys)
     return index
-
-
-def _unit_rows(rows: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
-    length = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel())
-    return (scipy.sparse.diags(1 / np.maximum(length, 1e-12)) @ rows).astype(np.float32).tocsr()
 
 
 def _contained(found: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from streamctl.decode.evidence import EvidenceThinker, EvidenceTrace
+from streamctl.decode.questions import VIEWS
 from streamctl.device import resolve_device
 from streamctl.runs import RunDir
 from streamctl.serving.explain import EXAMPLES, Explained, Meaning, Meanings, Reason, ThoughtStep
@@ -72,7 +73,7 @@ class Evidence:
             if job.explain:
                 one = slice(row, row + 1)
                 explained = self._explained(
-                    thinker, history[one], _row(trace, row), barred[one], job.k
+                    thinker, history[one], trace.row(row), barred[one], job.k
                 )
             replies.append(Reply(items[row, : job.k], scores[row, : job.k], explained))
         return replies
@@ -100,10 +101,8 @@ class Evidence:
         """One user's look-ups in words, each with the ranking after it."""
         rankings = []
         for done in range(len(trace.look_ups) + 1):
-            part = EvidenceTrace(trace.look_ups[:done], trace.states[:, : done + 1])
-            items, scores = _best(thinker.log_scores(history, part), barred, k)
+            items, scores = _best(thinker.log_scores(history, trace.first(done)), barred, k)
             rankings.append((items[0], scores[0]))
-        moved = (trace.states[0, 1:] - trace.states[0, :-1]).norm(dim=-1).tolist()
         steps = []
         for number, look_up in enumerate(trace.look_ups):
             reasons = thinker.reasons(look_up, 0, READ)
@@ -112,11 +111,10 @@ class Evidence:
             items, scores = rankings[number + 1]
             steps.append(
                 ThoughtStep(
-                    title=f"Look-up {number + 1}: what others took who had items like these",
+                    title=f"Look-up {number + 1}: {VIEWS[look_up.question.view].asks}",
                     meaning=Meaning(words, taken[:EXAMPLES]),
                     items=items,
                     scores=scores,
-                    moved=moved[number] or None,
                     reasons=[Reason(had[:HAD], took) for had, took in reasons[:SHOWN]],
                 )
             )
@@ -129,9 +127,3 @@ def _best(scores: torch.Tensor, barred: torch.Tensor, k: int) -> tuple[np.ndarra
     best, items = scores.topk(min(k, scores.shape[1]), dim=1)
     items = items.masked_fill(best == -torch.inf, -1)
     return items.cpu().numpy(), best.cpu().numpy()
-
-
-def _row(trace: EvidenceTrace, row: int) -> EvidenceTrace:
-    one = slice(row, row + 1)
-    look_ups = tuple(type(x)(x.rows[one], x.weights[one]) for x in trace.look_ups)
-    return EvidenceTrace(look_ups, trace.states[one])

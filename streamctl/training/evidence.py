@@ -1,15 +1,14 @@
 """The stage `evidence`: a ranker of states, the memory of its training prefixes, and their weights.
 
 The ranker is trained by full-catalogue cross-entropy after every item of a sequence (Eq. 14 with
-the whole catalogue as candidates). The memory holds one row a training prefix. How evidence is
-weighed is the choice of validation users, one setting after the other.
+the whole catalogue as candidates). The memory holds one row a training prefix. What is asked of it
+is the choice of validation users (`thought.py`).
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -19,10 +18,9 @@ from streamctl.baselines.objectives import catalogue_cross_entropy
 from streamctl.baselines.train import whole_sequences
 from streamctl.config import EvidenceConfig, resolve
 from streamctl.data import Examples, Split
-from streamctl.decode.evidence import EvidenceSettings, EvidenceThinker
+from streamctl.decode.evidence import EvidenceSettings, EvidenceThinker, Question
 from streamctl.device import derive_seed, resolve_device
 from streamctl.evaluation.evaluate import evaluate, sample_users
-from streamctl.evaluation.metrics import gains
 from streamctl.model.policy import SIZES
 from streamctl.model.ranker import RankerShape, StateRanker, states_of
 from streamctl.progress import say
@@ -30,16 +28,15 @@ from streamctl.retrieval.memory import Memory
 from streamctl.runs import RunDir, Stage
 from streamctl.training.loop import Batch, fit
 from streamctl.training.material import Material
+from streamctl.training.thought import Chooser, choose
 
 WEIGHTS = "model.safetensors"
 AFTER = 4  # items kept of what a prefix's user took next
 RECENT = 20  # items kept of the prefix itself
-VALIDATION_USERS = 2000
-TEMPERATURES = (0.1, 0.25, 0.5)
-DECAYS = (0.0, 0.5)
-STRENGTHS = (0.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-MOVES = (0.0, 0.3, 1.0)
-REPEATS = (1.0, 0.0, -1.0, -2.0, -4.0, -8.0)
+VALIDATION_USERS = 2000  # that pick the epoch
+CHOOSING_USERS = 20_000  # that choose the thought
+LOOK_ALIKES = 10  # items that a question takes an item to be like
+_TIMED = 32  # users of the latency
 
 
 def ranker_shape(config: EvidenceConfig, vocabulary: int) -> RankerShape:
@@ -69,6 +66,11 @@ def recent_items(train: Examples) -> np.ndarray:
     places = train.end[:, None] - 1 - np.arange(RECENT)
     inside = places >= train.start[:, None]
     return np.where(inside, train.items[np.maximum(places, 0)], -1).astype(np.int32)
+
+
+def look_alikes(material: Material) -> np.ndarray:
+    """(N, <= LOOK_ALIKES) int64: the items most like each by their texts."""
+    return material.neighbours[:, :LOOK_ALIKES]
 
 
 def had(history: torch.Tensor) -> torch.Tensor:
@@ -111,8 +113,8 @@ def evidence(
             return value * (batch.history.shape[1] / mean_length), {}
 
         def validate() -> dict[str, float]:
-            direct = EvidenceThinker(ranker, None, EvidenceSettings(), look_ups=0)
-            found = evaluate(direct, sample, n_items=split.n_items, masked=True).metrics
+            direct = EvidenceThinker(ranker, None, EvidenceSettings(repeat=ranker.repeat.item()))
+            found = evaluate(direct, sample, n_items=split.n_items, masked=False).metrics
             return {key: found[key] for key in ("recall@10", "ndcg@10")}
 
         result = fit(
@@ -122,15 +124,17 @@ def evidence(
             title="evidence",
         )  # fmt: skip
         memory = build_memory(ranker, split, config.index)
-        settings, chosen = choose(ranker, memory, config, sample)
-        counts = range(1, config.look_ups + 1)  # none at all is the row evidence_l0
-        best = max(counts, key=lambda count: chosen[f"{count} look-ups"]["ndcg@10"])
+        chooser = Chooser(
+            ranker, memory, look_alikes(material),
+            sample_users(split.valid, CHOOSING_USERS, config.seed),
+            neighbours=config.neighbours, look_ups=config.look_ups,
+        )  # fmt: skip
+        settings, chosen = choose(chooser)
         report = {
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,
             "settings": asdict(settings),
-            "look_ups": best,
-            "valid": chosen,
+            **chosen,
             "memory": {"rows": len(memory), "bytes": memory.bytes, "index": memory.kind},
         }
         weights = {name: tensor.cpu() for name, tensor in ranker.state_dict().items()}
@@ -138,8 +142,8 @@ def evidence(
         for name, array in memory.arrays().items():
             stage.save_array(f"{name}.npy", array)
         stage.save_json("report.json", report)
-        stage.publish(**report, search_ms=_latency(memory, settings.neighbours))
-        shown = ", ".join(f"{name} {found['ndcg@10']:.4f}" for name, found in chosen.items())
+        stage.publish(**report, search_ms=_latency(chooser.thinker, settings, split.valid))
+        shown = ", ".join(f"{name} {row['ndcg@10']:.4f}" for name, row in chosen["valid"].items())
         say(f"evidence: ndcg@10 on validation users: {shown}")
     return run.stage("evidence")
 
@@ -150,106 +154,46 @@ def load_thinker(
     *,
     look_ups: int | None = None,
     random: int | None = None,
+    wide: bool = False,
     material: Material | None = None,
 ) -> EvidenceThinker:
     """The thinker of a complete `evidence` stage.
 
     Args:
-        look_ups: l; None for as many, one or more, as ranked best on validation.
+        look_ups: l; None for as many, one or more, as surely helped on validation.
         random: see `EvidenceThinker`.
+        wide: one look-up with the rows of all: the control.
     """
     from safetensors.torch import load_file
 
     stage = run.require("evidence")
     config = resolve(EvidenceConfig, base=stage.manifest["config"])
     material = material or Material.load(run)
-    shape = ranker_shape(config, material.ids.tokens().size)
-    ranker = StateRanker(shape, material.item_tokens)
+    ranker = StateRanker(ranker_shape(config, material.ids.tokens().size), material.item_tokens)
     ranker.load_state_dict(load_file(stage.file(WEIGHTS)))
     report = stage.json("report.json")
+    settings = EvidenceSettings.of(report["settings"])
+    if wide:
+        settings = replace(settings, questions=(Question(**report["wide"]["question"]),))
+    elif look_ups is None:
+        look_ups = report["look_ups"]
     return EvidenceThinker(
-        ranker.to(device).eval(), Memory.load(stage.path, config.index),
-        EvidenceSettings(**report["settings"]),
-        look_ups=report["look_ups"] if look_ups is None else look_ups, random=random,
+        ranker.to(device).eval(), Memory.load(stage.path, config.index), settings,
+        look_alikes(material), look_ups=look_ups, random=random,
     )  # fmt: skip
 
 
-def choose(
-    ranker: StateRanker, memory: Memory, config: EvidenceConfig, examples: Examples
-) -> tuple[EvidenceSettings, dict[str, dict[str, float]]]:
-    """Settings by ndcg@10 of validation users, and that figure for 0..l look-ups.
-
-    Repeats first, on the state alone; then what is compared, temperature, decay and weight, with
-    one look-up; then how far the state moves, with all of them; then the weight again.
-    """
-    bench = _Bench(ranker, memory, config, examples)
-    settings = EvidenceSettings(neighbours=config.neighbours, weight=0.0)
-    settings = bench.best(settings, 0, [{"repeat": value} for value in REPEATS])
-    grid = [
-        {"by": by, "temperature": t, "decay": d, "weight": w}
-        for by in ("items", "state")
-        for t in TEMPERATURES
-        for d in DECAYS
-        for w in STRENGTHS
-    ]
-    settings = bench.best(settings, 1, grid)
-    settings = bench.best(settings, config.look_ups, [{"move": value} for value in MOVES])
-    settings = bench.best(settings, config.look_ups, [{"weight": value} for value in STRENGTHS])
-    found = {
-        f"{count} look-ups": {"ndcg@10": bench.score(settings, count)}
-        for count in range(config.look_ups + 1)
-    }
-    return settings, found
-
-
-class _Bench:
-    """Validation users whose states and look-ups are computed once for many settings."""
-
-    def __init__(
-        self, ranker: StateRanker, memory: Memory, config: EvidenceConfig, examples: Examples
-    ):
-        self.ranker, self.memory, self.config, self.examples = ranker, memory, config, examples
-        device = ranker.item_tokens.device
-        rows = np.arange(len(examples))
-        states = states_of(ranker, examples.lengths, examples.histories)
-        self.states = torch.from_numpy(states).to(device)
-        self.history = torch.from_numpy(examples.histories(rows)).to(device)
-        self.targets = torch.from_numpy(examples.targets).to(device)
-        self.asked: dict[Any, Any] = {}
-
-    def best(
-        self, settings: EvidenceSettings, count: int, changes: list[dict[str, Any]]
-    ) -> EvidenceSettings:
-        """The change of highest ndcg@10, the first among equals."""
-        tried = [EvidenceSettings(**(asdict(settings) | change)) for change in changes]
-        return max(tried, key=lambda candidate: self.score(candidate, count))
-
-    def score(self, settings: EvidenceSettings, count: int) -> float:
-        thinker = EvidenceThinker(self.ranker, self.memory, settings, look_ups=count)
-        # Where the state does not move, the rows found depend on nothing but their number.
-        path = (settings.decay, settings.move) if settings.move else ()
-        key = (count, settings.by, settings.temperature, *path)
-        if key not in self.asked:
-            self.asked = {key: thinker.think(self.states, self.history, self.examples.users)}
-        trace = self.asked[key]
-        ranks = []
-        for start in range(0, len(self.states), 500):
-            rows = slice(start, start + 500)
-            part = type(trace)(
-                tuple(type(x)(x.rows[rows], x.weights[rows]) for x in trace.look_ups),
-                trace.states[rows],
-            )
-            scores = thinker.log_scores(self.history[rows], part)
-            wanted = scores.gather(1, self.targets[rows, None])
-            ranks.append((scores > wanted).sum(1).cpu().numpy())
-        return float(gains(np.concatenate(ranks), 10).mean())
-
-
-def _latency(memory: Memory, k: int) -> float:
-    """Milliseconds of one look-up for one query alone."""
-    queries = memory.keys[:8]
-    memory.search(queries[:1], k)
+def _latency(thinker: EvidenceThinker, settings: EvidenceSettings, examples: Examples) -> float:
+    """Milliseconds of one look-up for one user alone, the thought's questions together."""
+    asked = EvidenceThinker(thinker.ranker, thinker.memory, settings, thinker.look_alikes)
+    device = thinker.vectors.device
     began = time.perf_counter()
-    for number in range(len(queries)):
-        memory.search(queries[number : number + 1], k)
-    return round(1000 * (time.perf_counter() - began) / max(len(queries), 1), 3)
+    for number in range(_TIMED + 1):
+        if number == 1:  # the first one compiles
+            began = time.perf_counter()
+        row = np.array([number % len(examples)])
+        history = torch.from_numpy(examples.histories(row)).to(device)
+        start = thinker.ranker.states(history)
+        asked.think(start, history, examples.users[row])
+    spent = time.perf_counter() - began
+    return round(1000 * spent / _TIMED / max(1, len(settings.questions)), 3)
