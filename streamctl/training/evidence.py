@@ -34,7 +34,7 @@ WEIGHTS = "model.safetensors"
 AFTER = 4  # items kept of what a prefix's user took next
 RECENT = 20  # items kept of the prefix itself
 VALIDATION_USERS = 2000  # that pick the epoch
-CHOOSING_USERS = 20_000  # that choose the thought
+CHOOSING_USERS = 10_000  # that choose the thought
 LOOK_ALIKES = 10  # items that a question takes an item to be like
 _TIMED = 32  # users of the latency
 

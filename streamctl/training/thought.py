@@ -272,16 +272,29 @@ def _head(rows: np.ndarray, cosine: np.ndarray, k: int) -> tuple[np.ndarray, np.
 def _new(
     rows: np.ndarray, cosine: np.ndarray, known: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first k rows that are not known, in their order."""
-    own = np.zeros(rows.shape, bool)
-    for part in range(0, len(rows), _USERS):
-        some = slice(part, part + _USERS)
-        own[some] = (rows[some, :, None] == known[some, None, :]).any(2)
-    own |= rows < 0
-    order = np.argsort(own, axis=1, kind="stable")[:, :k]
-    gone = np.take_along_axis(own, order, 1)
-    rows = np.where(gone, -1, np.take_along_axis(rows, order, 1))
-    return rows, np.where(gone, -np.inf, np.take_along_axis(cosine, order, 1))
+    """The first k rows that are not known, in their order, and their cosines."""
+    left = np.full((len(rows), k), -1, rows.dtype)
+    near = np.full((len(rows), k), -np.inf, cosine.dtype)
+    size = int(max(rows.max(initial=0), known.max(initial=0))) + 1
+    _leave_out(rows, cosine, known, np.zeros(size, np.bool_), left, near)
+    return left, near
+
+
+@numba.njit(nogil=True, cache=True)
+def _leave_out(rows, cosine, known, gone, left, near):
+    for user in range(len(rows)):
+        for row in known[user]:
+            if row >= 0:
+                gone[row] = True
+        count = 0
+        for place in range(rows.shape[1]):
+            row = rows[user, place]
+            if count < left.shape[1] and row >= 0 and not gone[row]:
+                left[user, count], near[user, count] = row, cosine[user, place]
+                count += 1
+        for row in known[user]:
+            if row >= 0:
+                gone[row] = False
 
 
 @numba.njit(nogil=True, cache=True)
