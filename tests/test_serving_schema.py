@@ -57,6 +57,39 @@ def test_every_operation_is_called(schema):
     assert known == set(OPERATIONS)
 
 
+@pytest.fixture(scope="module")
+def known(server):
+    """Ids of some items and users."""
+    items = server.client.get("/v1/items", params={"limit": 100}).json()["items"]
+    users = server.client.get("/v1/users", params={"limit": 100}).json()["users"]
+    return [item["id"] for item in items], users
+
+
+def familiar(case, known: tuple[list[str], list[str]]) -> None:
+    """Put known items, users and fields in the places of invented ones; the rest stays.
+
+    That a query has a history or a user, and not both, is more than JSON schema says here. A
+    deadline of a millisecond is answered with 504, which is right: none is kept.
+    """
+    items, users = known
+    if isinstance(case.path_parameters, dict) and "id" in case.path_parameters:
+        ids = users if "/users/" in case.path else items
+        case.path_parameters["id"] = ids[len(case.path_parameters["id"]) % len(ids)]
+    body = case.body if isinstance(case.body, dict) else {}
+    for query in body.get("requests", [body]) if case.path.startswith("/v1/recommend") else ():
+        size = len(json.dumps(query))
+        for name in ("history", "allow", "deny"):
+            if query.get(name):
+                query[name] = [items[(size + n) % len(items)] for n in range(len(query[name]))]
+        query["deadline_ms"] = None
+        if query.get("history"):
+            query["user_id"] = None
+        else:
+            query |= {"history": None, "user_id": users[size % len(users)]}
+        if query.get("filter"):
+            query["filter"] = {"brand": next(iter(query["filter"].values()))}
+
+
 @pytest.mark.parametrize(
     ("method", "path", "kind"),
     [
@@ -67,7 +100,7 @@ def test_every_operation_is_called(schema):
     ],
 )
 def test_no_request_breaks_the_server_and_every_answer_is_described(
-    server, schema, method, path, kind
+    server, schema, known, method, path, kind
 ):
     from schemathesis import GenerationMode, checks
 
@@ -89,6 +122,9 @@ def test_no_request_breaks_the_server_and_every_answer_is_described(
     )
     @given(case=cases)
     def run(case):
+        # Every second valid request speaks of things that are there: the model has work to do.
+        if kind == "positive" and method != "DELETE" and statuses.total() % 2:
+            familiar(case, known)
         answer = case.call(base_url=server.url, headers=headers, timeout=120)
         statuses[answer.status_code] += 1
         case.validate_response(answer, checks=wanted)
@@ -101,3 +137,5 @@ def test_no_request_breaks_the_server_and_every_answer_is_described(
             with Path(counts).open("a") as handle:
                 handle.write(json.dumps(line) + "\n")
     assert server.process.poll() is None
+    if kind == "positive" and path.startswith("/v1/recommend"):
+        assert statuses[200] > EXAMPLES / 10

@@ -45,7 +45,7 @@ export async function call(path, body, signal) {
   if (answer.ok) return answer.json();
   const problem = await answer.json().catch(() => ({}));
   const wait = answer.headers.get("Retry-After");
-  const again = wait ? ` Try again in ${wait} s.` : "";
+  const again = wait ? `. Try again in ${wait} s.` : "";
   throw new Error(`${problem.detail ?? answer.statusText}${again}`);
 }
 
