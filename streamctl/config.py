@@ -163,7 +163,7 @@ class EvidenceConfig:
     section: ClassVar[str] = "evidence"
     size: Size = "tiny"
     look_ups: int = 4  # the most questions of a thought; validation says how many help
-    neighbours: int = 100  # rows that one look-up finds
+    neighbours: int = 20  # rows that one look-up finds
     index: Literal["flat", "ivf", "hnsw"] = "flat"  # exact, or faster on millions of rows
     dropout: float = 0.3
     input_dropout: float = 0.3

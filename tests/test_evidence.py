@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_baselines import N_ITEMS, write_cycle
 from streamctl.config import EvalConfig, EvidenceConfig, TokenizeConfig
 from streamctl.data import load_data
 from streamctl.decode.evidence import EvidenceSettings, EvidenceThinker, Question, repeats
-from streamctl.decode.questions import VIEWS, Asker
+from streamctl.decode.questions import VIEWS, Asker, LookAlikes
 from streamctl.evaluation.metrics import gains
 from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.retrieval.baskets import BasketIndex, Weighing
@@ -64,6 +65,24 @@ def test_as_many_look_ups_as_surely_help_on_validation(run):
     assert len(report["settings"]["questions"]) == CONFIG.look_ups
     for step, question in zip(report["tried"], report["settings"]["questions"], strict=True):
         assert step[question["view"]] == max(step.values())
+
+
+def test_another_thought_for_the_same_settings_of_training_trains_no_more(run, tmp_path):
+    other = RunDir(tmp_path / "run")
+    for name in ("data", "tokenizer", "evidence"):
+        shutil.copytree(run.path / name, other.path / name)
+    began = run.stage("evidence").manifest["wall_s"]
+    evidence(other, replace(CONFIG, look_ups=1), device="cpu", force=True)
+    first, second = run.stage("evidence"), other.stage("evidence")
+    assert len(second.json("report.json")["settings"]["questions"]) == 1
+    assert second.manifest["wall_s"] > began
+    for name in ("model.safetensors", "metrics.jsonl", "keys.npy"):
+        assert (first.path / name).read_bytes() == (second.path / name).read_bytes(), name
+    evidence(other, replace(CONFIG, look_ups=1, epochs=1), device="cpu", force=True)
+    assert (
+        second.file("model.safetensors").read_bytes()
+        != first.file("model.safetensors").read_bytes()
+    )
 
 
 def test_the_choice_sees_the_ranks_that_the_thinker_gives(run, thinker, chooser):
@@ -162,7 +181,9 @@ def test_every_view_asks_something_else_and_finds_nobody_twice():
     keys, taken, users, recent = rows(400)
     memory = Memory(keys, taken, users, recent)
     alike = (np.arange(20)[:, None] + np.arange(1, 4)) % 20
-    asker = Asker(memory, alike, torch.from_numpy(keys[:9] + 0.1), recent[:9], users[:9])
+    asker = Asker(
+        memory, LookAlikes(alike), torch.from_numpy(keys[:9] + 0.1), recent[:9], users[:9]
+    )
     evidence = torch.eye(20)[:9]
     known, seen = np.empty((9, 0), np.int64), set()
     for name in VIEWS:

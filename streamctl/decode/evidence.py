@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamctl.decode.questions import Asker, ViewName, latest_first
+from streamctl.decode.questions import Asker, LookAlikes, ViewName, latest_first
 from streamctl.decode.ranking import Ranking
 from streamctl.device import derive_seed
 from streamctl.model.ranker import StateRanker
@@ -31,7 +31,7 @@ class Question:
     """
 
     view: ViewName = "items"
-    neighbours: int = 100
+    neighbours: int = 20
     temperature: float = 0.2
     decay: float = 0.5
     weight: float = 10.0
@@ -111,7 +111,7 @@ class EvidenceThinker:
         ranker: StateRanker,
         memory: Memory | None,
         settings: EvidenceSettings,
-        look_alikes: np.ndarray | None = None,
+        look_alikes: LookAlikes | None = None,
         *,
         look_ups: int | None = None,
         random: int | None = None,
@@ -121,7 +121,7 @@ class EvidenceThinker:
         Args:
             ranker: in evaluation mode, on its device.
             memory: its keys are the ranker's states; None where nothing is looked up.
-            look_alikes: (N, J) int64, for the view `alike`.
+            look_alikes: of the catalogue, for the view `alike`.
             look_ups: l, the first questions to ask; None for all, 0 answers from the state alone.
             random: a seed, to weigh rows drawn at random like the ones found: the control.
         """

@@ -44,20 +44,42 @@ VIEWS: dict[ViewName, View] = {
 _TOP = 10  # items found that join a question
 
 
+class LookAlikes:
+    """The items most like each item by their texts."""
+
+    def __init__(self, neighbours: np.ndarray):
+        """neighbours: (N, J) int64."""
+        self.neighbours = neighbours
+        self._spreads: dict[tuple[int, float], scipy.sparse.csr_matrix] = {}
+
+    def spread(self, items: int, weight: float) -> scipy.sparse.csr_matrix:
+        """(items, items): each item itself, and `weight` of each of those like it."""
+        if (items, weight) not in self._spreads:
+            count = min(items, len(self.neighbours))
+            row = np.repeat(np.arange(count), self.neighbours.shape[1])
+            other = self.neighbours[:count].ravel()
+            kept = other < items
+            entries = (np.full(kept.sum(), weight, np.float32), (row[kept], other[kept]))
+            spread = scipy.sparse.csr_matrix(entries, shape=(items, items))
+            own = scipy.sparse.identity(items, dtype=np.float32, format="csr")
+            self._spreads[items, weight] = (spread + own).tocsr()
+        return self._spreads[items, weight]
+
+
 @dataclass(frozen=True)
 class Asker:
     """The users of a batch, as questions can be asked about them.
 
     Attributes:
         memory: whom the questions go to.
-        look_alikes: (N, J) int64, the items most like each by their texts.
+        look_alikes: of the catalogue.
         state: (B, d) float32 of the ranker.
         recent: (B, H) int64 histories, latest first, -1 for none.
         users: (B,) int64, whose own rows are left out; None for strangers.
     """
 
     memory: Memory
-    look_alikes: np.ndarray
+    look_alikes: LookAlikes
     state: torch.Tensor
     recent: np.ndarray
     users: np.ndarray | None
@@ -82,20 +104,10 @@ class Asker:
         index = self.memory.by_items(view.weighing)
         basket = index.weigh(self.recent)
         if view.alike:
-            basket = unit_rows(basket @ self._spread(basket.shape[1], view.alike))
+            basket = basket @ self.look_alikes.spread(basket.shape[1], view.alike)
         if view.found and evidence is not None:
             basket = basket + view.found * _strongest(evidence, basket.shape[1])
         return index.search(basket, k, self.memory.users, users=self.users, known=known)
-
-    def _spread(self, items: int, weight: float) -> scipy.sparse.csr_matrix:
-        """(items, items): each item itself, and `weight` of each of those like it."""
-        count = min(items, len(self.look_alikes))
-        row = np.repeat(np.arange(count), self.look_alikes.shape[1])
-        other = self.look_alikes[:count].ravel()
-        kept = other < items
-        entries = (np.full(kept.sum(), weight, np.float32), (row[kept], other[kept]))
-        spread = scipy.sparse.csr_matrix(entries, shape=(items, items))
-        return spread + scipy.sparse.identity(items, dtype=np.float32, format="csr")
 
 
 def _strongest(evidence: torch.Tensor, items: int) -> scipy.sparse.csr_matrix:

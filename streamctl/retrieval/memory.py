@@ -9,6 +9,7 @@ import numpy as np
 
 from streamctl.errors import StreamctlError
 from streamctl.retrieval.baskets import BasketIndex, Found, Weighing
+from streamctl.retrieval.growing import Growing
 from streamctl.retrieval.neighbours import unit
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ class Memory:
     the answer to its own user. Rows of a user are never returned to that user.
 
     Attributes:
-        keys: (R, d) float32 of length 1.
-        taken: (R, F) int32, the next item and the ones after it, -1 where there are none.
-        users: (R,) int64 dense user index, or STRANGER.
-        recent: (R, P) int32, the last items of the prefix, latest first, -1 where it is shorter:
-            what makes a row readable.
         kind: "flat" compares with every row; "ivf" reads the lists nearest to the query, "hnsw"
             walks a graph: both miss some rows and are many times faster on millions.
     """
@@ -63,14 +59,34 @@ class Memory:
         if not len(keys) == len(taken) == len(users) == len(recent):
             raise ValueError("a memory's arrays have one entry a row")
         self.kind: Kind = kind
-        self.keys = unit(keys)
-        self.taken = np.asarray(taken, np.int32)
-        self.users = np.asarray(users, np.int64)
-        self.recent = np.asarray(recent, np.int32)
+        self._keys = Growing(unit(keys))
+        self._taken = Growing(np.asarray(taken, np.int32))
+        self._users = Growing(np.asarray(users, np.int64))
+        self._recent = Growing(np.asarray(recent, np.int32))
         self._index = _build(self.keys, kind)
         self._rarity = self._rarities()
         self._baskets: dict[Weighing, BasketIndex] = {}
-        self._count_owned()
+        self._owned = np.bincount(self.users[self.users >= 0], minlength=1)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """(R, d) float32 of length 1."""
+        return self._keys.rows
+
+    @property
+    def taken(self) -> np.ndarray:
+        """(R, F) int32, the next item and the ones after it, -1 where there are none."""
+        return self._taken.rows
+
+    @property
+    def users(self) -> np.ndarray:
+        """(R,) int64 dense user index, or STRANGER."""
+        return self._users.rows
+
+    @property
+    def recent(self) -> np.ndarray:
+        """(R, P) int32, the last items of the prefix, latest first, -1 where it is shorter."""
+        return self._recent.rows
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -80,10 +96,6 @@ class Memory:
         """What rows, vectors and lists take in memory; an HNSW graph adds 256 bytes a row."""
         lists = sum(index.bytes for index in self._baskets.values())
         return lists + sum(getattr(self, name).nbytes for name in _ARRAYS)
-
-    def _count_owned(self) -> None:
-        known = self.users[self.users >= 0]
-        self._owned = np.bincount(known) if len(known) else np.zeros(1, np.int64)
 
     def _rarities(self) -> np.ndarray:
         """(items,) float64, by how many rows took each item next."""
@@ -148,15 +160,19 @@ class Memory:
 
         Args: as for the constructor, with this memory's d, F and P.
         """
-        added = unit(keys)
+        added, users = unit(keys), np.asarray(users, np.int64)
+        taken, recent = np.asarray(taken, np.int32), np.asarray(recent, np.int32)
         self._index.add(added)
-        self.keys = np.concatenate([self.keys, added])
-        self.taken = np.concatenate([self.taken, np.asarray(taken, np.int32)])
-        self.users = np.concatenate([self.users, np.asarray(users, np.int64)])
-        recent = np.asarray(recent, np.int32)
-        self.recent = np.concatenate([self.recent, recent])
-        self._count_owned()
-        new = max(int(recent.max(initial=-1)), int(np.max(taken, initial=-1))) + 1
+        for array, rows in (
+            (self._keys, added), (self._taken, taken), (self._users, users),
+            (self._recent, recent),
+        ):  # fmt: skip
+            array.extend(rows)
+        known = users[users >= 0]
+        more = int(known.max(initial=-1)) + 1 - len(self._owned)
+        self._owned = np.pad(self._owned, (0, max(0, more)))
+        np.add.at(self._owned, known, 1)
+        new = max(int(recent.max(initial=-1)), int(taken.max(initial=-1))) + 1
         if new > len(self._rarity):  # an item that nobody took is as rare as can be
             rarest = np.sqrt(np.log(len(self) + 1))
             self._rarity = np.append(self._rarity, np.full(new - len(self._rarity), rarest))

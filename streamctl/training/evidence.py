@@ -7,8 +7,10 @@ is the choice of validation users (`thought.py`).
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +18,17 @@ import torch
 from streamctl.baselines.base import shifted_targets
 from streamctl.baselines.objectives import catalogue_cross_entropy
 from streamctl.baselines.train import whole_sequences
-from streamctl.config import EvidenceConfig, resolve
+from streamctl.config import EvidenceConfig, resolve, to_dict
 from streamctl.data import Examples, Split
 from streamctl.decode.evidence import EvidenceSettings, EvidenceThinker, Question
+from streamctl.decode.questions import LookAlikes
 from streamctl.device import derive_seed, resolve_device
 from streamctl.evaluation.evaluate import evaluate, sample_users
 from streamctl.model.policy import SIZES
 from streamctl.model.ranker import RankerShape, StateRanker, states_of
 from streamctl.progress import say
 from streamctl.retrieval.memory import Memory
-from streamctl.runs import RunDir, Stage
+from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.training.loop import Batch, fit
 from streamctl.training.material import Material
 from streamctl.training.thought import Chooser, choose
@@ -36,6 +39,7 @@ RECENT = 20  # items kept of the prefix itself
 VALIDATION_USERS = 2000  # that pick the epoch
 CHOOSING_USERS = 10_000  # that choose the thought
 LOOK_ALIKES = 10  # items that a question takes an item to be like
+OF_THE_THOUGHT = ("look_ups", "neighbours", "index")  # settings that no weight depends on
 _TIMED = 32  # users of the latency
 
 
@@ -68,9 +72,55 @@ def recent_items(train: Examples) -> np.ndarray:
     return np.where(inside, train.items[np.maximum(places, 0)], -1).astype(np.int32)
 
 
-def look_alikes(material: Material) -> np.ndarray:
-    """(N, <= LOOK_ALIKES) int64: the items most like each by their texts."""
-    return material.neighbours[:, :LOOK_ALIKES]
+@dataclass(frozen=True)
+class Trained:
+    """What is left of the last training, to choose another thought for the same ranker.
+
+    Attributes:
+        weights: by name.
+        records: of metrics.jsonl.
+        report: of the stage.
+        wall_s: seconds that it took.
+    """
+
+    weights: dict[str, torch.Tensor]
+    records: list[dict[str, Any]]
+    report: dict[str, Any]
+    wall_s: float
+
+    @classmethod
+    def found(cls, run: RunDir, config: EvidenceConfig) -> Trained | None:
+        """Of a complete stage that was trained with these settings on this data."""
+        from safetensors.torch import load_file
+
+        stage = run.stage("evidence")
+        if not stage.complete or stage.stale_parents():
+            return None
+        old, new = stage.manifest["config"], json.loads(json.dumps(to_dict(config)))
+        if any(old.get(key) != value for key, value in new.items() if key not in OF_THE_THOUGHT):
+            return None
+        lines = (stage.path / "metrics.jsonl").read_text().splitlines()
+        return cls(
+            load_file(stage.file(WEIGHTS)),
+            [json.loads(line) for line in lines],
+            stage.json("report.json"),
+            stage.manifest["wall_s"],
+        )
+
+    def take_over(self, stage: StageWriter, ranker: StateRanker) -> dict[str, int]:
+        """Put the weights into the ranker and the records into the stage; the epochs trained."""
+        say("evidence: trained already with these settings; the thought is chosen again")
+        ranker.load_state_dict(self.weights)
+        ranker.eval()
+        for record in self.records:
+            stage.log(**record)
+        stage.earlier_s += self.wall_s
+        return {key: self.report[key] for key in ("epochs", "best_epoch")}
+
+
+def look_alikes(material: Material) -> LookAlikes:
+    """The few items most like each by their texts."""
+    return LookAlikes(material.neighbours[:, :LOOK_ALIKES])
 
 
 def had(history: torch.Tensor) -> torch.Tensor:
@@ -86,8 +136,10 @@ def evidence(
     """Train the ranker, fill the memory, and choose on validation how evidence is weighed.
 
     Writes the weights, the memory's arrays and report.json: the settings, validation ndcg@10 for
-    0..look_ups look-ups and the best number of them, and the memory's size and latency.
+    0..look_ups look-ups and the best number of them, and the memory's size and latency. Made again
+    (`force`) with other settings of the thought alone, it does not train again.
     """
+    trained = Trained.found(run, config)
     with run.begin("evidence", config, ["data", "tokenizer"], force=force) as stage:
         if stage is None:
             say("evidence: complete already")
@@ -117,12 +169,17 @@ def evidence(
             found = evaluate(direct, sample, n_items=split.n_items, masked=False).metrics
             return {key: found[key] for key in ("recall@10", "ndcg@10")}
 
-        result = fit(
-            stage, ranker, loss=loss, examples=windows, epochs=config.epochs, batch=config.batch,
-            lr=config.lr, weight_decay=config.weight_decay, warmup=config.warmup,
-            patience=config.patience, validate=validate, seed=config.seed, device=where,
-            title="evidence",
-        )  # fmt: skip
+        if trained is None:
+            result = fit(
+                stage, ranker, loss=loss, examples=windows, epochs=config.epochs,
+                batch=config.batch, lr=config.lr, weight_decay=config.weight_decay,
+                warmup=config.warmup,
+                patience=config.patience, validate=validate, seed=config.seed, device=where,
+                title="evidence",
+            )  # fmt: skip
+            epochs = {"epochs": result.epochs, "best_epoch": result.best_epoch}
+        else:
+            epochs = trained.take_over(stage, ranker)
         memory = build_memory(ranker, split, config.index)
         chooser = Chooser(
             ranker, memory, look_alikes(material),
@@ -131,8 +188,7 @@ def evidence(
         )  # fmt: skip
         settings, chosen = choose(chooser)
         report = {
-            "epochs": result.epochs,
-            "best_epoch": result.best_epoch,
+            **epochs,
             "settings": asdict(settings),
             **chosen,
             "memory": {"rows": len(memory), "bytes": memory.bytes, "index": memory.kind},

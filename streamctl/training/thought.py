@@ -25,7 +25,7 @@ from streamctl.decode.evidence import (
     repeats,
     weigh,
 )
-from streamctl.decode.questions import VIEWS, Asker, ViewName, latest_first
+from streamctl.decode.questions import VIEWS, Asker, LookAlikes, ViewName, latest_first
 from streamctl.evaluation.metrics import gains
 from streamctl.kernels import threads
 from streamctl.model.ranker import StateRanker, states_of
@@ -64,7 +64,7 @@ class Chooser:
         self,
         ranker: StateRanker,
         memory: Memory,
-        look_alikes: np.ndarray,
+        look_alikes: LookAlikes,
         examples: Examples,
         *,
         neighbours: int,
@@ -73,7 +73,6 @@ class Chooser:
         """Look everything up that does not depend on what was found before.
 
         Args:
-            look_alikes: (N, J) int64.
             examples: of validation.
             neighbours: rows of a look-up.
             look_ups: the most questions of a thought.
@@ -148,9 +147,12 @@ class Chooser:
         follows = (name for name, view in VIEWS.items() if view.found)
         return answers | {name: self._ask(name, self.neighbours, known, found) for name in follows}
 
-    def wide(self, name: ViewName) -> dict[ViewName, tuple[np.ndarray, np.ndarray]]:
-        """The one view with as many rows as all look-ups together."""
-        return {name: self._nearest[name]}
+    def wide(self) -> dict[ViewName, tuple[np.ndarray, np.ndarray]]:
+        """What each view finds that asks once, for as many rows as all look-ups together."""
+        return {
+            name: _head(*near, self.neighbours * self.look_ups)
+            for name, near in self._nearest.items()
+        }
 
     def best(
         self,
@@ -230,7 +232,7 @@ def choose(chooser: Chooser) -> tuple[EvidenceSettings, dict[str, Any]]:
         settings with as many questions as a thought may have; and the report: `look_ups`, how
         many of them have a sure gain (one at least is asked); `valid`, ndcg@10 after 0, 1, ...
         look-ups; `tried`, what each view would have gained at each step, less its standard error;
-        `wide`, the control: the first view with the rows of all in a single look-up.
+        `wide`, the control: the best single look-up of as many rows as all of them.
     """
     repeat, ranks = chooser.repeat()
     alone = ranks
@@ -247,7 +249,7 @@ def choose(chooser: Chooser) -> tuple[EvidenceSettings, dict[str, Any]]:
         tried.append({trial.question.view: trial.gain for trial in trials})
     sure = [max(step.values()) > 0 for step in tried]
     questions = tuple(look_up.question for look_up in found)
-    wide = chooser.best(chooser.wide(questions[0].view), (), repeat, alone)[0]
+    wide = chooser.best(chooser.wide(), (), repeat, alone)[0]
     return EvidenceSettings(questions, repeat), {
         "look_ups": max(1, sure.index(False) if False in sure else len(sure)),
         "valid": valid,
