@@ -319,6 +319,7 @@ def test_the_metrics_count_what_happened(server, history):
     server.ids(history=history, think=2)
     text = server.client.get("/metrics").text
     assert 'streamctl_recommend_seconds_count{think="2",thinker="stream"}' in text
+    assert 'streamctl_requests_total{route="/v1/recommend",status="200"}' in text
     for name in ("batch_size", "queue_length", "queue_seconds", "rejected", "expired", "items"):
         assert f"streamctl_{name}" in text
 

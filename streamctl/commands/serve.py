@@ -38,7 +38,7 @@ def command(
     ] = 0.0,
     queue: Annotated[
         int, typer.Option("--queue", min=1, help="Most requests waiting; beyond it 429.")
-    ] = 256,
+    ] = 128,
     deadline_ms: Annotated[
         int, typer.Option("--deadline-ms", min=1, help="Deadline of requests that name none.")
     ] = 1000,

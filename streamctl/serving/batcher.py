@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from streamctl.serving.metrics import BATCH, EXPIRED, QUEUE, REJECTED, WAIT
 
-SMOOTHING = 0.2  # weight of the newest batch in the running mean of the cost of a job
+MARGIN = 2.0  # of the expected wait: a batch that is under way, and batches that take longer
+FADING = 0.8  # weight of all batches before against the newest, in the mean cost of a job
 
 
 class Job(Protocol):
@@ -59,6 +60,7 @@ class Batcher:
         max_batch: most jobs in a batch.
         max_wait: seconds a job may wait for others to share its batch.
         capacity: most jobs waiting; beyond it `submit` raises Busy.
+        prepare: called once in the worker thread, before everything else.
     """
 
     def __init__(
@@ -68,14 +70,15 @@ class Batcher:
         max_batch: int = 32,
         max_wait: float = 0.002,
         capacity: int = 256,
+        prepare: Callable[[], Any] = lambda: None,
     ):
         self.compute, self.max_batch, self.max_wait = compute, max_batch, max_wait
         self.capacity = capacity
         self._queue: deque[_Waiting] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model", initializer=prepare)
         self._arrived = asyncio.Event()
         self._busy_until = 0.0
-        self._cost = 0.0  # seconds a job, running mean
+        self._spent, self._done = 0.0, 0.0  # seconds and jobs of the latest batches, fading
         self._task = asyncio.get_running_loop().create_task(self._serve())
 
     def __len__(self) -> int:
@@ -109,6 +112,21 @@ class Batcher:
             for one in waiting:
                 one.future.cancel()
 
+    @property
+    def full(self) -> bool:
+        """Whether nobody would be let in."""
+        return len(self._queue) >= self.capacity
+
+    def refuse(self, count: int = 1) -> Busy:
+        """What a request of so many jobs is told that is not let in."""
+        REJECTED.inc(count)
+        return Busy(self._cost * len(self._queue) / 2)
+
+    @property
+    def _cost(self) -> float:
+        """Seconds a job. A full batch counts as many jobs: alone each of them costs far more."""
+        return self._spent / self._done if self._done else 0.0
+
     async def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the worker thread, between two batches."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
@@ -126,10 +144,9 @@ class Batcher:
         running = max(0.0, self._busy_until - now)
         expected = running + (ahead + count) * self._cost
         # A request behind an empty queue is always let in: the estimate is renewed by running.
-        hopeless = ahead > 0 and now + expected > deadline
+        hopeless = ahead > 0 and now + MARGIN * expected > deadline
         if ahead + count > self.capacity or hopeless:
-            REJECTED.inc(count)
-            raise Busy(max(expected, self._cost * ahead / 2))
+            raise self.refuse(count)
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -151,8 +168,8 @@ class Batcher:
                 answers = [error] * len(batch)
             took = time.monotonic() - started
             self._busy_until = 0.0
-            mean = took / len(batch)
-            self._cost += (mean - self._cost) * (SMOOTHING if self._cost else 1.0)
+            self._spent = FADING * self._spent + took
+            self._done = FADING * self._done + len(batch)
             BATCH.observe(len(batch))
             for one, answer in zip(batch, answers, strict=True):
                 self._settle(one, answer, started, took, len(batch))

@@ -59,7 +59,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     problems.install(app)
-    app.add_middleware(Limits, closing=lambda: service.draining)
+    app.add_middleware(
+        Limits, closing=lambda: service.draining, overloaded=lambda: service.overloaded()
+    )
     _add_operations(app, service)
     _add_recommend(app, service)
     _add_catalogue(app, service)

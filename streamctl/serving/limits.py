@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from streamctl.serving.metrics import REQUESTS
 from streamctl.serving.problems import Problem
 
 MAX_BODY = 1 << 20  # bytes
@@ -24,11 +25,16 @@ class Limits:
     Args:
         app: what it wraps.
         closing: says whether connections should end with their next answer (the drain).
+        overloaded: the refusal that requests for recommendations get now, or None.
     """
 
-    def __init__(self, app: ASGIApp, closing: Callable[[], bool]):
-        self.app = app
-        self.closing = closing
+    def __init__(
+        self,
+        app: ASGIApp,
+        closing: Callable[[], bool],
+        overloaded: Callable[[], Awaitable[Problem | None]],
+    ):
+        self.app, self.closing, self.overloaded = app, closing, overloaded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,6 +45,11 @@ class Limits:
         if not declared.isdigit() or int(declared[:20]) > MAX_BODY:
             await Problem(413, TOO_LARGE).response()(scope, receive, send)
             return
+        if scope["method"] == "POST" and scope["path"].startswith("/v1/recommend"):
+            refusal = await self.overloaded()
+            if refusal is not None:
+                await refusal.response()(scope, receive, send)
+                return
         received = 0
 
         async def counting() -> Message:
@@ -55,6 +66,9 @@ class Limits:
     def _with_headers(self, scope: Scope, send: Send) -> Send:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
+                # Set by the router; a path that leads nowhere must not become a label.
+                route = getattr(scope.get("route"), "path", "none")
+                REQUESTS.labels(route, message["status"]).inc()
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("Content-Security-Policy", PAGE_POLICY)
                 headers["X-Content-Type-Options"] = "nosniff"

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import signal
+import sys
 import tempfile
 import uuid
 
@@ -16,6 +17,7 @@ from streamctl.serving.model import servable
 from streamctl.serving.service import Settings
 
 HEALTH_CHECK_S = 60  # a worker that loads a model may be silent for this long
+SWITCH_S = 5e-5  # a model's thread that waits for the interpreter gets it after so long
 KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they are the ones to close
 
 
@@ -39,6 +41,8 @@ def serve(settings: Settings) -> None:
 
         _check_address(settings)
         settings = dataclasses.replace(settings, server=uuid.uuid4().hex)
+        # The model asks for it after every operation: thousands of refusals must not hold it up.
+        sys.setswitchinterval(SWITCH_S)
         factory = functools.partial(create_app, settings)
         config = uvicorn.Config(
             factory() if settings.workers == 1 else factory,

@@ -24,6 +24,7 @@ from streamctl.serving.model import best_stage
 from streamctl.serving.problems import Problem
 from streamctl.serving.schemas import NewItem, Query
 
+REFUSAL_S = 0.2  # before a 429: who asks again at once must not take the time of those who wait
 POLL_S = 0.5  # how often an idle worker looks for what the others wrote
 
 
@@ -55,7 +56,7 @@ class Settings:
     beam: int = 20
     max_batch: int = 32
     max_wait_ms: float = 0.0
-    queue: int = 256
+    queue: int = 128
     deadline_ms: int = 1000
     drain_s: float = 1.0
     threads: int = 1
@@ -97,12 +98,16 @@ class Service:
 
     def start(self) -> None:
         """Begin loading; if that goes wrong `failure` is set and `failed` called."""
+        import torch
+
         settings = self.settings
         self._batcher = Batcher(
             lambda jobs: jobs[0].engine.recommend(jobs),
             max_batch=settings.max_batch,
             max_wait=settings.max_wait_ms / 1000,
             capacity=settings.queue,
+            # OpenMP keeps the number for each thread; the model's own is the one that counts.
+            prepare=lambda: torch.set_num_threads(settings.threads),
         )
         self._tasks = [
             asyncio.create_task(self._load_first()),
@@ -131,14 +136,26 @@ class Service:
         try:
             answers = await self._batcher.submit(jobs, arrived + limit)
         except Busy as error:
-            raise Problem(
-                429, "too many requests wait already", retry_after=error.seconds
-            ) from None
+            raise await self._refusal(error) from None
         except Late:
             raise Problem(504, f"no answer within {limit * 1000:.0f} ms") from None
         for job in jobs:
             metrics.LATENCY.labels(job.thinker, job.think).observe(time.monotonic() - arrived)
         return list(zip(jobs, answers, strict=True))
+
+    async def overloaded(self) -> Problem | None:
+        """The refusal that every request for recommendations gets now, if the queue is full.
+
+        Asked before a request is read: refusals must cost less than the answers they make room for.
+        """
+        if self._batcher is None or not self._batcher.full:
+            return None
+        return await self._refusal(self._batcher.refuse())
+
+    @staticmethod
+    async def _refusal(error: Busy) -> Problem:
+        await asyncio.sleep(REFUSAL_S)
+        return Problem(429, "too many requests wait already", retry_after=error.seconds)
 
     async def add(self, new: NewItem) -> dict[str, Any]:
         """Add an item; it is on the disk and can be recommended when this returns.
