@@ -108,7 +108,66 @@ def speed(receipt: dict[str, Any]) -> str:
     return markdown(["case", "ours", "best peer", "ratio", "of the ceiling"], rows)
 
 
-BLOCKS = {"reproduce": table, "search": search, "ablations": ablations}
+def thoughts(receipt: dict[str, Any]) -> str:
+    """The questions of each seed's thought, and what every view would have gained instead."""
+    rows = []
+    for found in receipt["seeds"]:
+        before = found["valid"]["0 look-ups"]["ndcg@10"]
+        rows.append([str(found["seed"]), "0", "", f"{before:.4f}", "", ""])
+        steps = zip(found["settings"]["questions"], found["tried"], strict=True)
+        for number, (question, tried) in enumerate(steps, 1):
+            asked = [f"{view} {1e4 * gain:+.1f}" for view, gain in tried.items()]
+            rows.append([
+                str(found["seed"]), str(number), question["view"],
+                f"{found['valid'][f'{number} look-ups']['ndcg@10']:.4f}",
+                ", ".join(asked), "yes" if number <= found["look_ups"] else "no",
+            ])  # fmt: skip
+        wide = found["wide"]
+        name = f"one wide look-up: {wide['question']['view']}"
+        rows.append([str(found["seed"]), "", name, f"{wide['ndcg@10']:.4f}", "", ""])
+    head = ["seed", "look-up", "view", "valid ndcg@10", "gain less its error, 1e-4", "asked"]
+    return markdown(head, rows)
+
+
+def aids(receipt: dict[str, Any]) -> str:
+    """A baseline with the aids of the thinker."""
+    rows = [
+        [
+            row["method"], str(row["seeds"]), f"{row['recall@10']:.4f}", f"{row['ndcg@10']:.4f}",
+            f"{row['ndcg@10_masked']:.4f}", _interval(row.get("vs_row_before")),
+            f"{row['ms_per_user']:.2f}",
+        ]
+        for row in receipt["rows"]
+    ]  # fmt: skip
+    head = ["method", "seeds", "recall@10", "ndcg@10", "masked", "less the row before", "ms a user"]
+    return markdown(head, rows)
+
+
+def memory(receipt: dict[str, Any]) -> str:
+    """Milliseconds of a look-up for one user, and bytes, by rows."""
+    rows = []
+    for size in receipt["sizes"]:
+        for kind in ("flat", "ivf", "hnsw", "items", "taste"):
+            if kind in size:
+                entry = size[kind]
+                found = f"{entry['found']:.1%}" if "found" in entry else "100.0%"
+                per_row = entry.get("bytes_per_row", size["bytes_per_row_state"])
+                rows.append([
+                    f"{size['rows']:,}", kind, f"{entry['ms']:.2f}", found, f"{per_row:.0f}",
+                    f"{entry['build_s']:.1f}", f"{size['append_10_rows_ms']:.1f}",
+                ])  # fmt: skip
+    head = ["rows", "search", "ms", "found of the exact 100", "bytes a row", "seconds to build"]
+    return markdown([*head, "ms to add 10 rows"], rows)
+
+
+BLOCKS = {
+    "reproduce": table,
+    "search": search,
+    "ablations": ablations,
+    "thoughts": thoughts,
+    "aids": aids,
+    "memory": memory,
+}
 
 
 def render() -> dict[str, str]:

@@ -369,7 +369,10 @@ def test_the_evaluation_has_the_thinker_and_its_controls(run):
     assert "stream_evidence" in result["methods"]
     counts = {f"evidence_l{count}" for count in range(5)}
     assert counts | {"random_evidence", "wide_evidence"} <= result["controls"].keys()
-    assert {"evidence_l0", "random_evidence"} <= result["comparisons"]["stream_evidence"].keys()
+    assert (run.stage("eval").path / "look-ups.png").stat().st_size > 5000
+    assert {"evidence_l0", "random_evidence", "wide_evidence"} <= result["comparisons"][
+        "stream_evidence"
+    ].keys()
 
 
 def test_recommend_prints_the_look_ups(run, streamctl):

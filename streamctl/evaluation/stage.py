@@ -24,8 +24,15 @@ METRICS, RANKS = "metrics.json", "ranks.safetensors"
 TIES = {"keep": "kept", "shuffle": "shuffled", "runs": "shuffled, all runs of ascending ids"}
 # What each row is compared with, besides TIGER: the strongest baseline, and its own controls.
 AGAINST = {
-    "stream_evidence": ("sasrec", "evidence_l0", "evidence_l1", "random_evidence"),
+    "stream_evidence": (
+        "sasrec",
+        "evidence_l0",
+        "evidence_l1",
+        "random_evidence",
+        "wide_evidence",
+    ),
     "evidence_l0": ("sasrec",),
+    "evidence_l1": ("evidence_l0",),
     "evidence_l2": ("evidence_l1",),
     "stream_pt": ("sasrec",),
     "stream_sft": ("sasrec", "no_thinking", "random_thinking"),
