@@ -12,7 +12,13 @@ from test_baselines import N_ITEMS, write_cycle
 
 from streamctl.config import EvalConfig, EvidenceConfig, TokenizeConfig
 from streamctl.data import load_data
-from streamctl.decode.evidence import EvidenceSettings, EvidenceThinker, Question, repeats
+from streamctl.decode.evidence import (
+    EvidenceSettings,
+    EvidenceThinker,
+    Memo,
+    Question,
+    repeats,
+)
 from streamctl.decode.questions import VIEWS, Asker, LookAlikes
 from streamctl.evaluation.metrics import gains
 from streamctl.evaluation.stage import evaluate_run, read_result
@@ -301,6 +307,19 @@ def test_repeats_are_weighed_once_and_padding_is_no_item():
     history = torch.tensor([[1, 1, 3], [0, -1, -1]])
     scores = repeats(torch.zeros(2, 4), history, -2.0)
     assert scores.tolist() == [[0, -2, 0, -2], [-2, 0, 0, 0]]
+
+
+def test_shared_look_ups_change_no_answer_and_are_still_paid_for(run):
+    memo = Memo()
+    history, users = torch.tensor([[5, 6, 7], [1, 2, 3]]), np.array([3, 4])
+    for count in (2, 1, 2):
+        alone, sharing = (load_thinker(run, CPU, look_ups=count) for _ in range(2))
+        sharing.memo = memo
+        expected, found = (x.rank(history, 5, users=users) for x in (alone, sharing))
+        assert torch.equal(expected.items, found.items)
+    assert memo.saved_s > 0
+    other = sharing.rank(history, 5, users=users[::-1].copy())
+    assert torch.equal(other.items, alone.rank(history, 5, users=users[::-1].copy()).items)
 
 
 def test_padding_on_the_right_changes_no_state(thinker):

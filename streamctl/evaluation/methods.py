@@ -13,7 +13,7 @@ import torch
 from streamctl.baselines.registry import BASELINES, baseline_class
 from streamctl.config import BaselineConfig, EvalConfig
 from streamctl.data import Examples, Split, load_data
-from streamctl.decode.evidence import EvidenceThinker
+from streamctl.decode.evidence import EvidenceThinker, Memo
 from streamctl.device import resolve_device
 from streamctl.errors import UsageError, close_matches
 from streamctl.evaluation.evaluate import Recommender
@@ -43,6 +43,7 @@ class Models:
         self.run, self.config, self.examples = run, config, examples
         self.device = resolve_device(device)
         self.policy = cache(self._policy)
+        self.memo = Memo()
 
     @cached_property
     def split(self) -> Split:
@@ -94,9 +95,11 @@ class Models:
 
     def evidence(self, look_ups: int | None = None, **options: Any) -> EvidenceThinker:
         """The evidence thinker; as many look-ups as help on validation if not told."""
-        return load_thinker(
+        thinker = load_thinker(
             self.run, self.device, look_ups=look_ups, material=self.material, **options
         )
+        thinker.memo = self.memo
+        return thinker
 
     def baseline(self, name: str) -> Recommender:
         return baseline_class(name).load(self.run.stage(f"baselines/{name}")).to(self.device)
