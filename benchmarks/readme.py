@@ -160,6 +160,25 @@ def memory(receipt: dict[str, Any]) -> str:
     return markdown([*head, "ms to add 10 rows"], rows)
 
 
+def load(receipt: dict[str, Any]) -> str:
+    """Rows of the server under load, with goals and what was missed."""
+    rows = []
+    for row in receipt["rows"]:
+        found, goals = row["wrk"], row["goals"]
+        measured = [f"{row['ours']:.1f} {row['unit']}"]
+        if row["unit"] != "MB grown":
+            measured.append(f"p99 {found['p99_ms']:.0f} ms")
+        measured.append(f"{row['errors']} errors in {found['ok'] + found['busy']:,} requests")
+        alone = row.get("alone")
+        wanted = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in goals.items())
+        one = f"{alone['p50_ms']:.1f} ms p50, p99 {alone['p99_ms']:.0f} ms" if alone else "-"
+        peer = "-" if row["peer"] is None else f"{row['peer']:.1f} ({row['ratio']:.1f}x)"
+        reached = "yes" if row["reached"] else "no"
+        rows.append([row["case"], ", ".join(measured), one, peer, wanted, reached])
+    head = ["case", "measured", "one connection", "FastAPI + generate", "goal", "reached"]
+    return markdown(head, rows)
+
+
 BLOCKS = {
     "reproduce": table,
     "search": search,
@@ -167,6 +186,7 @@ BLOCKS = {
     "thoughts": thoughts,
     "aids": aids,
     "memory": memory,
+    "serve": load,
 }
 
 

@@ -6,8 +6,8 @@
 Starts `streamctl serve` on loopback with a model of the paper's size (random weights: the work is
 the same) and drives it with wrk (`apt-get install wrk`). wrk's connections pause for exponential
 times, so that many of them arrive like a Poisson process; server and load share the machine.
-latency/*: a request at a time, at LOAD of what was measured to be the capacity of one. saturation:
-four times what the server can take; a refusal (429) is no error, everything else that is not an
+latency/*: single requests that arrive at LOAD of what one connection can ask for; beside it, as
+`alone`, that connection, which is also how the peer is compared. saturation: four times what the server can take; a refusal (429) is no error, everything else that is not an
 answer is one, a deadline (504) too, for no request names its own. The peer runs beam search with a
 trie's `prefix_allowed_tokens_fn`, one request at a time, without thinking. The memory run is a call
 of its own, whose row joins the receipt: it needs minutes, not quiet.
@@ -227,12 +227,12 @@ def measure(run: RunDir, folder: Path, seconds: float) -> list[dict]:
     rows = []
     with our_server(run) as (address, _):
         for think, file in files.items():
-            alone = drive(address, file, 5, rate=None, connections=1)
+            alone = drive(address, file, seconds, rate=None, connections=1)
             rate = LOAD * alone["ok"] / alone["seconds"]
             found = drive(address, file, seconds, rate=rate, connections=CONNECTIONS)
             case = f"latency/l{think}"
             other = single["p50_ms"] if think == 0 else None
-            better = other / found["p50_ms"] if other else None
+            better = other / alone["p50_ms"] if other else None  # both on one connection
             goals = dict(zip(("p50_ms", "p99_ms"), GOALS[case], strict=True))
             reached = not errors(found) and all(found[name] < goals[name] for name in goals)
             more = {"wrk": found, "alone": alone, "rate": rate, "errors": errors(found)}
