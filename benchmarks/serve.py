@@ -7,10 +7,11 @@ Starts `streamctl serve` on loopback with a model of the paper's size (random we
 the same) and drives it with wrk (`apt-get install wrk`). wrk's connections pause for exponential
 times, so that many of them arrive like a Poisson process; server and load share the machine.
 latency/*: single requests that arrive at LOAD of what one connection can ask for; beside it, as
-`alone`, that connection, which is also how the peer is compared. saturation: four times what the server can take; a refusal (429) is no error, everything else that is not an
-answer is one, a deadline (504) too, for no request names its own. The peer runs beam search with a
-trie's `prefix_allowed_tokens_fn`, one request at a time, without thinking. The memory run is a call
-of its own, whose row joins the receipt: it needs minutes, not quiet.
+`alone`, that connection, which is also how the peer is compared. saturation: four times what the
+server can take; a refusal (429) is no error, everything else that is not an answer is one, a
+deadline (504) too, for no request names its own. The peer runs beam search with a trie's
+`prefix_allowed_tokens_fn`, one request at a time, without thinking. The memory run is a
+call of its own, whose row joins the receipt: it needs minutes, not quiet.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from streamctl.serving.metrics import BATCH, EXPIRED, QUEUE, REJECTED, WAIT
 
-MARGIN = 2.5  # of the expected wait: a batch that is under way, and batches that take longer
+MARGIN = 3.0  # of the expected wait: a batch that is under way, and batches that take longer
 FADING = 0.5  # weight of all batches before against the newest, in the mean cost of a job
 
 
