@@ -12,6 +12,7 @@ import torch
 from streamctl.decode.evidence import EvidenceThinker, EvidenceTrace
 from streamctl.decode.questions import VIEWS
 from streamctl.device import resolve_device
+from streamctl.errors import StreamctlError
 from streamctl.runs import RunDir
 from streamctl.serving.explain import EXAMPLES, Explained, Meaning, Meanings, Reason, ThoughtStep
 from streamctl.serving.job import Job, Reply, padded
@@ -44,7 +45,14 @@ class Evidence:
         self.model = model_name(run, stage)
         self.think = stage.json("report.json")["look_ups"]
         self.most = stage.manifest["config"]["look_ups"]
-        self._thinker = load_thinker(run, resolve_device(device), look_ups=self.most)
+        try:
+            self._thinker = load_thinker(run, resolve_device(device), look_ups=self.most)
+        except RuntimeError as error:  # torch's, where tensors have other names or shapes
+            raise StreamctlError(
+                "the weights are not those of this version's thinker",
+                where=stage.path,
+                run=f"{run.command('evidence')} --force",
+            ) from error
         self._asking = cache(self._asking)
         self._meanings = meanings
 
