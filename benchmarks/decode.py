@@ -10,9 +10,6 @@ compared; contenders that differ get no figures.
 
 from __future__ import annotations
 
-import sys
-import time
-
 import numpy as np
 import peers
 import torch
@@ -132,9 +129,12 @@ def _row(case, found, work, unit, **more):
 
 
 @torch.no_grad()
-def rows(device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wall") -> list[dict]:
+def rows(
+    device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wall", limits=None
+) -> list[dict]:
     """The receipt's rows; also called by benchmarks/gpu.py."""
     now = peers.clock(clock, device)
+    limits = limits or peers.ceilings(device, now)
     beams = Beams(device)
     policy, found = beams.policy, []
     lengths, _ = peers.real_lengths()
@@ -148,7 +148,12 @@ def rows(device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wa
             contenders = beams.contenders(history, function=name != "beam/b32-real-lengths")
             seconds = peers.take_turns(contenders, repeats, now)
             where = peers.profile(contenders["streamctl"])
-            found.append(_row(name, seconds, len(history), "users/s", profile=where))
+            positions = int((history >= 0).sum()) * peers.LEVELS
+            tokens = len(history) * (1 + BEAM * (peers.LEVELS - 1))
+            flops = peers.product_flops(policy, positions, tokens)
+            memory = peers.peak_mb(contenders)
+            line = _row(name, seconds, len(history), "users/s", profile=where, peak_mb=memory)
+            found.append(peers.against_ceiling(line, flops, limits, seconds["streamctl"]))
     if "think/l4-over-l0".startswith(only):
         turns = {
             "streamctl": lambda: beams.ours(full, think=THINK),
@@ -156,6 +161,7 @@ def rows(device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wa
         }
         seconds = peers.take_turns(turns, repeats, now)
         line = peers.row("think/l4-over-l0", seconds, len(full), "users/s")
+        line |= {"profile": peers.profile(turns["streamctl"])}
         found.append(line | {"times": seconds["streamctl"] / seconds["streamctl, l = 0"]})
     if "rollout/b64g16".startswith(only):
         history = peers.histories(random.choice(lengths, USERS)).to(device)
@@ -177,20 +183,13 @@ def rows(device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wa
         }
         seconds = peers.take_turns(turns, repeats, now)
         tokens = USERS * GROUP * peers.LEVELS
-        found.append(peers.row("rollout/b64g16", seconds, tokens, "tokens/s"))
+        line = peers.row("rollout/b64g16", seconds, tokens, "tokens/s")
+        line |= {"peak_mb": peers.peak_mb(turns), "profile": peers.profile(turns["streamctl"])}
+        positions = int((history >= 0).sum()) * peers.LEVELS
+        flops = peers.product_flops(policy, positions, USERS * (1 + GROUP * (peers.LEVELS - 1)))
+        found.append(peers.against_ceiling(line, flops, limits, seconds["streamctl"]))
     return found
 
 
-def main() -> None:
-    settings = peers.options(__doc__.splitlines()[0])
-    torch.set_num_threads(settings.threads)
-    began = time.time()
-    receipt = peers.provenance("decode", settings)
-    limits = peers.ceilings(settings.device, peers.clock(settings.clock, settings.device))
-    receipt |= {"ceilings": limits, "lengths": peers.real_lengths()[1]}
-    receipt["rows"] = rows(settings.device, settings.repeats, settings.only, settings.clock)
-    peers.finish(receipt | {"wall_s": round(time.time() - began, 1)}, settings)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    peers.run("decode", __doc__.splitlines()[0], rows)

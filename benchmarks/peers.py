@@ -7,6 +7,8 @@ the histories' lengths are those of Amazon Beauty's training prefixes where STRE
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -137,6 +139,73 @@ def ceilings(device: str, now: Clock, repeats: int = 3) -> dict[str, float]:
     half = wide.bfloat16()
     found = take_turns({"f32": lambda: wide @ wide, "bf16": lambda: half @ half}, repeats, now)
     return {f"{name}_flops": 2 * size**3 / seconds for name, seconds in found.items()}
+
+
+def product_flops(policy: Policy, positions: int, tokens: int) -> int:
+    """Floating point operations of the weights' products in one pass forward.
+
+    Args:
+        positions: encoder positions of all users. tokens: decoder tokens, each with its logits.
+    """
+    on_positions, on_tokens = 0, policy.shared.weight.numel()
+    for stack in (policy.encoder, policy.decoder):
+        for name, weight in stack.named_parameters():
+            if weight.ndim != 2 or "relative" in name:
+                continue
+            crosses = name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))
+            if stack is policy.encoder or crosses:
+                on_positions += weight.numel()
+            else:
+                on_tokens += weight.numel()
+    return 2 * (on_positions * positions + on_tokens * tokens)
+
+
+def against_ceiling(line: dict, flops: float, limits: dict[str, float], seconds: float) -> dict:
+    """The row with its share of the bf16 ceiling; that of fp32 is beside it."""
+    return line | {
+        "ceiling": limits["bf16_flops"],
+        "fraction": flops / seconds / limits["bf16_flops"],
+        "fraction_fp32_ceiling": flops / seconds / limits["f32_flops"],
+    }
+
+
+def peak_mb(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """How far each call raises the process's resident memory, or the GPU's, in MiB."""
+    if torch.cuda.is_available():
+        found = {}
+        for name, function in contenders.items():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            function()
+            found[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        return found
+
+    def status(key: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+    found = {}
+    for name, function in contenders.items():
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed is no one's peak
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        function()
+        found[name] = round(status("VmHWM") - before, 1)
+    return found
+
+
+def run(name: str, description: str, rows: Callable[..., list[dict]]) -> None:
+    """The main of a speed benchmark: options, ceilings, its rows, a receipt."""
+    settings = options(description)
+    torch.set_num_threads(settings.threads)
+    began = time.time()
+    limits = ceilings(settings.device, clock(settings.clock, settings.device))
+    receipt = provenance(name, settings) | {"ceilings": limits, "lengths": real_lengths()[1]}
+    receipt["rows"] = rows(
+        settings.device, settings.repeats, settings.only, settings.clock, limits=limits
+    )
+    finish(receipt | {"wall_s": round(time.time() - began, 1)}, settings)
 
 
 def profile(function: Callable[[], Any], lines: int = 10) -> list[dict[str, Any]]:

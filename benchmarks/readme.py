@@ -179,6 +179,20 @@ def load(receipt: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def histories(receipt: dict[str, Any]) -> str:
+    """TIGER by kind of history, in fp32 and bf16."""
+    rows = []
+    for row in receipt["rows"]:
+        for name, found in row["precision"].items():
+            change = row["bf16_less_fp32"] if name == "bf16" else None
+            bounds = _interval([change["low"], change["high"]]) if change else ""
+            figures = [f"{found[metric]:.4f}" for metric in METRICS]
+            trained = f"{row['train_s'] / 60:.1f}"
+            rows.append([row["history"], name, *figures, bounds, trained])
+    head = ["history", "decoding", *METRICS, "ndcg@10, bf16 less fp32", "minutes of training"]
+    return markdown(head, rows)
+
+
 BLOCKS = {
     "reproduce": table,
     "search": search,
@@ -187,6 +201,7 @@ BLOCKS = {
     "aids": aids,
     "memory": memory,
     "serve": load,
+    "histories": histories,
 }
 
 

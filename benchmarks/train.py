@@ -12,9 +12,6 @@ only where ours is, and the ratio is to the faster. `rl/ranking`: log-probabilit
 
 from __future__ import annotations
 
-import sys
-import time
-
 import numpy as np
 import peers
 import torch
@@ -25,7 +22,7 @@ from streamctl.training import checkpoint
 from streamctl.training.loop import CLIP_NORM, batches
 from streamctl.training.losses import sequence_loss
 
-BATCH, NEGATIVES, THINK, ROLLOUTS = 256, 50, 4, 32
+BATCH, NEGATIVES, THINK, USERS, GROUP = 256, 50, 4, 2, 16
 
 
 def batch_of(lengths: np.ndarray, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +78,7 @@ def their_step(policy: Policy, device: str, *, same_dropout: bool):
     return learner(oracle, loss, device)
 
 
-def step_rows(device: str, repeats: int, only: str, now, count: int) -> list[dict]:
+def step_rows(device: str, repeats: int, only: str, now, count: int, limits) -> list[dict]:
     lengths, _ = peers.real_lengths()
     random = np.random.default_rng(2)
     order = batches(lengths, BATCH, 0, 0)
@@ -112,9 +109,13 @@ def step_rows(device: str, repeats: int, only: str, now, count: int) -> list[dic
         turns = {"streamctl": over(ours, exact)}
         turns |= {name: over(step, theirs) for name, step in steps.items()}
         seconds = peers.take_turns(turns, repeats, now)
+        spent = seconds["streamctl"]
         seconds["streamctl"] *= work / done["exact"]  # per sequence: our batches are others
         line = peers.row(case, seconds, work, "sequences/s", batches=count)
-        found.append(line | {"profile": peers.profile(turns["streamctl"])})
+        line |= {"peak_mb": peers.peak_mb(turns), "profile": peers.profile(turns["streamctl"])}
+        positions = sum(history.numel() for history, _ in exact) * peers.LEVELS
+        flops = 3 * peers.product_flops(policy, positions, done["exact"] * peers.LEVELS)
+        found.append(peers.against_ceiling(line, flops, limits, spent))
     return found
 
 
@@ -124,23 +125,25 @@ def ranking_row(device: str, repeats: int, now) -> dict:
     oracle = peers.transformers_model(policy)
     lengths, _ = peers.real_lengths()
     length = int(np.median(lengths))
-    history, target = batch_of(np.full(ROLLOUTS, length), 5, device)
+    history, target = batch_of(np.full(USERS, length), 5, device)
     generator = torch.Generator().manual_seed(6)
-    look_alikes = torch.randint(peers.ITEMS, (ROLLOUTS, NEGATIVES), generator=generator).to(device)
+    look_alikes = torch.randint(peers.ITEMS, (USERS, NEGATIVES), generator=generator).to(device)
     candidates = torch.cat([target[:, None], look_alikes], 1)
     low, high = policy.tokens.think_range
-    think = torch.randint(low, high, (ROLLOUTS, THINK), generator=generator).to(device)
+    think = torch.randint(low, high, (USERS, GROUP, THINK), generator=generator).to(device)
+    each = history.repeat_interleave(GROUP, 0)
 
     def shared() -> torch.Tensor:
         with peers.bf16(device):
-            return policy.target_logprob(policy.encode(history), candidates, think)
+            return policy.thoughts_logprob(policy.encode(history), candidates, think).flatten(0, 1)
 
     def naive() -> torch.Tensor:
         scores = []
         for column in candidates.T:
-            inputs, labels = policy.target_inputs(column, think)
+            column = column.repeat_interleave(GROUP)
+            inputs, labels = policy.target_inputs(column, think.flatten(0, 1))
             with peers.bf16(device):
-                given = peers.encoder_inputs(policy, history)
+                given = peers.encoder_inputs(policy, each)
                 logits = oracle(**given, decoder_input_ids=inputs).logits
             table = torch.log_softmax(logits[:, -peers.LEVELS :].float(), -1)
             codes = labels[:, -peers.LEVELS :, None]
@@ -151,31 +154,28 @@ def ranking_row(device: str, repeats: int, now) -> dict:
         raise SystemExit("log-probabilities of the negatives differ from transformers': no figures")
     turns = {"streamctl": shared, "a pass for each candidate": naive}
     seconds = peers.take_turns(turns, repeats, now)
-    line = peers.row("rl/ranking", seconds, ROLLOUTS, "rollouts ranked/s", candidates=51)
-    return line | {"profile": peers.profile(shared)}
+    line = peers.row("rl/ranking", seconds, USERS * GROUP, "rollouts ranked/s", candidates=51)
+    return line | {"peak_mb": peers.peak_mb(turns), "profile": peers.profile(shared)}
 
 
 def rows(
-    device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wall", count: int = 3
+    device: str = "cpu",
+    repeats: int = 5,
+    only: str = "",
+    clock: str = "wall",
+    count: int = 2,
+    limits=None,
 ) -> list[dict]:
     """The receipt's rows; also called by benchmarks/gpu.py."""
     now = peers.clock(clock, device)
-    found = step_rows(device, repeats, only, now, count) if "step".startswith(only[:4]) else []
+    limits = limits or peers.ceilings(device, now)
+    found = (
+        step_rows(device, repeats, only, now, count, limits) if "step".startswith(only[:4]) else []
+    )
     if "rl/ranking".startswith(only):
         found.append(ranking_row(device, repeats, now))
     return found
 
 
-def main() -> None:
-    settings = peers.options(__doc__.splitlines()[0])
-    torch.set_num_threads(settings.threads)
-    began = time.time()
-    receipt = peers.provenance("train", settings)
-    limits = peers.ceilings(settings.device, peers.clock(settings.clock, settings.device))
-    receipt |= {"ceilings": limits, "lengths": peers.real_lengths()[1]}
-    receipt["rows"] = rows(settings.device, settings.repeats, settings.only, settings.clock)
-    peers.finish(receipt | {"wall_s": round(time.time() - began, 1)}, settings)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    peers.run("train", __doc__.splitlines()[0], rows)

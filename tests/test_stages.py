@@ -151,7 +151,7 @@ def test_grpo_begins_at_ratio_one_and_kl_zero():
     trainer = trainer_of(small_policy("items"))
     found = trainer.step(histories(40, [5] * 4), torch.arange(4), seed=1)
     assert found["ratio"] == pytest.approx(1, abs=1e-5)
-    assert found["kl"] == pytest.approx(0, abs=1e-9)
+    assert found["kl"] == pytest.approx(0, abs=1e-8)
 
 
 def test_grpo_with_sampling_and_training_that_disagree_is_refused():

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from streamctl.distributed import Share
-from streamctl.model.backbone import Past
+from streamctl.model.frozen import Branches
+from streamctl.model.past import Past
 from streamctl.model.policy import DecoderName, Encoded, Policy
 
 
@@ -25,7 +26,7 @@ class Thought:
     tokens: torch.Tensor
     logprob: torch.Tensor
     hidden: torch.Tensor
-    past: Past | None
+    past: Past | Branches | None
 
 
 def think_logits(policy: Policy, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -63,7 +64,7 @@ def beam_thoughts(
     tokens = feed.new_empty(len(encoded), 1, 0)
     score = torch.zeros(len(encoded), 1, device=device)
     states: list[torch.Tensor] = []
-    past: Past | None = None
+    past: Past | Branches | None = None
     for step in range(length):
         hidden, past = policy.extend(encoded, feed, decoder, past)
         total = score[..., None] + think_logits(policy, hidden[:, :, -1])
@@ -147,7 +148,7 @@ def sample_thoughts(
     device = encoded.states.device
     feed = torch.full((len(encoded), 1, 1), policy.tokens.THINK, device=device)
     tokens, logprobs, states = [], [], []
-    past: Past | None = None
+    past: Past | Branches | None = None
     for step in range(length):
         hidden, past = policy.extend(encoded, feed, decoder, past)
         distribution = think_logits(policy, hidden[:, :, -1], temperature)

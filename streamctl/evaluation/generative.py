@@ -30,7 +30,8 @@ class PolicyRecommender:
         decoder: "slow", or "direct" (which never thinks).
         beam: width of the search over codes.
         seed: of the random order of items that share their codes.
-        mode, margin: how thoughts are found and when they end early, as in `decode.recommend`.
+        mode, margin, exact: how thoughts are found, when they end early, and the precision, as in
+            `decode.recommend`.
     """
 
     policy: Policy
@@ -42,6 +43,7 @@ class PolicyRecommender:
     seed: int = 0
     mode: Literal["greedy", "joint", "marginal"] = "greedy"
     margin: float | None = None
+    exact: bool = False
 
     def rank(
         self,
@@ -66,6 +68,7 @@ class PolicyRecommender:
             seed=self.seed,
             mode=self.mode,
             margin=self.margin,
+            exact=self.exact,
         )
         return ranking
 

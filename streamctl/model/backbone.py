@@ -19,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from streamctl.model import fused
+from streamctl.model import frozen, fused
+from streamctl.model.past import LayerPast, Past
+
+# Cross-attention keys and values of every layer, with or without gradients.
+Memory = list[tuple[torch.Tensor, torch.Tensor]] | frozen.Memory
 
 
 @dataclass(frozen=True)
@@ -221,57 +225,6 @@ def _by_branch(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.unflatten(2, like.shape[1:3]).transpose(1, 2)
 
 
-@dataclass
-class LayerPast:
-    """Keys and values of one decoder layer.
-
-    shared: two (B, h, P, d_kv), the prefix that all branches of a user have in common, or None.
-    own: two (B, W, h, O, d_kv), what each branch added, or None.
-    """
-
-    shared: tuple[torch.Tensor, torch.Tensor] | None
-    own: tuple[torch.Tensor, torch.Tensor] | None
-
-
-@dataclass
-class Past:
-    """All layers' keys and values, and how many tokens they stand for."""
-
-    layers: list[LayerPast]
-    length: int
-
-    def share(self) -> Past:
-        """Make the single branch's tokens the prefix of all branches to come."""
-        layers = []
-        for layer in self.layers:
-            own = tuple(part[:, 0] for part in layer.own)
-            if layer.shared is not None:
-                own = tuple(torch.cat(pair, -2) for pair in zip(layer.shared, own, strict=True))
-            layers.append(LayerPast(own, None))
-        return Past(layers, self.length)
-
-    def reorder(self, parent: torch.Tensor) -> Past:
-        """Branch w continues old branch parent[:, w]; the shared prefix is not touched.
-
-        Args:
-            parent: (B, W') int64.
-        """
-        rows = torch.arange(len(parent), device=parent.device)[:, None]
-        layers = [
-            LayerPast(x.shared, None if x.own is None else tuple(p[rows, parent] for p in x.own))
-            for x in self.layers
-        ]
-        return Past(layers, self.length)
-
-    def rows(self, index: torch.Tensor) -> Past:
-        """The past of some users only."""
-
-        def take(pair):
-            return None if pair is None else tuple(part[index] for part in pair)
-
-        return Past([LayerPast(take(x.shared), take(x.own)) for x in self.layers], self.length)
-
-
 class CrossAttentionLayer(nn.Module):
     """What attention from the decoder to the user's encoder states adds to the residual stream."""
 
@@ -313,6 +266,8 @@ def in_stream(x: torch.Tensor) -> torch.Tensor:
 class Encoder(nn.Module):
     """Embedded positions -> states."""
 
+    is_decoder = False
+
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.p = config.dropout
@@ -332,6 +287,8 @@ class Encoder(nn.Module):
             causal: let no position see a later one.
         """
         bias = self.block[0].layer[0].bias(0, x.shape[1], bidirectional=not causal)
+        if (ready := frozen.packed(self, x)) is not None:
+            return ready(x, bias, mask)
         p = self.p * self.training
         x, delta = fused.dropout(in_stream(x), p), None
         for block in self.block:
@@ -346,6 +303,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Tokens of each branch of each user -> hidden states, by teacher forcing or step by step."""
 
+    is_decoder = True
+
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.p = config.dropout
@@ -354,17 +313,19 @@ class Decoder(nn.Module):
         )
         self.final_layer_norm = RMSNorm(config)
 
-    def memory(self, states: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def memory(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> Memory:
         """Each layer's keys and values of the encoder states (B, S, d): once a user."""
+        if (ready := frozen.packed(self, states)) is not None:
+            return ready.memory(states, mask)
         return [block.layer[1].EncDecAttention.keys_values(states) for block in self.block]
 
     def forward(
         self,
         x: torch.Tensor,
-        memory: list[tuple[torch.Tensor, torch.Tensor]],
+        memory: Memory,
         mask: torch.Tensor | None = None,
-        past: Past | None = None,
-    ) -> tuple[torch.Tensor, Past]:
+        past: Past | frozen.Branches | None = None,
+    ) -> tuple[torch.Tensor, Past | frozen.Branches]:
         """Run T new tokens of each branch.
 
         Args:
@@ -379,6 +340,8 @@ class Decoder(nn.Module):
         before = past.length if past else 0
         total = before + x.shape[2]
         bias = self.block[0].layer[0].bias(before, total, bidirectional=False)
+        if isinstance(memory, frozen.Memory):
+            return memory.decoder(x, bias, memory, mask, past)
         p = self.p * self.training
         x, delta = fused.dropout(in_stream(x), p), None
         layers = []

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from streamctl.kernels import threads
 from streamctl.model import loops
 
-_RANGE = 1 << 16  # elements that one thread takes at a time
+RANGE = 1 << 16  # elements that one thread takes at a time
 _NO_ROWS = {
     torch.float32: np.empty((0, 0), np.float32),
     torch.bfloat16: np.empty((0, 0), np.uint16),
@@ -28,9 +28,14 @@ def _compiled(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _NO_ROWS
 
 
-def _array(x: torch.Tensor, width: int) -> np.ndarray:
-    """A contiguous float32 or bf16 tensor as (rows, width), bf16 as its bits."""
-    x = x.detach().view(-1, width)
+def array(x: torch.Tensor, width: int | None = None) -> np.ndarray:
+    """A contiguous float32 or bf16 tensor as (rows, width), bf16 as its bits.
+
+    The width is that of the last dimension unless said.
+    """
+    if x.requires_grad:
+        x = x.detach()
+    x = x.view(-1, width or x.shape[-1])
     return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
@@ -46,10 +51,25 @@ class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, weight, eps, p):
         ctx.set_materialize_grads(False)
+        width = x.shape[-1]
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        inverse = np.empty(x.numel() // width, np.float32)
         ctx.chance = _chance(p)
-        total, out, ctx.inverse = _norm(x, delta, weight, eps, ctx.chance)
+        if delta is None:
+            total, given = x, _NO_ROWS[x.dtype]
+        else:
+            total, given = torch.empty_like(x), array(delta.to(x.dtype).contiguous(), width)
+        scale = weight.detach().float().numpy()  # bf16 while serving
+        arrays = array(x, width), given, scale, np.float32(eps), *ctx.chance
+        outputs = array(total, width), array(out, width), inverse
+
+        def run(first, last):
+            loops.norm_forward(*arrays, first, last, *outputs)
+
+        threads.over_ranges(run, len(inverse), max(1, RANGE // width))
         ctx.save_for_backward(total, weight)
-        ctx.branch = None if delta is None else delta.dtype
+        ctx.inverse, ctx.branch = inverse, None if delta is None else delta.dtype
         return out if delta is None else (total, out)
 
     @staticmethod
@@ -61,17 +81,17 @@ class _ResidualNorm(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(total)
         rows = len(ctx.inverse)
-        step = max(1, _RANGE // width)
+        step = max(1, RANGE // width)
         grad_x = torch.empty_like(total)
         grad_delta = None if ctx.branch is None else torch.empty_like(total)
         grad_weight = np.zeros((-(-rows // step), width), np.float32)
         none = _NO_ROWS[total.dtype]
         arrays = (
-            _array(total, width), weight.detach().float().numpy(), ctx.inverse,
-            none if grad_total is None else _array(grad_total.contiguous(), width),
-            _array(grad_out.contiguous(), width), *ctx.chance,
+            array(total, width), weight.detach().float().numpy(), ctx.inverse,
+            none if grad_total is None else array(grad_total.contiguous(), width),
+            array(grad_out.contiguous(), width), *ctx.chance,
         )  # fmt: skip
-        outputs = _array(grad_x, width), none if grad_delta is None else _array(grad_delta, width)
+        outputs = array(grad_x, width), none if grad_delta is None else array(grad_delta, width)
 
         def run(first, last):
             loops.norm_backward(*arrays, first, last, *outputs, grad_weight[first // step])
@@ -80,27 +100,6 @@ class _ResidualNorm(torch.autograd.Function):
         if grad_delta is not None:
             grad_delta = grad_delta.to(ctx.branch)
         return grad_x, grad_delta, torch.from_numpy(grad_weight.sum(0)), None, None
-
-
-def _norm(x, delta, weight, eps, chance):
-    """x + dropout(delta), the norm of that, and float32 (rows,) one over the root mean squares."""
-    width = x.shape[-1]
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    inverse = np.empty(x.numel() // width, np.float32)
-    if delta is None:
-        total, given = x, _NO_ROWS[x.dtype]
-    else:
-        total, given = torch.empty_like(x), _array(delta.to(x.dtype).contiguous(), width)
-    scale = weight.detach().float().numpy()  # bf16 while serving
-    arrays = _array(x, width), given, scale, np.float32(eps), *chance
-    outputs = _array(total, width), _array(out, width), inverse
-
-    def run(first, last):
-        loops.norm_forward(*arrays, first, last, *outputs)
-
-    threads.over_ranges(run, len(inverse), max(1, _RANGE // width))
-    return total, out, inverse
 
 
 def residual_norm(
@@ -118,13 +117,33 @@ def residual_norm(
         x + dropout(delta), and that over its root mean square, times the weight; dtype of x.
     """
     if _compiled(x):
-        if not torch.is_grad_enabled():  # autograd's own bookkeeping costs more than the loop
-            return _norm(x, delta, weight, eps, _chance(p))[:2]
         found = _ResidualNorm.apply(x, delta, weight, eps, p)
         return (x, found) if delta is None else found
     if delta is not None:
         x = x + F.dropout(delta, p).to(x.dtype)
     return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+def add_and_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: np.ndarray, eps: np.float32
+) -> torch.Tensor:
+    """`residual_norm` without gradients and dropout, on a CPU: x (N, d) is added to in place.
+
+    Args:
+        weight: (d,) float32.
+
+    Returns:
+        the norm, (N, d).
+    """
+    out = torch.empty_like(x)
+    given = _NO_ROWS[x.dtype] if delta is None else array(delta)
+    stream, target = array(x), array(out)
+
+    def run(first, last):
+        loops.add_and_norm(stream, given, weight, eps, first, last, target)
+
+    threads.over_ranges(run, len(x), max(1, RANGE // x.shape[1]))
+    return out
 
 
 class _Dropout(torch.autograd.Function):
@@ -142,12 +161,12 @@ class _Dropout(torch.autograd.Function):
 def _dropped(x: torch.Tensor, chance: tuple) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    source, target = _array(x, 1).reshape(-1), _array(out, 1).reshape(-1)
+    source, target = array(x, 1).reshape(-1), array(out, 1).reshape(-1)
 
     def run(first, last):
         loops.drop(source, *chance, first, last, target)
 
-    threads.over_ranges(run, len(source), _RANGE)
+    threads.over_ranges(run, len(source), RANGE)
     return out
 
 
@@ -158,10 +177,38 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     return _Dropout.apply(x, p) if _compiled(x) else F.dropout(x, p)
 
 
+def _weigh(
+    scores: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """`softmax` of contiguous scores into `out`, which may be the scores."""
+    width = scores.shape[-1]
+    source, target = array(scores), array(out)
+    added = _NO_ROWS[torch.float32]
+    if bias is not None:
+        added = bias.detach().float().contiguous().view(-1, width).numpy()
+    open_keys = _NO_MASK if mask is None else mask.numpy()
+    per_user = max(1, len(source) // max(1, len(open_keys)))
+
+    def run(first, last):
+        loops.softmax_forward(source, added, open_keys, per_user, first, last, target)
+
+    threads.over_ranges(run, len(source), max(1, RANGE // max(1, width)))
+
+
+def softmax_(
+    scores: torch.Tensor, bias: torch.Tensor | None = None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`softmax` in place, without gradients, of contiguous float32 or bf16 scores on a CPU."""
+    _weigh(scores, bias, mask, scores)
+    return scores
+
+
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, bias, mask):
-        out = _weights(scores, bias, mask)
+        scores = scores.contiguous()
+        out = torch.empty_like(scores)
+        _weigh(scores, bias, mask, out)
         ctx.save_for_backward(out)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return out
@@ -172,9 +219,9 @@ class _Softmax(torch.autograd.Function):
         (weights,) = ctx.saved_tensors
         width = weights.shape[-1]
         result = torch.empty_like(weights)
-        arrays = [_array(x, width) for x in (weights, grad.contiguous(), result)]
+        arrays = [array(x, width) for x in (weights, grad.contiguous(), result)]
         wanted = ctx.bias is not None and ctx.needs_input_grad[1]
-        rows, step = len(arrays[0]), max(1, _RANGE // max(1, width))
+        rows, step = len(arrays[0]), max(1, RANGE // max(1, width))
         lines = ctx.bias[0].numel() // width if wanted else 0
         grad_bias = np.zeros((-(-rows // step), lines, width), np.float32)
 
@@ -187,24 +234,6 @@ class _Softmax(torch.autograd.Function):
             return result, None, None
         shape, dtype = ctx.bias
         return result, torch.from_numpy(grad_bias.sum(0)).view(shape).to(dtype), None
-
-
-def _weights(scores, bias, mask):
-    width = scores.shape[-1]
-    scores = scores.contiguous()
-    out = torch.empty_like(scores)
-    source, target = _array(scores, width), _array(out, width)
-    added = _NO_ROWS[torch.float32]
-    if bias is not None:
-        added = bias.detach().float().contiguous().view(-1, width).numpy()
-    open_keys = _NO_MASK if mask is None else mask.numpy()
-    per_user = max(1, len(source) // max(1, len(open_keys)))
-
-    def run(first, last):
-        loops.softmax_forward(source, added, open_keys, per_user, first, last, target)
-
-    threads.over_ranges(run, len(source), max(1, _RANGE // max(1, width)))
-    return out
 
 
 def softmax(
@@ -221,8 +250,7 @@ def softmax(
         the shape and dtype of the scores.
     """
     if _compiled(scores):
-        free = not torch.is_grad_enabled()
-        return (_weights if free else _Softmax.apply)(scores, bias, mask)
+        return _Softmax.apply(scores, bias, mask)
     values = scores.float() if bias is None else scores.float() + bias
     if mask is not None:
         values = values.masked_fill(~mask.view(len(mask), *[1] * (scores.ndim - 2), -1), -torch.inf)

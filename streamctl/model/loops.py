@@ -89,6 +89,23 @@ def norm_forward(x, delta, weight, eps, seed, threshold, scale, first, last, tot
 
 
 @numba.njit(**_SUMS)
+def add_and_norm(x, delta, weight, eps, first, last, out):
+    """x += delta (if it has rows); out = x over its root mean square * weight, rows first..last."""
+    width = x.shape[1]
+    for row in range(first, last):
+        square = np.float32(0)
+        if delta.shape[0]:
+            for j in range(width):
+                x[row, j] = _narrow(_widen(x[row, j]) + _widen(delta[row, j]), x[row, j])
+        for j in range(width):
+            value = _widen(x[row, j])
+            square += value * value
+        factor = np.float32(1) / np.sqrt(square / np.float32(width) + eps)
+        for j in range(width):
+            out[row, j] = _narrow(_widen(x[row, j]) * factor * weight[j], out[row, j])
+
+
+@numba.njit(**_SUMS)
 def norm_backward(
     total, weight, inverse, grad_total, grad_out, seed, threshold, scale, first, last,
     grad_x, grad_delta, grad_weight,
@@ -233,3 +250,46 @@ def softmax_backward(weights, grad, first, last, out, grad_bias):
             line = grad_bias[row % grad_bias.shape[0]]
             for j in range(width):
                 line[j] += _widen(weights[row, j]) * (_widen(grad[row, j]) - dot)
+
+
+@numba.njit(**_SUMS)
+def attend(qkv, store, index, bias, first, last, out):
+    """Causal attention of branches first..last over their own tokens; see `frozen._attend`."""
+    heads, steps, tokens = bias.shape
+    inner = out.shape[1]
+    size = inner // heads
+    before = tokens - steps
+    query = np.empty(size, np.float32)
+    mixed = np.empty(size, np.float32)
+    weights = np.empty(tokens, np.float32)
+    for branch in range(first, last):
+        for step in range(steps):
+            line, row = branch * steps + step, index[before + step, branch]
+            for j in range(2 * inner):
+                store[row, j] = qkv[line, inner + j]
+        for step in range(steps):
+            line, seen = branch * steps + step, before + step + 1
+            for head in range(heads):
+                begin = head * size
+                for j in range(size):
+                    query[j] = _widen(qkv[line, begin + j])
+                    mixed[j] = np.float32(0)
+                top = np.float32(-np.inf)
+                for token in range(seen):
+                    key = store[index[token, branch]]
+                    dot = bias[head, step, token]
+                    for j in range(size):
+                        dot += query[j] * _widen(key[begin + j])
+                    weights[token] = dot
+                    top = dot if dot > top else top
+                total = np.float32(0)
+                for token in range(seen):
+                    weights[token] = _exponential(weights[token] - top)
+                    total += weights[token]
+                for token in range(seen):
+                    share = weights[token] / total
+                    value = store[index[token, branch]]
+                    for j in range(size):
+                        mixed[j] += share * _widen(value[inner + begin + j])
+                for j in range(size):
+                    out[line, begin + j] = _narrow(mixed[j], out[line, begin + j])

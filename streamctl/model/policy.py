@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from streamctl.errors import StreamctlError
-from streamctl.model.backbone import BackboneConfig, Decoder, Encoder, Past, initialise
+from streamctl.model.backbone import BackboneConfig, Decoder, Encoder, Memory, initialise
+from streamctl.model.frozen import Branches
+from streamctl.model.past import Past
 from streamctl.model.thinker import Thinker
 from streamctl.tokenizer.tokens import Tokens
 
@@ -85,10 +87,8 @@ class Encoded:
 
     states: torch.Tensor
     mask: torch.Tensor | None
-    # Cross-attention keys and values by decoder and gradient mode, computed once.
-    memories: dict[tuple[str, bool], list[tuple[torch.Tensor, torch.Tensor]]] = field(
-        default_factory=dict, repr=False
-    )
+    # Cross-attention keys and values by decoder, gradient mode and autocast, computed once.
+    memories: dict[tuple[str, bool, bool], Memory] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.states)
@@ -107,7 +107,10 @@ class Encoded:
     def rows(self, index: torch.Tensor) -> Encoded:
         """Some users only, or users repeated: index (B',) int64."""
         memories = {
-            key: [(k[index], v[index]) for k, v in layers] for key, layers in self.memories.items()
+            key: [(k[index], v[index]) for k, v in memory]
+            if isinstance(memory, list)
+            else memory.rows(index)
+            for key, memory in self.memories.items()
         }
         mask = None if self.mask is None else self.mask[index]
         return Encoded(self.states[index], mask, memories)
@@ -184,13 +187,12 @@ class Policy(nn.Module):
         mask = mask if padded else None
         return Encoded(self.encoder(self.embed_history(history), mask), mask)
 
-    def memory(
-        self, encoded: Encoded, decoder: DecoderName
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def memory(self, encoded: Encoded, decoder: DecoderName) -> Memory:
         """Cross-attention keys and values of every layer, computed once for each `Encoded`."""
-        key = (decoder, torch.is_grad_enabled())
+        half = torch.is_autocast_enabled(encoded.states.device.type)
+        key = (decoder, torch.is_grad_enabled(), half)
         if key not in encoded.memories:
-            encoded.memories[key] = self.stack(decoder).memory(encoded.states)
+            encoded.memories[key] = self.stack(decoder).memory(encoded.states, encoded.mask)
         return encoded.memories[key]
 
     def extend(
@@ -198,8 +200,8 @@ class Policy(nn.Module):
         encoded: Encoded,
         tokens: torch.Tensor,
         decoder: DecoderName = "slow",
-        past: Past | None = None,
-    ) -> tuple[torch.Tensor, Past]:
+        past: Past | Branches | None = None,
+    ) -> tuple[torch.Tensor, Past | Branches]:
         """Run T more tokens of W branches of each user: the step of every incremental decode.
 
         Args:
@@ -272,7 +274,7 @@ class Policy(nn.Module):
         encoded: Encoded,
         think: torch.Tensor | None = None,
         decoder: DecoderName = "slow",
-    ) -> tuple[torch.Tensor, Past]:
+    ) -> tuple[torch.Tensor, Past | Branches]:
         """Run `[think, o_1..o_l, bos]` (or `[bos]`), after which an item's codes follow.
 
         Args:
@@ -312,6 +314,38 @@ class Policy(nn.Module):
             later, _ = self.extend(encoded, codes[..., :-1], decoder, past)
             total = total + self.logprobs(later, codes[..., 1:]).sum(-1)
         return total.view(items.shape)
+
+    def thoughts_logprob(
+        self, encoded: Encoded, items: torch.Tensor, think: torch.Tensor
+    ) -> torch.Tensor:
+        """log P(each of K items | history, thought) for each of G thoughts of every user.
+
+        A user's encoder keys serve all thoughts, and a thought's keys all items.
+
+        Args:
+            items: (B, K) int64. think: (B, G, l) int64.
+
+        Returns:
+            (B, G, K) float32.
+        """
+        begin = torch.full_like(think[..., :1], Tokens.BOS)
+        if think.shape[2]:
+            tokens = torch.cat([torch.full_like(begin, Tokens.THINK), think, begin], 2)
+        else:
+            tokens = begin
+        hidden, past = self.extend(encoded, tokens)
+        codes = self.item_tokens[items]  # (B, K, m)
+        users, group, count = *think.shape[:2], items.shape[1]
+        first = torch.log_softmax(self.logits(hidden[:, :, -1]).float(), -1)
+        total = first.gather(2, codes[:, None, :, 0].expand(-1, group, -1))
+        if codes.shape[2] > 1:
+            thought = torch.arange(group, device=items.device).repeat_interleave(count)
+            past = past.reorder(thought.expand(users, -1))
+            repeated = codes.repeat(1, group, 1)
+            later, _ = self.extend(encoded, repeated[..., :-1], past=past)
+            rest = self.logprobs(later, repeated[..., 1:]).sum(-1)
+            total = total + rest.view(users, group, count)
+        return total
 
     def item_vectors(self, items: torch.Tensor) -> torch.Tensor:
         """t: (...) items -> (..., d), the mean of the learned levels' code embeddings."""

@@ -8,7 +8,6 @@ import torch
 
 from streamctl.device import has_bf16, resolve_device
 from streamctl.model import Policy
-from streamctl.model.packed import pack
 from streamctl.runs import RunDir, Stage
 from streamctl.tokenizer import SemanticIds
 
@@ -45,7 +44,7 @@ def load_policy(stage: Stage, ids: SemanticIds, device: str = "auto") -> Policy:
     """
     place = resolve_device(device)
     policy = Policy.load(stage.path, torch.from_numpy(ids.tokens().item_tokens(ids.codes)))
-    return pack(policy.to(place, torch.bfloat16 if has_bf16(place) else torch.float32))
+    return policy.to(place, torch.bfloat16 if has_bf16(place) else torch.float32)
 
 
 def thought_length(run: RunDir, stage: Stage) -> int:

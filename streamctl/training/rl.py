@@ -75,7 +75,8 @@ class Judge:
             hidden.mean(2), policy.item_vectors(target), target, policy.item_vectors(pool), pool
         )
         seen = self.reference.encode(history)
-        direct = self.reference.target_logprob(seen, target, decoder="direct")
+        with autocast(target.device):  # as the thoughts' likelihoods, which it is taken from
+            direct = self.reference.target_logprob(seen, target, decoder="direct")
         thought, rank = self._rank(target, rollouts, encoded)
         return {
             "items": items,
@@ -102,17 +103,17 @@ class Judge:
         self, target: torch.Tensor, rollouts: Rollout, encoded: Encoded
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """log P(target | thought) and the target's rank among its look-alikes, both (B, G)."""
-        group = rollouts.group
-        thoughts = rollouts.think.flatten(0, 1)
         candidates = torch.cat([target[:, None], self.look_alikes[target]], 1)
         found = []
-        user = torch.arange(len(target), device=target.device).repeat_interleave(group)
-        for rows in torch.arange(len(user), device=target.device).split(RANKED_TOGETHER):
-            users = encoded.rows(user[rows])
+        users = torch.arange(len(target), device=target.device)
+        for rows in users.split(max(1, RANKED_TOGETHER // rollouts.group)):
             with autocast(target.device):
-                scores = self.policy.target_logprob(users, candidates[user[rows]], thoughts[rows])
-            found.append(scores)
-        scores = torch.cat(found).view(len(target), group, -1)
+                found.append(
+                    self.policy.thoughts_logprob(
+                        encoded.rows(rows), candidates[rows], rollouts.think[rows]
+                    )
+                )
+        scores = torch.cat(found)
         return scores[..., 0], rewards.target_rank(scores[..., 0], scores[..., 1:])
 
 
