@@ -246,7 +246,7 @@ def test_a_log_prepared_in_many_ranges_on_disk_is_the_log_prepared_in_one(monkey
     whole, log, facts = build(raw_log(LOG), DataConfig())
     for module in ("order", "statistics"):
         path = f"streamctl.data.{module}.ranges"
-        monkeypatch.setattr(path, lambda offsets: ranges(offsets, rows=13))
+        monkeypatch.setattr(path, lambda offsets, rows=0: ranges(offsets, rows=13))
     monkeypatch.setattr("streamctl.data.columns.CHUNK_ROWS", 7)
     monkeypatch.setattr("streamctl.data.columns.MEMORY_BYTES", 50)
     catalog, parts, again = build(raw_log(LOG), DataConfig())

@@ -21,12 +21,14 @@ CHUNK_ROWS = 1 << 22  # rows that are worked on at once
 class Column:
     """Values appended in batches; `finish` gives one array.
 
-    A long column is written to an unnamed file in the folder for temporary files (`TMPDIR`), which
-    is gone with the process, and its array is a read-only map of that file.
+    `sharing` columns that grow together have MEMORY_BYTES together. A long column is written to an
+    unnamed file in the folder for temporary files (`TMPDIR`), which is gone with the process, and
+    its array is a read-only map of that file.
     """
 
-    def __init__(self, dtype: Any):
+    def __init__(self, dtype: Any, sharing: int = 1):
         self._dtype = np.dtype(dtype)
+        self._memory = MEMORY_BYTES // sharing
         self._waiting: list[np.ndarray] = []
         self._bytes = 0
         self._file: Any = None
@@ -40,7 +42,7 @@ class Column:
         values = np.ascontiguousarray(values, self._dtype)
         self._bytes += values.nbytes
         self._waiting.append(values)
-        if self._file is not None or self._bytes > MEMORY_BYTES:
+        if self._file is not None or self._bytes > self._memory:
             self._write()
 
     def _write(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,18 +10,20 @@ import numpy as np
 from streamctl.config import DataConfig
 from streamctl.data.columns import Column, chunks
 from streamctl.data.core import Core
-from streamctl.data.log import InteractionLog, ranges
+from streamctl.data.log import RANGE_ROWS, InteractionLog, ranges
 from streamctl.data.sources.raw import RawLog
 from streamctl.device import derive_seed
 from streamctl.errors import UsageError
 from streamctl.progress import warn
 
+MOST_RANGES = 500  # of users that are sorted by themselves: each has a file open for its rows
+
 
 def number(raw: RawLog, core: Core, config: DataConfig) -> tuple[InteractionLog, list[str]]:
     """(the interactions left, in order and with dense indexes; external id of each item index).
 
-    Rows are collected and sorted for a range of users at a time (`ranges`), each
-    in one pass over the source's columns: memory holds one range, however long the log is.
+    One pass over the source's columns deals the rows out to ranges of users; each range is then
+    sorted by itself: memory holds one range, however long the log is.
 
     Raises:
         UsageError: a tie policy that does not fit the log.
@@ -38,8 +41,9 @@ def number(raw: RawLog, core: Core, config: DataConfig) -> tuple[InteractionLog,
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     rng = np.random.default_rng(derive_seed(config.seed, "ties"))
     items, moments = Column(np.int32), Column(np.int64)
-    for first, last in ranges(offsets):
-        users, codes, times = _rows(raw, user_rank, item_rank, first, last)
+    for rows in _deal(raw, user_rank, item_rank, offsets):
+        users, codes = rows["user"], rows["item"]
+        times = None if raw.times is None else rows["time"]
         if config.ties == "runs":
             order = _shuffle_runs(users, item_rank[codes], rng)
         else:
@@ -56,19 +60,35 @@ def number(raw: RawLog, core: Core, config: DataConfig) -> tuple[InteractionLog,
     return log, names
 
 
-def _rows(
-    raw: RawLog, user_rank: np.ndarray, item_rank: np.ndarray, first: int, last: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(user ranks, raw item codes, times) of the rows left whose user rank is in [first, last)."""
-    users, items, times = Column(np.int32), Column(np.int32), Column(np.int64)
+def _deal(
+    raw: RawLog, user_rank: np.ndarray, item_rank: np.ndarray, offsets: np.ndarray
+) -> Iterator[np.ndarray]:
+    """For each range of users, the rows that are left: user rank, raw item code, time if any.
+
+    A range's rows are in input order. There are more ranges the longer the log is, up to
+    MOST_RANGES; from there on they grow.
+    """
+    most = max(RANGE_ROWS, int(offsets[-1]) // MOST_RANGES)
+    bounds = list(ranges(offsets, most))
+    kinds = [("user", np.int32), ("item", np.int32)]
+    if raw.times is not None:
+        kinds.append(("time", np.int64))
+    piles = [Column(kinds, sharing=len(bounds)) for _ in bounds]
+    lasts = np.array([last for _, last in bounds])
     for part in chunks(len(raw.users), raw.users, raw.items, raw.times):
         ranks, codes = user_rank[raw.users[part]], raw.items[part]
-        inside = (ranks >= first) & (ranks < last) & (item_rank[codes] >= 0)
-        users.append(ranks[inside])
-        items.append(codes[inside])
+        left = np.flatnonzero((ranks >= 0) & (item_rank[codes] >= 0))
+        pile = np.searchsorted(lasts, ranks[left], side="right").astype(np.uint16)
+        left = left[np.argsort(pile, kind="stable")]
+        rows = np.empty(len(left), kinds)
+        rows["user"], rows["item"] = ranks[left], codes[left]
         if raw.times is not None:
-            times.append(raw.times[part][inside])
-    return users.finish(), items.finish(), None if raw.times is None else times.finish()
+            rows["time"] = raw.times[part][left]
+        ends = np.cumsum(np.bincount(pile, minlength=len(piles)))
+        for number, rows_of_pile in enumerate(np.split(rows, ends[:-1])):
+            piles[number].append(rows_of_pile)
+    while piles:
+        yield piles.pop(0).finish()
 
 
 def _rank(counts: np.ndarray, names: Any) -> tuple[np.ndarray, list[str]]:
