@@ -1,177 +1,130 @@
-"""SIGKILL at random instants through a whole run, resumed until it is complete.
+"""SIGKILL at random instants in every stage of a run, resumed until it is complete.
 
     python benchmarks/kills.py --json --save
 
-A clean run of every stage is made first. Then runs with the same settings are killed at random
-instants, a fifteenth of the clean run's time apart at the most, and started again, until there
+A clean run of every stage is made first; how long each stage took in it is the span in which its
+kills fall. Then runs with the same settings are made in which every stage is killed ROUNDS times,
+each time at an instant drawn evenly over what its span has left, and started again, until there
 have been `--kills` kills. They save a checkpoint a second. The artifacts' hashes of every finished
 run must be the clean run's.
-
-Commands run in forks of a server that has imported everything: what is killed is the work, not
-the seconds of imports before it. tests/test_resume.py uses the same forks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.forks import SETTINGS, SHOP, Commands, hashes
 from streamctl.runs import RunDir, provenance
 
 RESULTS = Path(__file__).parent / "results"
-SETTINGS = """
-[tokenize]
-encoder = "tfidf"
-codes = 8
-levels = 3
-dim = 16
-latent = 8
-hidden = [32]
-epochs = 12
-batch = 64
-neighbours = 10
-[pretrain]
-epochs = 2
-batch = 64
-[annotate]
-length = 2
-[sft]
-rounds = 2
-epochs = 1
-batch = 64
-[rl]
-steps = 4
-group = 4
-batch = 16
-negatives = 5
-validate_every = 2
-[baseline]
-epochs = 2
-[eval]
-beam = 10
-bootstrap = 50
-"""
 # Every row that has a checkpoint; the wide beam, which has none, could outlast the time between
 # two kills for ever.
 ROWS = "eval.methods=popularity,tiger,stream_pt,stream_sft,stream_rl,no_thinking,random_thinking"
-SHOP = "data synth --users 40 --items 40 --seed 1"
-_PRELOAD = ["streamctl.pipeline", "streamctl.evaluation.stage", "streamctl.training.rl",
-            "streamctl.tokenizer.stage", "streamctl.baselines.train", "streamctl.training.sft",
-            "streamctl.training.pretrain", "streamctl.cli", "streamctl.kernels.cpu_quantize",
-            "streamctl.kernels.trie_topk.numba_cpu", "faiss", "matplotlib.backends.backend_agg",
-            "sklearn.decomposition", "sklearn.feature_extraction.text", "torch._dynamo",
-            "typer.rich_utils"]  # fmt: skip
-
-
-def command(words: Sequence[str], output: Path, arm: Callable[[], None] | None) -> None:
-    """The console command in this process: stdout to OUTPUT.out, stderr to OUTPUT.err."""
-    for number, kind in ((1, "out"), (2, "err")):
-        file = os.open(f"{output}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(file, number)
-    import torch
-
-    from streamctl.cli import main
-
-    torch.set_num_threads(1)
-    if arm is not None:
-        arm()
-    sys.argv = ["streamctl", *words]
-    main()
+ROUNDS = 4  # kills of a stage in one run
+POLL_S = 0.002
 
 
 @dataclass(frozen=True)
-class Answer:
-    """How a command ended: its exit code (-9 when it was killed) and what it printed."""
+class Marked:
+    """In the command's process: a checkpoint a second, and a file as soon as `stage` begins."""
 
-    returncode: int
-    stdout: str
-    stderr: str
+    stage: str
+    mark: Path
 
+    def __call__(self) -> None:
+        from streamctl import runs
+        from streamctl.tokenizer import stage
+        from streamctl.training import loop, rl
 
-class Commands:
-    """Runs console commands in forks; outputs go to files in `folder`."""
+        loop.CHECKPOINT_EVERY_S = rl.CHECKPOINT_EVERY_S = stage.CHECKPOINT_S = 1.0
+        begin = runs.RunDir.begin
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(_PRELOAD)
+        def begin_marked(run, name, *arguments, **options):
+            if name == self.stage:
+                self.mark.touch()
+            return begin(run, name, *arguments, **options)
 
-    def start(
-        self, words: Sequence[str], arm: Callable[[], None] | None = None, output: str = "command"
-    ):
-        """A process of the command; `arm` is called in it first, `output` names its files."""
-        process = self.context.Process(target=command, args=(words, self.folder / output, arm))
-        process.start()
-        return process
-
-    def wait(self, process, output: str = "command") -> Answer:
-        process.join()
-        texts = ((self.folder / f"{output}.{kind}").read_text() for kind in ("out", "err"))
-        return Answer(process.exitcode, *texts)
-
-    def run(self, words: Sequence[str], arm: Callable[[], None] | None = None) -> Answer:
-        """Run to the end. `arm` is called in the fork before the command."""
-        return self.wait(self.start(words, arm))
+        runs.RunDir.begin = begin_marked
 
 
-def hashes(run: RunDir) -> dict[str, dict[str, str]]:
-    """Every complete stage's artifacts and their hashes."""
-    found = {}
-    for path in sorted(run.path.rglob("manifest.json")):
-        name = str(path.parent.relative_to(run.path))
-        found[name] = run.stage(name).manifest["artifacts"]
-    return found
+@dataclass
+class Campaign:
+    """Runs below a folder, and what became of the kills in them."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        settings = self.folder / "settings.toml"
+        settings.write_text(SETTINGS)
+        self.commands = Commands(self.folder)
+        self.work = ["run", "--config", str(settings), "--size", "tiny", "--seed", "0"]
+        self.work += ["--set", ROWS]
+
+    def words(self, run: Path) -> list[str]:
+        """The command that goes on with a run."""
+        started = RunDir(run).stage("data").complete
+        return [*(self.work if started else SHOP.split()), "--run", str(run)]
+
+    def finish(self, run: Path) -> None:
+        """Go on with a run to its end."""
+        while not RunDir(run).stage("eval").complete:
+            answer = self.commands.run(self.words(run))
+            if answer.returncode:
+                raise SystemExit(f"{run.name} failed:\n{answer.stderr}")
+
+    def kill(self, run: Path, stage: str, after_s: float) -> str | None:
+        """Kill the run's command `after_s` seconds into a stage; the stage that it fell into.
+
+        None if the command was faster.
+        """
+        mark = self.folder / "begun"
+        mark.unlink(missing_ok=True)
+        process = self.commands.start(self.words(run), Marked(stage, mark))
+        while process.exitcode is None and not mark.exists():
+            process.join(POLL_S)
+        process.join(after_s)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+        answer = self.commands.wait(process)
+        if answer.returncode == -signal.SIGKILL:
+            return stage_in_work(run)
+        if answer.returncode:
+            raise SystemExit(f"{run.name} failed:\n{answer.stderr}")
+        return None
 
 
 def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Kill and resume runs below `folder` until there have been `kills` kills."""
-    settings = folder / "settings.toml"
-    settings.write_text(SETTINGS)
-    commands = Commands(folder)
-    work = ["run", "--config", str(settings), "--size", "tiny", "--seed", "0", "--set", ROWS]
-
-    def finish(run: Path) -> float:
-        began = time.monotonic()
-        for words in ([*SHOP.split(), "--run", str(run)], [*work, "--run", str(run)]):
-            answer = commands.run(words)
-            if answer.returncode:
-                raise SystemExit(f"{' '.join(words)} failed:\n{answer.stderr}")
-        return time.monotonic() - began
-
-    took = finish(folder / "clean")
-    expected = hashes(RunDir(folder / "clean"))
+    runs = Campaign(folder)
+    clean = RunDir(folder / "clean")
+    runs.finish(clean.path)
+    expected = hashes(clean)
+    made = sorted(expected, key=lambda name: (clean.path / name / "manifest.json").stat().st_mtime)
+    spans = {name: clean.stage(name).manifest["wall_s"] for name in made}
     chance = random.Random(seed)
-    done, runs, mismatches, stages = 0, 0, [], {}
-    while done < kills:
-        run = folder / f"killed-{runs}"
-        while done < kills:
-            words = [*work, "--run", str(run)]
-            if not RunDir(run).stage("data").complete:
-                words = [*SHOP.split(), "--run", str(run)]
-            process = commands.start(words, save_often)
-            process.join(chance.uniform(0, took / 15))
-            if process.exitcode is None:
-                os.kill(process.pid, signal.SIGKILL)
-            answer = commands.wait(process)
-            if answer.returncode == -signal.SIGKILL:
-                done += 1
-                stage = stage_in_work(run)
-                stages[stage] = stages.get(stage, 0) + 1
-            elif answer.returncode:
-                raise SystemExit(f"{' '.join(words)} failed:\n{answer.stderr}")
-            elif RunDir(run).stage("eval").complete:
-                break
-        finish(run)
+    killed, mismatches, number = Counter(), [], 0
+    while killed.total() < kills:
+        run = folder / f"killed-{number}"
+        for stage, span in spans.items():
+            left = span
+            for _ in range(ROUNDS):
+                if killed.total() == kills or RunDir(run).stage(stage).complete:
+                    break
+                after = chance.uniform(0, left)
+                left -= after / 2  # checkpoints keep some of what was done
+                killed.update(filter(None, [runs.kill(run, stage, after)]))
+        runs.finish(run)
         found = hashes(RunDir(run))
         mismatches += [
             f"{run.name}/{stage}/{name}"
@@ -179,25 +132,17 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
             for name in {*expected.get(stage, {}), *found.get(stage, {})}
             if expected.get(stage, {}).get(name) != found.get(stage, {}).get(name)
         ]
-        runs += 1
+        number += 1
     return {
-        "kills": done,
-        "runs": runs,
+        "kills": killed.total(),
+        "runs": number,
         "mismatches": len(mismatches),
         "differing": mismatches,
-        "killed_in": dict(sorted(stages.items())),
+        "killed_in": dict(sorted(killed.items())),
+        "clean_run_s": spans,
         "artifacts": sum(map(len, expected.values())),
-        "clean_run_s": round(took, 1),
         "seed": seed,
     }
-
-
-def save_often() -> None:
-    """A checkpoint a second instead of a minute: kills fall between all of them."""
-    from streamctl.tokenizer import stage
-    from streamctl.training import loop, rl
-
-    loop.CHECKPOINT_EVERY_S = rl.CHECKPOINT_EVERY_S = stage.CHECKPOINT_S = 1.0
 
 
 def stage_in_work(run: Path) -> str:

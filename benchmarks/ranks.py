@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.kills import RESULTS, SETTINGS, SHOP, Answer, Commands
+from benchmarks.forks import SETTINGS, SHOP, Answer, Commands
 from streamctl.runs import RunDir, provenance
 
+RESULTS = Path(__file__).parent / "results"
 STEPS = 50
 TOLERANCE = 1e-5
 LONGER = [

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from streamctl.commands.data_doctor import command
 from streamctl.config import DataConfig
 from streamctl.data.doctor import examine
+from streamctl.data.log import ranges
 from streamctl.errors import StreamctlError
 
 START = 1_500_000_000
@@ -49,24 +50,51 @@ def findings(source: Path, level: str | None = None, **settings) -> dict[str, st
     return {f.topic: f.what for f in wanted}
 
 
+def bad_lines(source: Path) -> list[str]:
+    found = examine(source, DataConfig(source=str(source))).findings
+    return [line for finding in found if finding.topic == "lines" for line in finding.lines]
+
+
 def test_a_healthy_log_has_nothing_but_good_findings(tmp_path):
     assert findings(write(tmp_path / "s", healthy())) == {}
+
+
+def test_what_the_source_is_comes_first(tmp_path):
+    source = write(tmp_path / "s", healthy())
+    first = examine(source, DataConfig(source=str(source))).findings[0]
+    size = (source / "interactions.csv").stat().st_size
+    assert f"table: interactions.csv ({size / 1000:.0f} kB), items.jsonl (" in first.what
+    assert "320 interactions of 40 users and 20 items; 20 described items, columns: title" in (
+        first.what
+    )
+
+
+def test_a_log_in_many_ranges_is_examined_as_in_one(tmp_path, monkeypatch):
+    rows = healthy()
+    rows += [rows[0], rows[9], (rows[4][0], rows[4][1], START + 86_400 * 30), ("u3", "i19", START)]
+    source = write(tmp_path / "s", rows[::-1])
+    whole = examine(source, DataConfig(source=str(source)))
+    for module in ("order", "split_checks", "statistics"):
+        path = f"streamctl.data.{module}.ranges"
+        monkeypatch.setattr(path, lambda offsets, rows=0: ranges(offsets, rows=13))
+    monkeypatch.setattr("streamctl.data.columns.CHUNK_ROWS", 7)
+    monkeypatch.setattr("streamctl.data.columns.MEMORY_BYTES", 50)
+    assert examine(source, DataConfig(source=str(source))) == whole
 
 
 def test_bad_lines_are_all_listed_and_the_rest_is_examined(tmp_path):
     source = write(tmp_path / "s", healthy(), "u1,i01\nu1,i02,never\n\n,i03,5\n")
     with open(source / "items.jsonl", "a") as handle:
         handle.write('\n{"item_id": "i00"}\n{broken\n')
-    found = examine(source, DataConfig(source=str(source)))
-    lines = [line for finding in found.findings for line in finding.lines]
     at = len(healthy()) + 2
-    assert lines == [
+    assert bad_lines(source) == [
         f"{source / 'interactions.csv'}:{at}: 2 columns where the header has 3",
         f"{source / 'interactions.csv'}:{at + 1}: 'never' is no number and no ISO date",
         f"{source / 'interactions.csv'}:{at + 3}: the user id is empty",
         f"{source / 'items.jsonl'}:21: item id 'i00' occurs twice",
         f"{source / 'items.jsonl'}:22: not a JSON object",
     ]
+    found = examine(source, DataConfig(source=str(source)))
     assert found.statistics["interactions"] == len(healthy())
 
 
@@ -86,9 +114,34 @@ def test_bad_lines_are_all_listed_and_the_rest_is_examined(tmp_path):
 )  # fmt: skip
 def test_bad_lines_of_every_text_format_are_found(tmp_path, name, content, reason):
     (tmp_path / name).write_text(content)
-    found = examine(tmp_path, DataConfig(source=str(tmp_path)))
-    lines = [line for finding in found.findings for line in finding.lines]
-    assert lines[0].startswith(f"{tmp_path / name}:{reason}")
+    assert bad_lines(tmp_path)[0].startswith(f"{tmp_path / name}:{reason}")
+
+
+@pytest.mark.parametrize(
+    ("log", "name", "content", "reason"),
+    [
+        ("ratings.dat", "movies.dat", "1::Caf\xe9::Drama\n2::Two\n", "2: 2 columns"),
+        ("u.data", "u.item", f"1|Caf\xe9|d|v|u{'|0' * 19}\n2|Two\n", "2: 2 columns"),
+        ("ratings.csv", "movies.csv", "movieId,title,genres\n1,One,a\n2,Two\n", "3: 2 columns"),
+        ("x.inter", "x.item", "item_id:token\ttitle:token_seq\n1\tOne\n\tTwo\n", "3: no item id"),
+        ("reviews_X_5.json", "meta_X.json", "{'asin': '1'}\n{'asin': '1'}\n{broken\n", "3: not a"),
+    ],
+)  # fmt: skip
+def test_bad_lines_of_every_items_file_are_found(tmp_path, log, name, content, reason):
+    rows = [(user, item, 1_000_000_000 + item) for user in range(5) for item in (1, 2, 3, 4, 5)]
+    names = {"reviewerID": 0, "asin": 1, "unixReviewTime": 2}
+    lines = {
+        "ratings.dat": lambda row: "{}::{}::5::{}".format(*row),
+        "u.data": lambda row: "{}\t{}\t5\t{}".format(*row),
+        "ratings.csv": lambda row: "{},{},5,{}".format(*row),
+        "x.inter": lambda row: "{}\t{}\t{}".format(*row),
+        "reviews_X_5.json": lambda row: json.dumps({k: row[at] for k, at in names.items()}),
+    }[log]
+    heads = {"ratings.csv": "userId,movieId,rating,timestamp\n",
+             "x.inter": "user_id:token\titem_id:token\ttimestamp:float\n"}  # fmt: skip
+    (tmp_path / log).write_text(heads.get(log, "") + "\n".join(map(lines, rows)) + "\n")
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    assert bad_lines(tmp_path)[0].startswith(f"{tmp_path / name}:{reason}")
 
 
 def test_a_file_cut_short_is_examined_up_to_the_cut(tmp_path):
@@ -97,7 +150,7 @@ def test_a_file_cut_short_is_examined_up_to_the_cut(tmp_path):
     (source / "interactions.csv.gz").write_bytes(gzip.compress(path.read_bytes())[:-200])
     path.unlink()
     found = examine(source, DataConfig(source=str(source)))
-    assert "cut short from here on" in found.findings[0].lines[-1]
+    assert "cut short from here on" in bad_lines(source)[-1]
     assert found.statistics["interactions"] > 1000
 
 
@@ -146,6 +199,11 @@ def test_filters_and_cold_items_are_reported(tmp_path):
     source = write(tmp_path / "s", rows)
     what = findings(source)["filters"]
     assert "1 of 41 users, 1 of 21 items" in what
+    found = examine(source, DataConfig(source=str(source))).findings
+    assert next(f.lines for f in found if f.topic == "filters") == [
+        "1 user with fewer than 5 interactions, and 1 interaction with them",
+        "1 item with fewer than 5 interactions, and 1 interaction with them",
+    ]
     assert "1 test item (2.4%) never occur in training" not in findings(source).get(
         "cold items", ""
     )

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from benchmarks.kills import SETTINGS, SHOP, Commands
+from benchmarks.forks import SETTINGS, SHOP, Commands
 from benchmarks.ranks import job
 from streamctl.distributed import Ranks, Share
 from streamctl.runs import RunDir

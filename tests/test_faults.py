@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.kills import SETTINGS, SHOP, Commands, hashes
+from benchmarks.forks import SETTINGS, SHOP, Commands, hashes
 from streamctl.runs import RunDir
 
 STAGES = {

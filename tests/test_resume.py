@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from benchmarks.kills import SETTINGS, SHOP, Commands
+from benchmarks.forks import SETTINGS, SHOP, Commands
 from streamctl.runs import RunDir
 
 STAGES = {

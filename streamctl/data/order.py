@@ -41,7 +41,7 @@ def number(raw: RawLog, core: Core, config: DataConfig) -> tuple[InteractionLog,
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     rng = np.random.default_rng(derive_seed(config.seed, "ties"))
     items, moments = Column(np.int32), Column(np.int64)
-    for rows in _deal(raw, user_rank, item_rank, offsets):
+    for rows in deal(raw, user_rank, item_rank, offsets):
         users, codes = rows["user"], rows["item"]
         times = None if raw.times is None else rows["time"]
         if config.ties == "runs":
@@ -60,7 +60,7 @@ def number(raw: RawLog, core: Core, config: DataConfig) -> tuple[InteractionLog,
     return log, names
 
 
-def _deal(
+def deal(
     raw: RawLog, user_rank: np.ndarray, item_rank: np.ndarray, offsets: np.ndarray
 ) -> Iterator[np.ndarray]:
     """For each range of users, the rows that are left: user rank, raw item code, time if any.

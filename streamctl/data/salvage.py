@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamctl.data.sources.items import ID_NAMES, find_column
+from streamctl.data.sources.items import ID_NAMES, find_column, parse_object
+from streamctl.data.sources.movielens import MOVIE_COLUMNS
 from streamctl.data.sources.source import Files
 from streamctl.data.sources.table import find_roles, is_time
 from streamctl.data.sources.text import delimiter_of, open_binary, plain_name
@@ -64,10 +64,11 @@ def salvage(
 def _copy(path: Path, folder: Path, check: Check, damages: list[Damage]) -> Path:
     import zstandard
 
+    encoding = "latin-1" if plain_name(path) in MOVIE_COLUMNS else "utf-8"
     damage = Damage(path)
     copy = folder / plain_name(path)
     number = 0
-    with open_binary(path) as source, open(copy, "w", encoding="utf-8", newline="\n") as target:
+    with open_binary(path) as source, open(copy, "w", encoding=encoding, newline="\n") as target:
         stream = iter(source)
         while True:
             number += 1
@@ -79,7 +80,7 @@ def _copy(path: Path, folder: Path, check: Check, damages: list[Damage]) -> Path
             if raw is None:
                 break
             try:
-                text = raw.decode("utf-8").rstrip("\r\n")
+                text = raw.decode(encoding).rstrip("\r\n")
             except UnicodeDecodeError:
                 damage.add(number, "not UTF-8 text")
                 continue
@@ -115,8 +116,9 @@ def _interaction_check(path: Path, columns: Mapping[str, str] | None) -> Check |
 
 def _splitter(path: Path) -> Callable[[str], list[str]]:
     name = plain_name(path)
-    if name.endswith((".inter", ".item")):
-        return lambda text: text.split("\t")
+    mark = {"u.item": "|", "movies.dat": "::"}.get(name, "\t")
+    if name.endswith((".inter", ".item", ".dat")):
+        return lambda text: text.split(mark)
     delimiter = "\t" if name.endswith(".tsv") else delimiter_of(path)
     return lambda text: next(csv.reader([text], delimiter=delimiter))
 
@@ -157,11 +159,8 @@ def _object_check(path: Path, columns: Mapping[str, str] | None) -> Check:
     roles: list[str] = []
 
     def check(text: str) -> str | None:
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
+        row = parse_object(text)
+        if row is None:
             return "not a JSON object"
         if not roles:
             roles.extend(find_roles(list(row), columns, path))
@@ -197,19 +196,17 @@ def _sequence_check() -> Check:
 def _item_check(path: Path) -> Check | None:
     """Objects or rows with an id of their own."""
     name = plain_name(path)
-    if not name.endswith((".jsonl", ".csv", ".tsv", ".item")):
+    if name.endswith((".item.json", ".parquet")):
         return None
     seen: set[str] = set()
-    header: list[str] = []
-    split = None if name.endswith(".jsonl") else _splitter(path)
+    repeated = name.startswith("meta_")  # Amazon's own files repeat items; the first one counts
+    header = list(MOVIE_COLUMNS.get(name, ()))
+    split = None if name.endswith((".jsonl", ".json")) else _splitter(path)
 
     def check(text: str) -> str | None:
         if split is None:
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
+            row = parse_object(text)
+            if row is None:
                 return "not a JSON object"
         else:
             try:
@@ -226,7 +223,7 @@ def _item_check(path: Path) -> Check | None:
         item = str(row[column]) if column is not None and row[column] is not None else ""
         if not item:
             return "no item id"
-        if item in seen:
+        if item in seen and not repeated:
             return f"item id {item!r} occurs twice"
         seen.add(item)
         return None

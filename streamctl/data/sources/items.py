@@ -120,16 +120,22 @@ def json_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     Amazon's files of 2014 hold Python literals (single quotes) instead; both are read.
     """
     for line, text in lines(path):
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):  # a ValueError alone: a number of 5000 digits
-            try:
-                value = ast.literal_eval(text) if text.lstrip().startswith("{") else None
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                value = None
-        if not isinstance(value, dict):
+        value = parse_object(text)
+        if value is None:
             raise StreamctlError("not a JSON object", where=path, line=line)
         yield line, value
+
+
+def parse_object(text: str) -> dict[str, Any] | None:
+    """The JSON object, or the Python literal of one, that a line holds; None if it holds none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # a ValueError alone: a number of 5000 digits
+        try:
+            value = ast.literal_eval(text) if text.lstrip().startswith("{") else None
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = None
+    return value if isinstance(value, dict) else None
 
 
 def delimited_rows(

@@ -19,6 +19,12 @@ _RATINGS = {"ratings.dat": "movies.dat", "u.data": "u.item", "ratings.csv": "mov
 _DAT = ("user_id", "", "item_id", " ", "rating", "  ", "timestamp")
 _DATA = ("user_id", "item_id", "rating", "timestamp")
 
+# The items files without a header, which are in Latin-1.
+MOVIE_COLUMNS = {
+    "u.item": ("movieId", "title", "date", "video", "url", *_GENRES),
+    "movies.dat": ("movieId", "title", "genres"),
+}
+
 
 def _find(path: Path) -> Files | None:
     found = pick(path, *_RATINGS)
@@ -49,14 +55,13 @@ def _movies(path: Path) -> ItemTable:
 
 def _movie_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     kind = plain_name(path)
+    names = MOVIE_COLUMNS.get(kind, ())
     if kind == "u.item":
-        names = ("movieId", "title", "date", "video", "url", *_GENRES)
         for line, row in delimited_rows(path, "|", names=names, encoding="latin-1", quoted=False):
             genres = ", ".join(genre for genre in _GENRES if row[genre] == "1")
             yield line, {"movieId": row["movieId"], "title": row["title"], "genres": genres}
         return
     if kind == "movies.dat":
-        names = ("movieId", "title", "genres")
         rows = delimited_rows(path, "::", names=names, encoding="latin-1", quoted=False)
     else:
         rows = delimited_rows(path, ",")
