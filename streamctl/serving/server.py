@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import os
@@ -18,6 +19,7 @@ from streamctl.serving.service import Settings
 
 HEALTH_CHECK_S = 60  # a worker that loads a model may be silent for this long
 SWITCH_S = 5e-5  # a model's thread that waits for the interpreter gets it after so long
+LAST_CALL_S = 0.2  # a connection made just before the end has so long to send its request
 KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they are the ones to close
 
 
@@ -63,12 +65,25 @@ def serve(settings: Settings) -> None:
         if settings.workers > 1:
             Multiprocess(config, sockets=[config.bind_socket()]).run()
             return
-        server = uvicorn.Server(config)
+        server = _patient(uvicorn.Server)(config)
         service = config.app.state.service
         service.failed = lambda: setattr(server, "should_exit", True)
         server.run()
         if service.failure is not None:
             raise service.failure
+
+
+def _patient(server: type) -> type:
+    """uvicorn's server, which on stopping would reset connections whose request is on its way."""
+
+    class Patient(server):
+        async def shutdown(self, sockets=None) -> None:
+            for listening in self.servers:
+                listening.close()
+            await asyncio.sleep(LAST_CALL_S)
+            await super().shutdown(sockets)
+
+    return Patient
 
 
 def _check_address(settings: Settings) -> None:
