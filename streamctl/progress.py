@@ -33,7 +33,7 @@ class Bar:
         self._task = progress.add_task(title, total=total, note="") if progress else None
 
     def start_at(self, done: int) -> None:
-        """Begin at `done`, the work of an earlier session."""
+        """Begin at `done`, the work of an earlier run."""
         self.done = self._begin = done
         self.advance(0)
 
