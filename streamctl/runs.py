@@ -248,12 +248,12 @@ class StageWriter(Stage):
         if not is_main():
             return
         log = self.path / "metrics.jsonl"
-        header = {
-            "meta": (text := json.dumps(dict(meta))),
-            "hash": tensors_hash(tensors, text),
-            "wall_s": repr(self.wall_s()),
-            "logged_bytes": str(log.stat().st_size if log.exists() else 0),
+        record = {
+            "meta": dict(meta),
+            "wall_s": self.wall_s(),
+            "logged_bytes": log.stat().st_size if log.exists() else 0,
         }
+        header = {"record": (text := json.dumps(record)), "hash": tensors_hash(tensors, text)}
         with atomic_file(self._progress / "checkpoint.safetensors") as path:
             save_file({key: value.contiguous() for key, value in tensors.items()}, path, header)
 
@@ -272,8 +272,8 @@ class StageWriter(Stage):
             with safe_open(file, "pt") as handle:
                 header = handle.metadata()
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            undamaged = header["hash"] == tensors_hash(tensors, header["meta"])
-            meta = json.loads(header["meta"])
+            undamaged = header["hash"] == tensors_hash(tensors, header["record"])
+            record = json.loads(header["record"])
         except (SafetensorError, KeyError, TypeError, ValueError):
             undamaged = False
         if not undamaged:
@@ -284,10 +284,10 @@ class StageWriter(Stage):
             )
         log = self.path / "metrics.jsonl"
         if is_main() and log.exists():
-            os.truncate(log, min(int(header["logged_bytes"]), log.stat().st_size))
-        self.earlier_s = float(header["wall_s"])
+            os.truncate(log, min(record["logged_bytes"], log.stat().st_size))
+        self.earlier_s = record["wall_s"]
         self.started = time.monotonic()
-        return tensors, meta
+        return tensors, record["meta"]
 
     def publish(self, **extra: Any) -> None:
         """Hash the artifacts and write manifest.json; `extra` is kept in the manifest."""
