@@ -155,6 +155,18 @@ def test_legal_scores_of_all_children_sum_to_one():
     torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-5, rtol=0)
 
 
+def test_a_filter_does_not_raise_the_scores_of_what_it_leaves():
+    case = cases_of("trie_topk").cases()["allowed"]
+
+    def found(allowed):
+        scores, parents, _, nodes = trie_topk(*case[:4], 40, allowed=allowed)
+        place = (nodes >= 0).nonzero().tolist()
+        return {(u, int(parents[u, i]), int(nodes[u, i])): float(scores[u, i]) for u, i in place}
+
+    every, filtered = found(None), found(case.options["allowed"])
+    assert filtered and filtered.items() < every.items()
+
+
 def test_straight_through_passes_the_gradient_to_x_alone():
     x = torch.randn(6, 4, requires_grad=True)
     codebooks = torch.randn(3, 5, 4, requires_grad=True)

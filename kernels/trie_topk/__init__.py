@@ -40,10 +40,11 @@ def trie_topk(
     beam_scores: (B, W) float32, the log-probability of each beam so far.
     trie: CsrTrie on the same device. k: int >= 1, continuations to keep for each user.
     allowed: optional bool over trie nodes, (n_nodes,) or (B, n_nodes): children whose node is
-        False are skipped (before "legal" normalisation).
-    normalize: "legal", log-softmax over the beam's legal children alone; or "vocabulary", over
-        all V tokens, illegal ones dropped afterwards (as transformers' prefix_allowed_tokens_fn
-        does to normalised scores).
+        False are left out of the result. They still count in the normalisation: a filter must not
+        move probability from the branches that it thins to their remaining children.
+    normalize: "legal", log-softmax over the node's children alone; or "vocabulary", over all V
+        tokens, illegal ones dropped afterwards (as transformers' prefix_allowed_tokens_fn does to
+        normalised scores).
     backend: as in nearest_codeword.
     Returns scores (B, k) float32 in falling order, parent (B, k) int64 (which beam), token (B, k)
     int64 and node (B, k) int64. Equal scores: the lower beam, then the lower token first. Where

@@ -156,12 +156,13 @@ def _search(
             start, stop = child_start[node], child_start[node + 1]
             if start < 0 or stop > n_edges or stop - start > vocabulary or stop < start:
                 return _BAD_OFFSETS, node
-            count = 0
+            count = kept = 0
             for edge in range(start, stop):
                 child = child_node[edge]
                 if child < 0 or child >= n_nodes:
                     return _BAD_EDGE, child
-                if allowed.shape[0] and not allowed[b, child]:
+                may = not allowed.shape[0] or allowed[b, child]
+                if whole and not may:
                     continue
                 token = np.int64(tokens32[edge]) if tokens32.shape[0] else tokens[edge]
                 if token < 0 or token >= vocabulary:
@@ -170,9 +171,10 @@ def _search(
                     raw_bits[count] = np.uint32(logit_bits[b, w, token]) << np.uint32(16)
                 else:
                     raw[count] = logits[b, w, token]
-                edges[count] = edge
+                edges[count] = edge if may else -1  # it counts in the norm alone
                 count += 1
-            if count == 0:
+                kept += may
+            if kept == 0:
                 continue
             highest = _prepare(raw, values, count)
             prior = np.float64(priors[b, w])
@@ -198,7 +200,7 @@ def _search(
                 continue
             for i in range(count):
                 score = np.float32(prior + (np.float64(raw[i]) - norm))
-                if not score > entry:
+                if not score > entry or edges[i] < 0:
                     continue
                 place = min(found, k - 1)
                 while place > 0 and scores[b, place - 1] < score:

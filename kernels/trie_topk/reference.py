@@ -29,14 +29,16 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
         raise bad_token(int(token.max() if token.max() >= vocabulary else token.min()), vocabulary)
     if len(node) and (node.min() < 0 or node.max() >= n_nodes):
         raise bad_edge(int(node.max() if node.max() >= n_nodes else node.min()), n_nodes)
+    keep = torch.ones_like(beam, dtype=torch.bool)
     if allowed is not None:
         keep = allowed[beam // width, node]
-        beam, token, node = beam[keep], token[keep], node[keep]
+    # A beam none of whose children is allowed takes no part.
+    used = torch.bincount(beam[keep], minlength=batch * width) > 0
+    keep, beam, token, node = (part[used[beam]] for part in (keep, beam, token, node))
 
     table = logits.reshape(-1, vocabulary).double()  # (B * W, V)
     logit = table[beam, token]
     prior = beam_scores.reshape(-1).double()
-    used = torch.bincount(beam, minlength=batch * width) > 0
     counted = torch.cat([logit, prior[used]])
     if normalize == "vocabulary":
         counted = torch.cat([counted, table[used].flatten()])
@@ -49,7 +51,7 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
         weight = (logit - highest[beam]).exp().nan_to_num(0.0)
         norm = highest + torch.zeros_like(prior).index_add(0, beam, weight).log()
     score = (prior[beam] + (logit - norm[beam])).float()
-    score = score.masked_fill(logit == -torch.inf, -torch.inf)
+    score = score.masked_fill((logit == -torch.inf) | ~keep, -torch.inf)
 
     scores = torch.full((batch, k), -torch.inf, device=device)
     parents, tokens = (torch.zeros(batch, k, dtype=torch.int64, device=device) for _ in range(2))

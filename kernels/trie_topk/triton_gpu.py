@@ -31,6 +31,7 @@ def _children_kernel(
     highest = tl.full((), float("-inf"), tl.float64)
     total = tl.zeros((), tl.float64)
     legal = tl.zeros((), tl.int32)
+    unordered = tl.zeros((), tl.int32)
     for at in range(first, past, BLOCK):
         edge = at + tl.arange(0, BLOCK)
         inside = edge < past
@@ -39,16 +40,19 @@ def _children_kernel(
         stray = inside & ((child < 0) | (child >= n_nodes))
         error = tl.where(tl.max(stray.to(tl.int32), 0) > 0, 3, error)
         inside = inside & (child >= 0) & (child < n_nodes)
+        may = inside
         if MASKED:
-            may = tl.load(allowed + user * stride_ab + child * stride_an, mask=inside, other=0)
-            inside = inside & (may != 0)
+            flag = tl.load(allowed + user * stride_ab + child * stride_an, mask=inside, other=0)
+            may = inside & (flag != 0)
+            if WHOLE:
+                inside = may
         stray = inside & ((token < 0) | (token >= vocabulary))
         error = tl.where(tl.max(stray.to(tl.int32), 0) > 0, 2, error)
         inside = inside & (token >= 0) & (token < vocabulary)
         value = tl.load(row + token * stride_v, mask=inside, other=float("-inf")).to(tl.float64)
         strange = inside & ((value != value) | (value == float("inf")))
-        error = tl.where(tl.max(strange.to(tl.int32), 0) > 0, 4, error)
-        legal += tl.sum(inside.to(tl.int32), 0)
+        unordered += tl.sum(strange.to(tl.int32), 0)
+        legal += tl.sum(may.to(tl.int32), 0)
         if not WHOLE:
             peak = tl.maximum(highest, tl.max(value, 0))
             base = tl.where(peak > float("-inf"), peak, 0.0)
@@ -66,7 +70,8 @@ def _children_kernel(
             base = tl.where(peak > float("-inf"), peak, 0.0)
             total = total * tl.exp(highest - base) + tl.sum(tl.exp(value - base), 0)
             highest = peak
-    refused = (legal > 0) & ((prior != prior) | (prior == float("inf")))
+    refused = (unordered > 0) | (prior != prior) | (prior == float("inf"))
+    refused = (legal > 0) & refused
     error = tl.where(refused, 4, error)
     tl.store(errors + beam, error)
     norm = tl.where(total > 0, highest + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
