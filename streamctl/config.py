@@ -67,6 +67,8 @@ class PretrainConfig:
     size: Size = "tiny"
     history: Literal["codes", "items"] = "items"  # encoder positions: m an item, or one an item
     think_codebook: int = 0  # tokens that only thoughts use; 0: thoughts use the codes' tokens
+    # What an item's codes are normalised over: Eq. 11's vocabulary, or the catalogue's own codes
+    softmax: Literal["catalogue", "vocabulary"] = "catalogue"
     neighbours: int = 2  # retrieved items put before the target (Eq. 9)
     temperature: float = 1.0  # tau of Eq. 11
     direct_weight: float = 1.0  # weight of the direct decoder's loss on the shared encoder
@@ -189,6 +191,7 @@ class BaselineConfig:
     name: str = "tiger"
     size: Size | None = None  # tiger
     history: Literal["codes", "items"] | None = None  # tiger
+    softmax: Literal["catalogue", "vocabulary"] | None = None  # tiger
     loss: Literal["bce", "ce"] | None = None
     dim: int | None = None
     layers: int | None = None

@@ -32,11 +32,12 @@ def all_scores(policy: Policy, history: torch.Tensor, think=None, decoder="slow"
     return policy.target_logprob(policy.encode(history), items, thought, decoder)
 
 
+@pytest.mark.parametrize("softmax", ["vocabulary", "catalogue"])
 @pytest.mark.parametrize("history", ["codes", "items"])
 @torch.no_grad()
-def test_beam_gives_the_items_and_scores_of_transformers_generate(tmp_path, history):
+def test_beam_gives_the_items_and_scores_of_transformers_generate(tmp_path, history, softmax):
     # As many decoder layers as encoder layers: transformers sizes its cache by the encoder.
-    policy = distinct_policy(history, decoder_layers=2)
+    policy = distinct_policy(history, decoder_layers=2, softmax=softmax)
     trie = catalogue(policy)
     oracle = transformers_model(policy, tmp_path)
     past = histories(len(policy.item_tokens), [5, 2, 5])
@@ -54,6 +55,7 @@ def test_beam_gives_the_items_and_scores_of_transformers_generate(tmp_path, hist
         max_new_tokens=len(SIZES),
         min_new_tokens=len(SIZES),
         prefix_allowed_tokens_fn=allowed,
+        renormalize_logits=softmax == "catalogue",
         length_penalty=0.0,
         do_sample=False,
         return_dict_in_generate=True,
@@ -68,9 +70,10 @@ def test_beam_gives_the_items_and_scores_of_transformers_generate(tmp_path, hist
     )
 
 
+@pytest.mark.parametrize("softmax", ["vocabulary", "catalogue"])
 @pytest.mark.parametrize("decoder", ["slow", "direct"])
-def test_wide_beam_ranks_the_whole_catalogue_as_brute_force(decoder):
-    policy = distinct_policy()
+def test_wide_beam_ranks_the_whole_catalogue_as_brute_force(decoder, softmax):
+    policy = distinct_policy(softmax=softmax)
     for parameter in policy.direct.parameters():
         parameter.data.mul_(1.1)
     past = histories(len(policy.item_tokens), [5, 3])
@@ -81,6 +84,28 @@ def test_wide_beam_ranks_the_whole_catalogue_as_brute_force(decoder):
     expected, items = all_scores(policy, past, decoder=decoder).sort(descending=True)
     assert torch.equal(ranking.items, items)
     torch.testing.assert_close(ranking.scores, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("think", [None, torch.tensor([[5, 7], [9, 3]])], ids=["l0", "l2"])
+@torch.no_grad()
+def test_probabilities_over_the_catalogue_sum_to_one(think):
+    policy = distinct_policy(softmax="catalogue")
+    past = histories(len(policy.item_tokens), [5, 3])
+    torch.testing.assert_close(all_scores(policy, past, think).exp().sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("softmax", ["vocabulary", "catalogue"])
+@torch.no_grad()
+def test_a_denied_item_changes_no_other_score(softmax):
+    policy = distinct_policy(softmax=softmax)
+    trie, past = catalogue(policy), histories(len(policy.item_tokens), [5])
+    count = len(policy.item_tokens)
+    whole, _ = recommend(policy, trie, past, count, beam=count, exact=True)
+    denied = whole.items[0, [0, 3]].numpy()
+    left, _ = recommend(policy, trie, past, count, beam=count, exact=True, exclude=[denied])
+    kept = ~torch.isin(whole.items[0], torch.from_numpy(denied))
+    assert torch.equal(left.items[0, : count - 2], whole.items[0][kept])
+    torch.testing.assert_close(left.scores[0, : count - 2], whole.scores[0][kept])
 
 
 def test_greedy_thought_is_followed_and_reported():
@@ -244,9 +269,10 @@ def test_unknown_mode_and_empty_history_are_refused():
         recommend(policy, trie, torch.full((1, 3), -1), 5)
 
 
+@pytest.mark.parametrize("softmax", ["vocabulary", "catalogue"])
 @pytest.mark.parametrize("length", [0, 2])
-def test_exact_search_is_brute_force_and_says_how_little_it_expanded(length):
-    policy = distinct_policy(think_codebook=4)
+def test_exact_search_is_brute_force_and_says_how_little_it_expanded(length, softmax):
+    policy = distinct_policy(think_codebook=4, softmax=softmax)
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3, 9])
     thoughts = torch.randint(*policy.tokens.think_range, (3, length))
     exclude = [np.arange(0, 50), np.empty(0, np.int64), np.arange(60, 110)]

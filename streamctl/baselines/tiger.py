@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from streamctl.baselines.base import Baseline
 from streamctl.config import BaselineConfig, PretrainConfig, resolve
@@ -18,10 +17,11 @@ from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.tokenizer.semantic_ids import SemanticIds
 from streamctl.tokenizer.trie import PrefixTrie
 from streamctl.training.loop import Batch
+from streamctl.training.losses import answer_loss
 
 # What it shares with the pretrain stage, so that the two differ in thinking alone.
 _SHARED = (
-    "size", "history", "dropout", "epochs", "patience", "batch", "lr", "weight_decay", "warmup",
+    "size", "history", "softmax", "dropout", "epochs", "patience", "batch", "lr", "weight_decay", "warmup",
 )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class Tiger(Baseline):
             ids.sizes,
             history=config.history,
             dropout=config.dropout,
+            softmax=config.softmax,
             dedup=ids.dedup,
         )
         seed = derive_seed(config.seed, "initial weights")
@@ -78,10 +79,9 @@ class Tiger(Baseline):
 
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         policy = self.policy
-        inputs, labels = policy.target_inputs(batch.target)
+        inputs, _ = policy.target_inputs(batch.target)
         hidden = policy.decode(policy.encode(batch.history), inputs, "direct")
-        logits = policy.logits(hidden).float()
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), {}
+        return answer_loss(policy, hidden, batch.target) / policy.tokens.levels, {}
 
     def rank(
         self,

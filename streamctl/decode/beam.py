@@ -50,7 +50,8 @@ def recommend(
 ) -> tuple[Ranking, Trace]:
     """The k best items of each user, and what the model thought.
 
-    An item's score is log P(its codes | history, thought) over the whole vocabulary (Eq. 11);
+    An item's score is log P(its codes | history, thought), each code normalised over the
+    vocabulary (Eq. 11) or the trie's continuations, as the policy was trained (`softmax`);
     `joint` and `marginal` sum it over thoughts. Items that share their codes share a score; their
     order is random, fixed by the seed.
 
@@ -173,6 +174,7 @@ def _search(
     if past is not None and score.shape[1] == 1:
         past = past.share()
     csr = trie.on(device)
+    normalize = "legal" if policy.config.softmax == "catalogue" else "vocabulary"
     score = score.float()
     for level in range(policy.tokens.levels):
         hidden, past = policy.extend(encoded, feed, decoder, past)
@@ -180,7 +182,7 @@ def _search(
         if level == 0 and score.shape[1] == 1:
             past = past.share()
         score, parent, token, node = kernels.trie_topk(
-            logits, node, score, csr, beam, allowed=legal, normalize="vocabulary"
+            logits, node, score, csr, beam, allowed=legal, normalize=normalize
         )
         past = past.reorder(parent)
         feed = token[..., None]

@@ -172,10 +172,13 @@ def _run(
                 for number, node in enumerate(nodes):
                     edges = slice(trie.child_start[node], trie.child_start[node + 1])
                     token, child = trie.child_token[edges], trie.child_node[edges]
+                    value = table[place, number, token]
+                    if policy.config.softmax == "catalogue":
+                        value = value - np.logaddexp.reduce(value)
+                    value = scores[number] + value
                     if open_nodes is not None:
                         keep = open_nodes[row, child]
-                        token, child = token[keep], child[keep]
-                    value = scores[number] + table[place, number, token]
+                        token, child, value = token[keep], child[keep], value[keep]
                     searches[row].push(tokens[number], token, child, value)
 
 

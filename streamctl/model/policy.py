@@ -13,11 +13,13 @@ from torch import nn
 from streamctl.errors import StreamctlError
 from streamctl.model.backbone import BackboneConfig, Decoder, Encoder, Memory, initialise
 from streamctl.model.frozen import Branches
+from streamctl.model.legal import LegalCodes
 from streamctl.model.past import Past
 from streamctl.model.thinker import Thinker
 from streamctl.tokenizer.tokens import Tokens
 
 DecoderName = Literal["slow", "direct"]
+Softmax = Literal["vocabulary", "catalogue"]
 # Layers of the encoder and of each decoder, d_model, heads, d_kv, d_ff.
 SIZES = {
     "tiny": (2, 2, 64, 4, 16, 256),
@@ -35,6 +37,8 @@ class PolicyConfig:
         sizes: codes of each level of an item, a de-duplication digit included.
         history: encoder positions, m an item ("codes") or one an item ("items").
         think_codebook: tokens that only thoughts use; 0 lets thoughts use the item codes' tokens.
+        softmax: what an item's codes are normalised over: the "vocabulary" (Eq. 11), or the codes
+            that continue a prefix of the "catalogue", so that items alone have probability.
         dedup: whether the last level is a de-duplication digit.
     """
 
@@ -48,6 +52,7 @@ class PolicyConfig:
     history: Literal["codes", "items"] = "items"
     dropout: float = 0.1
     think_codebook: int = 0
+    softmax: Softmax = "vocabulary"
     dedup: bool = False
 
     @classmethod
@@ -141,6 +146,7 @@ class Policy(nn.Module):
             wanted = f"(N, {len(config.sizes)})"
             raise StreamctlError(f"item tokens have shape {tuple(items.shape)}, not {wanted}")
         self.register_buffer("item_tokens", items, persistent=False)
+        self._legal: LegalCodes | None = None
 
     @classmethod
     def build(cls, config: PolicyConfig, item_tokens: torch.Tensor, seed: int) -> Policy:
@@ -158,6 +164,13 @@ class Policy(nn.Module):
         initialise(policy.decoder, config.backbone, generator)
         policy.direct.load_state_dict(policy.decoder.state_dict())
         return policy
+
+    @property
+    def legal(self) -> LegalCodes:
+        """The codes that continue each prefix of the catalogue, made when first asked for."""
+        if self._legal is None or self._legal.packed.device != self.device:
+            self._legal = LegalCodes(self.item_tokens, self.tokens)
+        return self._legal
 
     @property
     def device(self) -> torch.device:
@@ -233,18 +246,45 @@ class Policy(nn.Module):
         """(..., d) -> (..., V), by the tied embedding."""
         return F.linear(hidden * self.config.d_model**-0.5, self.shared.weight)
 
-    def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """log P(label) over the whole vocabulary (Eq. 11 with tau 1), fp32.
+    def answer_logprobs(
+        self, hidden: torch.Tensor, items: torch.Tensor, *, first: int = 0, temperature: float = 1.0
+    ) -> torch.Tensor:
+        """log P(each code of an item | history, thought, the codes before it), fp32.
 
         Args:
-            hidden: (..., d). labels: (...) int64; where it is -100 the result is 0.
+            hidden: (..., m - first, d), the states that predict codes first..m-1.
+            items: (...) int64.
+            first: codes before this one are not scored.
+            temperature: tau of Eq. 11.
 
-        Logits are made only where there is a label.
+        Returns:
+            (..., m - first), normalised over what `config.softmax` names.
         """
-        keep = labels != IGNORED
-        scores = self.logits(hidden[keep]).float()
-        found = -F.cross_entropy(scores, labels[keep], reduction="none")
-        return torch.zeros(labels.shape, device=labels.device).masked_scatter(keep, found)
+        codes = self.item_tokens[items][..., first:]
+        if self.config.softmax == "vocabulary":
+            scores = self.logits(hidden).float() / temperature
+            found = F.cross_entropy(scores.flatten(0, -2), codes.flatten(), reduction="none")
+            return -found.view(codes.shape)
+        shape, codes, items = codes.shape, codes.flatten(0, -2), items.flatten()
+        hidden = hidden.flatten(0, -3) * self.config.d_model**-0.5
+        found = []
+        for place, level in enumerate(range(first, self.tokens.levels)):
+            low, high = self.tokens.level_range(level)
+            scores = F.linear(hidden[:, place], self.shared.weight[low:high]).float() / temperature
+            legal = self.legal.after(self.legal.prefix[items, level], high - low)
+            scores = scores.masked_fill(~legal, -torch.inf)
+            found.append(-F.cross_entropy(scores, codes[:, place] - low, reduction="none"))
+        return torch.stack(found, -1).view(shape)
+
+    def first_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """log P(each token as an item's first code): (..., d) -> (..., V) fp32."""
+        scores = self.logits(hidden).float()
+        if self.config.softmax == "catalogue":
+            low, high = self.tokens.level_range(0)
+            legal = self.legal.after(self.legal.prefix[:1, 0], high - low)[0]
+            others = F.pad(~legal, (low, scores.shape[-1] - high), value=True)
+            scores = scores.masked_fill(others, -torch.inf)
+        return torch.log_softmax(scores, -1)
 
     def target_inputs(
         self, items: torch.Tensor, think: torch.Tensor | None = None
@@ -308,11 +348,11 @@ class Policy(nn.Module):
         """
         hidden, past = self.prompt(encoded, think, decoder)
         codes = self.item_tokens[items.view(len(items), -1)]  # (B, K, m)
-        first = torch.log_softmax(self.logits(hidden[:, -1]).float(), -1)
-        total = first.gather(1, codes[..., 0])
+        total = self.first_logprobs(hidden[:, -1]).gather(1, codes[..., 0])
         if codes.shape[2] > 1:
             later, _ = self.extend(encoded, codes[..., :-1], decoder, past)
-            total = total + self.logprobs(later, codes[..., 1:]).sum(-1)
+            some = items.view(len(items), -1)
+            total = total + self.answer_logprobs(later, some, first=1).sum(-1)
         return total.view(items.shape)
 
     def thoughts_logprob(
@@ -336,14 +376,14 @@ class Policy(nn.Module):
         hidden, past = self.extend(encoded, tokens)
         codes = self.item_tokens[items]  # (B, K, m)
         users, group, count = *think.shape[:2], items.shape[1]
-        first = torch.log_softmax(self.logits(hidden[:, :, -1]).float(), -1)
+        first = self.first_logprobs(hidden[:, :, -1])
         total = first.gather(2, codes[:, None, :, 0].expand(-1, group, -1))
         if codes.shape[2] > 1:
             thought = torch.arange(group, device=items.device).repeat_interleave(count)
             past = past.reorder(thought.expand(users, -1))
             repeated = codes.repeat(1, group, 1)
             later, _ = self.extend(encoded, repeated[..., :-1], past=past)
-            rest = self.logprobs(later, repeated[..., 1:]).sum(-1)
+            rest = self.answer_logprobs(later, items.repeat(1, group), first=1).sum(-1)
             total = total + rest.view(users, group, count)
         return total
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from streamctl.model.policy import IGNORED
+from streamctl.model.policy import IGNORED, Policy
 
 ADVANTAGE_EPS = 1e-4
 
@@ -32,6 +32,19 @@ def sequence_loss(
     flat = logits.flatten(0, 1).float() / temperature
     total = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / len(labels)
+
+
+def answer_loss(
+    policy: Policy, hidden: torch.Tensor, items: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Cross-entropy of an item's codes, summed over them, mean over the batch (Eqs. 10-11).
+
+    Args:
+        hidden: (B, T, d); the last m positions predict the codes.
+        items: (B,) int64.
+    """
+    last = hidden[:, -policy.tokens.levels :]
+    return -policy.answer_logprobs(last, items, temperature=temperature).sum(-1).mean()
 
 
 def step_weights(steps: int) -> torch.Tensor:

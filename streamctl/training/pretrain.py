@@ -10,7 +10,7 @@ from streamctl.model.policy import Policy, PolicyConfig
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage
 from streamctl.training.loop import Batch, fit
-from streamctl.training.losses import sequence_loss
+from streamctl.training.losses import answer_loss, sequence_loss
 from streamctl.training.material import Material, save_policy
 from streamctl.training.validation import Validator
 
@@ -38,8 +38,11 @@ def pretrain_loss(
     encoded = policy.encode(batch.history)
     retrieved = retrieved_tokens(policy.item_tokens, look_alikes, batch.target)
     inputs, labels = policy.target_inputs(batch.target, retrieved)
-    logits = policy.logits(policy.decode(encoded, inputs))
-    slow = sequence_loss(logits, labels, config.temperature)
+    hidden = policy.decode(encoded, inputs)
+    length = retrieved.shape[1]
+    practice = policy.logits(hidden[:, :length])
+    slow = sequence_loss(practice, labels[:, :length], config.temperature)
+    slow = slow + answer_loss(policy, hidden, batch.target, config.temperature)
     direct = direct_loss(policy, batch, encoded, config.temperature)
     return slow + config.direct_weight * direct, {"slow": slow, "direct": direct}
 
@@ -48,9 +51,9 @@ def direct_loss(
     policy: Policy, batch: Batch, encoded: object, temperature: float = 1.0
 ) -> torch.Tensor:
     """Cross-entropy of the target's codes under the direct decoder."""
-    inputs, labels = policy.target_inputs(batch.target)
-    logits = policy.logits(policy.decode(encoded, inputs, "direct"))
-    return sequence_loss(logits, labels, temperature)
+    inputs, _ = policy.target_inputs(batch.target)
+    hidden = policy.decode(encoded, inputs, "direct")
+    return answer_loss(policy, hidden, batch.target, temperature)
 
 
 def pretrain(
@@ -73,7 +76,8 @@ def pretrain(
         material = Material.load(run)
         shape = PolicyConfig.of_size(
             config.size, material.ids.sizes, history=config.history, dropout=config.dropout,
-            think_codebook=config.think_codebook, dedup=material.ids.dedup,
+            think_codebook=config.think_codebook, softmax=config.softmax,
+            dedup=material.ids.dedup,
         )  # fmt: skip
         seed = derive_seed(config.seed, "initial weights")
         policy = Policy.build(shape, material.item_tokens, seed).to(where)

@@ -17,7 +17,7 @@ from streamctl.data.split import Examples
 from streamctl.decode.sample import Rollout, rollout, rollout_logprobs
 from streamctl.device import autocast, derive_seed, resolve_device
 from streamctl.distributed import ranks
-from streamctl.errors import StreamctlError
+from streamctl.errors import StreamctlError, UsageError
 from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import progress_bar, say, warn
 from streamctl.runs import RunDir, Stage, StageWriter
@@ -296,6 +296,11 @@ def rl(run: RunDir, config: RlConfig, *, device: str = "auto", force: bool = Fal
         where = resolve_device(device)
         material = Material.load(run)
         policy = material.policy(run.stage("sft"), where)
+        if config.rollouts == "free" and policy.config.softmax == "catalogue":
+            raise UsageError(
+                "rollouts=free samples from the vocabulary, of which a policy trained with "
+                "softmax=catalogue knows nothing; pretrain with --set softmax=vocabulary for it"
+            )
         reference = material.policy(run.stage("sft"), where).requires_grad_(False)
         parser = rewards.ItemParser(policy.item_tokens, policy.tokens.size)
         look_alikes = material.look_alikes(where, config.negatives)

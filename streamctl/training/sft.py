@@ -26,6 +26,7 @@ from streamctl.training.annotate import (
 )
 from streamctl.training.loop import Batch, fit
 from streamctl.training.losses import (
+    answer_loss,
     dpo_loss,
     quantization_loss,
     sequence_loss,
@@ -97,12 +98,10 @@ class Tuner:
         given = corrupt(labels, config.corrupt, low, high, generator, batch.share)
         encoded = policy.encode(batch.history)
         inputs, _ = policy.target_inputs(batch.target, given)
-        _, wanted = policy.target_inputs(batch.target, labels)
         hidden = policy.decode(encoded, inputs)
         length, m = labels.shape[1], policy.tokens.levels
-        logits = policy.logits(hidden)
-        chosen = self._logprob(logits[:, -m:], wanted[:, -m:])
-        think = sequence_loss(logits[:, :length], labels)
+        chosen = policy.answer_logprobs(hidden[:, -m:], batch.target).sum(-1)
+        think = sequence_loss(policy.logits(hidden[:, :length]), labels)
         terms = {
             "sft": think - chosen.mean(),
             "dpo": self._dpo(batch, encoded, given, chosen),
@@ -112,11 +111,6 @@ class Tuner:
         terms |= {"think": think, "target": -chosen.mean()}
         terms["direct"] = direct_loss(policy, batch, encoded)
         return value + config.direct_weight * terms["direct"], terms
-
-    @staticmethod
-    def _logprob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        distribution = torch.log_softmax(logits.float(), -1)
-        return distribution.gather(-1, labels[..., None])[..., 0].sum(-1)
 
     def _dpo(
         self, batch: Batch, encoded: Encoded, given: torch.Tensor, chosen: torch.Tensor
@@ -156,8 +150,8 @@ class Tuner:
     def twin_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The same decoders without thoughts: plain cross-entropy of both."""
         encoded = self.policy.encode(batch.history)
-        inputs, labels = self.policy.target_inputs(batch.target)
-        target = sequence_loss(self.policy.logits(self.policy.decode(encoded, inputs)), labels)
+        inputs, _ = self.policy.target_inputs(batch.target)
+        target = answer_loss(self.policy, self.policy.decode(encoded, inputs), batch.target)
         direct = direct_loss(self.policy, batch, encoded)
         return target + self.config.direct_weight * direct, {"target": target, "direct": direct}
 

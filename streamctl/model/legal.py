@@ -1,0 +1,43 @@
+"""Which codes may follow each prefix of the catalogue, as bit masks for the training losses."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from streamctl.tokenizer.tokens import Tokens
+from streamctl.tokenizer.trie import PrefixTrie
+
+
+class LegalCodes:
+    """The legal continuations of every prefix of every item.
+
+    Attributes:
+        prefix: (N, m) int64, the row of `packed` for the prefix that each code of an item follows.
+        packed: (prefixes, ceil(K / 8)) uint8, bit c % 8 of byte c // 8: code c may follow.
+    """
+
+    def __init__(self, item_tokens: torch.Tensor, tokens: Tokens):
+        """Args: item_tokens: (N, m) int64, the tokens of every item."""
+        trie = PrefixTrie(item_tokens.cpu().numpy())
+        path = [trie.parent[trie.leaf]]
+        while len(path) < tokens.levels:
+            path.append(trie.parent[path[-1]])
+        parent = trie.parent[1:]  # of edge e, which leads to node e + 1
+        depth = np.zeros(trie.n_nodes, np.int64)
+        for level in range(1, tokens.levels):
+            depth[trie.child_node[depth[parent] == level - 1]] = level
+        starts = np.array([tokens.level_range(level)[0] for level in range(tokens.levels)])
+        code = trie.child_token - starts[depth[parent]]
+        # Nodes are numbered level by level, so that those with children come first.
+        packed = np.zeros((int(parent.max()) + 1, -(-max(tokens.sizes) // 8)), np.uint8)
+        np.bitwise_or.at(packed, (parent, code >> 3), (1 << (code & 7)).astype(np.uint8))
+        device = item_tokens.device
+        self.prefix = torch.from_numpy(np.stack(path[::-1], 1)).to(device)
+        self.packed = torch.from_numpy(packed).to(device)
+        self._bits = (1 << torch.arange(8, device=device)).to(torch.uint8)
+
+    def after(self, prefix: torch.Tensor, codes: int) -> torch.Tensor:
+        """(R,) rows of `packed` -> (R, codes) bool, True where the code may follow."""
+        found = self.packed[prefix][..., None] & self._bits
+        return found.flatten(1)[:, :codes] != 0
