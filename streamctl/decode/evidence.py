@@ -223,7 +223,7 @@ class EvidenceThinker:
         Args:
             history: (B, H) int64, -1 on the right.
         """
-        scores = torch.log_softmax(trace.state @ self.vectors.T, 1)
+        scores = self.ranker.opinion(trace.state, self.vectors, history)
         if trace.look_ups:
             scores = scores + torch.log1p(self.total(trace.look_ups))
         return repeats(scores, history, self.settings.repeat)

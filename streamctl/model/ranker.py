@@ -146,6 +146,16 @@ class StateRanker(nn.Module):
         p = self.shape.dropout * self.training
         return fused.residual_norm(x, delta, self.norm, _EPS, p)[1]
 
+    @staticmethod
+    def opinion(state: torch.Tensor, vectors: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (B, N) float32 of every item before any look-up.
+
+        Args:
+            state: (B, d). vectors: (N, d) of `item_vectors`.
+            history: (B, H), of which this ranker knows all it needs from the state.
+        """
+        return torch.log_softmax(state @ vectors.T, 1)
+
     @torch.no_grad()
     def states(self, history: torch.Tensor) -> torch.Tensor:
         """s_0 (B, d) float32 of each history (B, H), -1 on the right."""

@@ -120,8 +120,9 @@ class Chooser:
 
     def _base(self, part: slice, repeat: float) -> torch.Tensor:
         """(n, N): the scores of the state alone."""
-        scores = torch.log_softmax(self.states[part] @ self.thinker.vectors.T, 1)
-        return repeats(scores, self.history[part], repeat)
+        history = self.history[part]
+        scores = self.ranker.opinion(self.states[part], self.thinker.vectors, history)
+        return repeats(scores, history, repeat)
 
     def repeat(self) -> tuple[float, np.ndarray]:
         """The repeat term of highest ndcg@10 on the state alone, and the ranks with it."""
