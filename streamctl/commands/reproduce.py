@@ -19,7 +19,7 @@ def command(
         typer.Option(
             "--methods",
             help="Comma-separated: popularity, caser, gru4rec, bert4rec, sasrec_bce, sasrec_ce, "
-            "tiger, tiger_long, stream, stream_plain_rl; default: all.",
+            "tiger, tiger_vocabulary, tiger_long, stream, stream_plain_rl, evidence; default: all.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Seeds 0..N-1 of each.", min=1)] = 1,

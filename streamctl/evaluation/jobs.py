@@ -81,9 +81,14 @@ def _classic(name: str, method: str, **fixed: Any) -> Job:
     return Job(train, {name: method}, stages=("data",))
 
 
-def _tiger(run: RunDir, plan: Plan, seed: int) -> None:
-    config = plan.resolve(configs.BaselineConfig, seed, method="tiger", name="tiger")
+def _tiger(run: RunDir, plan: Plan, seed: int, *, method: str = "tiger", **fixed: Any) -> None:
+    config = plan.resolve(configs.BaselineConfig, seed, method=method, name="tiger", **fixed)
     train_baseline(run, config, device=plan.device)
+
+
+def _published_tiger(run: RunDir, plan: Plan, seed: int) -> None:
+    """TIGER with the softmax over the vocabulary, as published (and as Eq. 11 has it)."""
+    _tiger(run, plan, seed, method="tiger_vocabulary", softmax="vocabulary")
 
 
 def _long_tiger(run: RunDir, plan: Plan, seed: int) -> None:
@@ -135,6 +140,7 @@ JOBS: dict[str, Job] = {
     "sasrec_bce": _classic("sasrec", "sasrec_bce", loss="bce"),
     "sasrec_ce": _classic("sasrec", "sasrec_ce", loss="ce"),
     "tiger": Job(_tiger, {"tiger": "tiger"}),
+    "tiger_vocabulary": Job(_published_tiger, {"tiger": "tiger_vocabulary"}),
     "tiger_long": Job(_long_tiger, {"tiger": "tiger_long"}, sections=("baseline", *_SECTIONS)),
     "stream": Job(_stream, {}, sections=_SECTIONS),
     "evidence": Job(_evidence, {}, sections=("evidence", "eval")),
