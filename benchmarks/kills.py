@@ -1,12 +1,13 @@
 """SIGKILL at random instants in every stage of a run, resumed until it is complete.
 
-    python benchmarks/kills.py --json --save
+    python benchmarks/kills.py --json --save [--folder FOLDER]
 
 A clean run of every stage is made first; how long each stage took in it is the span in which its
 kills fall. Then runs with the same settings are made in which every stage is killed ROUNDS times,
 each time at an instant drawn evenly over what its span has left, and started again, until there
 have been `--kills` kills. They save a checkpoint a second. The artifacts' hashes of every finished
-run must be the clean run's.
+run must be the clean run's, and no stage may have been set aside (`NAME.previous`), for nothing
+changed. With `--folder`, a campaign that was broken off goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.forks import SETTINGS, SHOP, Commands, hashes
+from streamctl.files import atomic_file, read_json
 from streamctl.runs import RunDir, provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,44 +105,71 @@ class Campaign:
         return None
 
 
+@dataclass
+class Progress:
+    """What a campaign has done so far; `kills.json` in its folder."""
+
+    killed: dict[str, int] = field(default_factory=dict)
+    mismatches: list[str] = field(default_factory=list)
+    set_aside: list[str] = field(default_factory=list)
+    runs: int = 0
+    rounds: dict[str, int] = field(default_factory=dict)  # kills tried in the present run's stages
+    wall_s: float = 0.0
+
+
 def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Kill and resume runs below `folder` until there have been `kills` kills."""
+    began = time.monotonic()
     runs = Campaign(folder)
     clean = RunDir(folder / "clean")
     runs.finish(clean.path)
     expected = hashes(clean)
     made = sorted(expected, key=lambda name: (clean.path / name / "manifest.json").stat().st_mtime)
     spans = {name: clean.stage(name).manifest["wall_s"] for name in made}
-    chance = random.Random(seed)
-    killed, mismatches, number = Counter(), [], 0
-    while killed.total() < kills:
-        run = folder / f"killed-{number}"
+    file = folder / "kills.json"
+    done = Progress(**read_json(file)) if file.exists() else Progress()
+    earlier_s = done.wall_s
+
+    def save() -> None:
+        done.wall_s = earlier_s + time.monotonic() - began
+        with atomic_file(file) as path:
+            path.write_text(json.dumps(asdict(done), indent=1))
+
+    while sum(done.killed.values()) < kills:
+        run = RunDir(folder / f"killed-{done.runs}")
         for stage, span in spans.items():
-            left = span
-            for _ in range(ROUNDS):
-                if killed.total() == kills or RunDir(run).stage(stage).complete:
+            while (tried := done.rounds.get(stage, 0)) < ROUNDS:
+                if sum(done.killed.values()) == kills or run.stage(stage).complete:
                     break
-                after = chance.uniform(0, left)
-                left -= after / 2  # checkpoints keep some of what was done
-                killed.update(filter(None, [runs.kill(run, stage, after)]))
-        runs.finish(run)
-        found = hashes(RunDir(run))
-        mismatches += [
-            f"{run.name}/{stage}/{name}"
+                chance = random.Random(f"{seed} {run.path.name} {stage} {tried}")
+                after = chance.uniform(0, span * 0.75**tried)  # checkpoints keep some of the work
+                if into := runs.kill(run.path, stage, after):
+                    done.killed[into] = done.killed.get(into, 0) + 1
+                done.rounds[stage] = tried + 1
+                save()
+        runs.finish(run.path)
+        found = hashes(run)
+        done.mismatches += [
+            f"{run.path.name}/{stage}/{name}"
             for stage in {*expected, *found}
             for name in {*expected.get(stage, {}), *found.get(stage, {})}
             if expected.get(stage, {}).get(name) != found.get(stage, {}).get(name)
         ]
-        number += 1
+        done.set_aside += [str(path.relative_to(folder)) for path in run.path.rglob("*.previous")]
+        done.runs += 1
+        done.rounds = {}
+        save()
     return {
-        "kills": killed.total(),
-        "runs": number,
-        "mismatches": len(mismatches),
-        "differing": mismatches,
-        "killed_in": dict(sorted(killed.items())),
+        "kills": sum(done.killed.values()),
+        "runs": done.runs,
+        "mismatches": len(done.mismatches),
+        "differing": done.mismatches,
+        "set_aside": done.set_aside,
+        "killed_in": dict(sorted(done.killed.items())),
         "clean_run_s": spans,
         "artifacts": sum(map(len, expected.values())),
         "seed": seed,
+        "wall_s": round(done.wall_s, 1),
     }
 
 
@@ -157,20 +185,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep the runs here, and go on with them")
     parser.add_argument("--json", action="store_true", help="print the receipt")
     parser.add_argument("--save", action="store_true", help="write results/kills.json")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="streamctl-kills-") as folder:
-        result = {"name": "kills", **campaign(Path(folder), options.kills, options.seed)}
-    result |= {"threads": 1, "wall_s": round(time.monotonic() - began, 1), **provenance()}
+    with tempfile.TemporaryDirectory(prefix="streamctl-kills-") as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        result = {"name": "kills", **campaign(folder, options.kills, options.seed)}
+    result |= {"threads": 1, **provenance()}
     if options.save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
     if options.json:
         print(json.dumps(result, indent=1))
-    sys.exit(1 if result["mismatches"] else 0)
+    sys.exit(1 if result["mismatches"] or result["set_aside"] else 0)
 
 
 if __name__ == "__main__":

@@ -441,6 +441,9 @@ class RunDir:
         """Keep the folder as NAME.previous; but never half a stage in the place of a whole one."""
         if not folder.exists():
             return
+        files = [file.name for file in folder.rglob("*") if file.is_file()]
+        if all(name == "config.toml" or name.endswith(".part") for name in files):
+            return  # of a process that was killed before it had begun
         previous = folder.with_name(folder.name + ".previous")
         if (previous / MANIFEST).exists() and not (folder / MANIFEST).exists():
             shutil.rmtree(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +60,31 @@ def test_force_keeps_the_old_stage(tmp_path):
     make(run, "data", 2, force=True)
     assert run.stage("data").array("x.npy")[0] == 2
     assert run.stage("data.previous").array("x.npy")[0] == 1
+
+
+@pytest.mark.parametrize("call", range(1, 5))
+def test_a_process_that_died_while_it_began_a_stage_leaves_nothing_to_set_aside(
+    tmp_path, monkeypatch, call
+):
+    """The first steps: the folder, config.toml, the folder of its progress, its state."""
+    run, replace, mkdir, calls = RunDir(tmp_path), os.replace, Path.mkdir, []
+
+    def dying(step):
+        def step_or_die(*arguments, **options):
+            calls.append(step)
+            if len(calls) == call + 1:  # the first makes the run's folder
+                raise KeyboardInterrupt
+            return step(*arguments, **options)
+
+        return step_or_die
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", dying(replace))
+        patch.setattr(Path, "mkdir", dying(mkdir))
+        make(run, "data", 1)
+    make(run, "data", 1)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["data"]
+    assert run.require("data").array("x.npy")[0] == 1
 
 
 def test_a_stage_whose_parent_changed_is_stale(tmp_path):
