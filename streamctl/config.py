@@ -216,7 +216,7 @@ class EvalConfig:
     methods: tuple[str, ...] = ()  # rows to evaluate; empty: every method and control of the run
     beam: int = 50
     batch: int = 256
-    users: int = 0  # 0: every user; otherwise a seeded sample of so many
+    users: int = 0  # 0: every user; otherwise a sample of so many, the same for every seed
     bootstrap: int = 2000  # resamples of the paired intervals
     seed: int = 0
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from safetensors.numpy import load_file
 from test_baselines import write_cycle
 
 from streamctl.config import BaselineConfig, TokenizeConfig
+from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import reproduce as module
 from streamctl.evaluation.jobs import Plan
 from streamctl.evaluation.reproduce import COLUMNS, receipt_path, reproduce, save_receipts
+from streamctl.runs import RunDir
 
 METHODS = ("popularity", "sasrec_bce", "sasrec_ce", "tiger")
 SETS = ("baseline.epochs=2", "eval.beam=4", "eval.bootstrap=50", "eval.users=40")
@@ -74,6 +78,60 @@ def test_receipts_outlive_settings_of_other_stages_and_sizes_they_do_not_have(
     classic = tuple(name for name in METHODS if name != "tiger")
     other = Plan(classic, (0, 1), "paper", (*SETS, "rl.steps=3"), device="cpu")
     assert len(reproduce(run, other)["rows"]) == len(classic)
+
+
+def test_jobs_of_several_seeds_rank_the_same_users(run, table):
+    from streamctl.evaluation.jobs import job_path
+
+    users = [
+        load_file(job_path(run, "popularity", seed).stage("eval").file("ranks.safetensors"))[
+            "users"
+        ]
+        for seed in (0, 1)
+    ]
+    assert len(users[0]) == 40 < load_data(run)[1].log.n_users
+    assert (users[0] == users[1]).all()
+
+
+def test_a_finished_job_of_another_plan_is_refused_and_nothing_is_lost(run, plan, table):
+    before = {path: path.read_bytes() for path in (run.path / "reproduce").rglob("*.json")}
+    told = (
+        r"sasrec_bce, seed 0 was made by another plan \(--set baseline.epochs=2 then, not now\)"
+        r".*--force"
+    )
+    other = Plan(("sasrec_bce",), (0,), "tiny", SETS[1:], device="cpu")
+    with pytest.raises(StreamctlError, match=told):
+        reproduce(run, other)
+    with pytest.raises(StreamctlError, match=r"tiger, seed 1 .*size tiny then, small now"):
+        reproduce(run, Plan(("tiger",), (1,), "small", SETS, device="cpu"))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_force_does_it_again_and_keeps_the_old_one(run, plan, table, tmp_path):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    old = receipt_path(copy, "popularity", 0).read_text()
+    other = Plan(("popularity",), (0,), "tiny", ("eval.users=20",), device="cpu")
+    reproduce(copy, other, force=True)
+    assert (copy.path / "reproduce" / "popularity-0.previous" / "receipt.json").read_text() == old
+    assert json.loads(receipt_path(copy, "popularity", 0).read_text())["users"] == 20
+
+
+def test_ranks_of_a_job_that_has_gone_on_with_another_plan_are_left_out(run, plan, table, tmp_path):
+    """Its receipt is still this plan's: the figures stay, the intervals would be of other users."""
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    assert table_rows(copy, plan)["sasrec_bce"]["vs_sasrec_ce"] is not None
+    for seed in (0, 1):
+        note = copy.path / "reproduce" / f"sasrec_ce-{seed}" / "plan.json"
+        note.write_text(json.dumps(json.loads(note.read_text()) | {"sets": ["eval.beam=9"]}))
+    rows = table_rows(copy, plan)
+    assert rows["sasrec_bce"]["vs_sasrec_ce"] is rows["sasrec_ce"]["vs_tiger"] is None
+    assert rows["sasrec_ce"]["ndcg@10"] == next(
+        row["ndcg@10"] for row in table["rows"] if row["method"] == "sasrec_ce"
+    )
+
+
+def table_rows(run, plan):
+    return {row["method"]: row for row in module.write_table(run, plan)["rows"]}
 
 
 def test_settings_of_one_method_are_its_own():

@@ -40,6 +40,10 @@ def command(
         typer.Option("--check", help="Run what this receipt describes again, and compare."),
     ] = None,
     set_: Sets = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Do jobs of another plan again; each is kept as .previous."),
+    ] = False,
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
@@ -71,7 +75,7 @@ def command(
         return
     chosen = tuple(methods.split(",")) if methods else tuple(JOBS)
     plan = Plan(chosen, tuple(range(seeds)), size, tuple(set_ or ()), budget, device)
-    table = reproduce(RunDir(folder), plan)
+    table = reproduce(RunDir(folder), plan, force=force)
     if save is not None:
         save_receipts(RunDir(folder), plan, save)
     if json_:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,21 @@ def identity(run: RunDir, plan: Plan, name: str) -> dict[str, Any]:
     common = [stage for stage in ("data", "tokenizer") if stage in job.stages]
     found = {"sets": sets, "stages": {stage: run.stage(stage).hash for stage in common}}
     return found | ({"size": plan.size} if "tokenizer" in common else {})
+
+
+def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In words: what an identity says that another does not."""
+    found = [f"--set {text} then, not now" for text in made["sets"] if text not in wanted["sets"]]
+    found += [f"--set {text} now, not then" for text in wanted["sets"] if text not in made["sets"]]
+    if made.get("size") != wanted.get("size"):
+        found.append(f"size {made.get('size')} then, {wanted.get('size')} now")
+    stages = (made["stages"], wanted["stages"])
+    found += [
+        f"{stage} has changed since"
+        for stage in dict.fromkeys([*stages[0], *stages[1]])
+        if stages[0].get(stage) != stages[1].get(stage)
+    ]
+    return "; ".join(found) or "the same settings in another order"
 
 
 def job_path(run: RunDir, name: str, seed: int) -> RunDir:

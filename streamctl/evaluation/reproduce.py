@@ -13,9 +13,16 @@ from typing import Any
 import numpy as np
 
 from streamctl import config as configs
-from streamctl.errors import UsageError, close_matches
+from streamctl.errors import StreamctlError, UsageError, close_matches
 from streamctl.evaluation.compare import bootstrap_mean
-from streamctl.evaluation.jobs import JOBS, Plan, copy_stages, identity, job_path
+from streamctl.evaluation.jobs import (
+    JOBS,
+    Plan,
+    copy_stages,
+    differences,
+    identity,
+    job_path,
+)
 from streamctl.evaluation.metrics import gains
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
 from streamctl.progress import say
@@ -37,18 +44,22 @@ COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 REFERENCES = ("tiger", "sasrec_ce")  # what every row is compared with
 
 
-def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
+def reproduce(run: RunDir, plan: Plan, *, force: bool = False) -> dict[str, Any]:
     """Run every job that has no receipt yet, and join the receipts to the table.
 
     A job works in RUN/reproduce/METHOD-SEED, itself a run whose stages resume; its receipt is
     written last. All jobs share the run's data and tokenizer.
+
+    Args:
+        force: do jobs again that were made by another plan; each is kept as METHOD-SEED.previous.
 
     Returns:
         the table, also written to RUN/reproduce/table.json.
 
     Raises:
         UsageError: an unknown method.
-        StreamctlError: data or tokenizer are missing or stale, or what a stage raises.
+        StreamctlError: a job is there that was made by another plan, data or tokenizer are missing
+            or stale, or what a stage raises.
     """
     for name in plan.methods:
         if name not in JOBS:
@@ -57,6 +68,9 @@ def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
         if stage in ("data", "tokenizer"):
             run.require(stage)
     jobs = [(name, seed) for seed in plan.seeds for name in plan.methods]
+    if not force:
+        for name, seed in jobs:
+            _refuse_another_plan(run, plan, name, seed)
     began = time.monotonic()
     for number, (name, seed) in enumerate(jobs, 1):
         receipt = receipt_path(run, name, seed)
@@ -116,16 +130,41 @@ def _train_seconds(job: RunDir, entry: Mapping[str, Any]) -> float | None:
     return round(sum(spent.values()), 1)
 
 
+def _plan_of(run: RunDir, name: str, seed: int) -> dict[str, Any] | None:
+    """`identity` of the plan that a job's folder was made by; None if there is no such job."""
+    note = job_path(run, name, seed).path / "plan.json"
+    return read_json(note) if note.is_file() else None
+
+
+def _refuse_another_plan(run: RunDir, plan: Plan, name: str, seed: int) -> None:
+    """Raise rather than train a job again that was made by other settings or from other stages."""
+    made, wanted = _plan_of(run, name, seed), identity(run, plan, name)
+    receipt = receipt_path(run, name, seed)
+    if made is None and receipt.is_file():
+        made = read_json(receipt)["plan"]
+    if made in (None, wanted):
+        return
+    raise StreamctlError(
+        f"{name}, seed {seed} was made by another plan ({differences(made, wanted)})",
+        where=job_path(run, name, seed).path,
+        run="the same command with the settings that it was made with, or with --force (does it "
+        f"again and keeps the old one as {name}-{seed}.previous)",
+    )
+
+
 def _job_folder(run: RunDir, plan: Plan, name: str, seed: int) -> RunDir:
     """The job's own run with the stages it starts from; one of another plan is set aside."""
-    job = job_path(run, name, seed)
-    note, wanted = job.path / "plan.json", identity(run, plan, name)
-    if not note.is_file() or read_json(note) != wanted:
+    job, receipt = job_path(run, name, seed), receipt_path(run, name, seed)
+    wanted = identity(run, plan, name)
+    if _plan_of(run, name, seed) != wanted:
+        if receipt.is_file():
+            job.path.mkdir(parents=True, exist_ok=True)
+            receipt.rename(job.path / "receipt.json")
         if job.path.exists():
             previous = job.path.with_name(job.path.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
             job.path.rename(previous)
-        with atomic_file(note) as path:
+        with atomic_file(job.path / "plan.json") as path:
             path.write_text(json.dumps(wanted, indent=1) + "\n")
     copy_stages(run, name, seed)
     return job
@@ -157,8 +196,13 @@ def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
     receipts = [read_json(path) for path in valid_receipts(run, plan)]
     rows: dict[str, list[Mapping[str, Any]]] = {}
     gained: dict[str, list[np.ndarray]] = {}
+    users: np.ndarray | None = None
     for receipt in receipts:
-        ranks = _ranks(job_path(run, receipt["method"], receipt["seed"]))
+        ranks = _ranks(run, receipt)
+        if users is None:
+            users = ranks.get("users")
+        elif not np.array_equal(ranks.get("users", users), users):
+            ranks = {}  # an evaluation by hand has taken the place of the job's
         for name, entry in receipt["rows"].items():
             rows.setdefault(name, []).append(entry)
             if entry["row"] in ranks:
@@ -182,10 +226,18 @@ def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
     return table
 
 
-def _ranks(job: RunDir) -> dict[str, np.ndarray]:
+def _ranks(run: RunDir, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Ranks by row, and the users that they are of; none if the job's folder has gone on.
+
+    Without them a row has its figures, and no intervals.
+    """
     from safetensors.numpy import load_file
 
-    return load_file(job.stage("eval").file(RANKS))
+    name, seed = receipt["method"], receipt["seed"]
+    stage = job_path(run, name, seed).stage("eval")
+    if _plan_of(run, name, seed) != receipt["plan"] or not stage.complete:
+        return {}
+    return load_file(stage.file(RANKS))
 
 
 def _row(

@@ -69,7 +69,8 @@ def evaluate_run(
             say("eval: complete already")
             return run.stage("eval")
         _, split = load_data(run)
-        examples = sample_users(getattr(split, config.split), config.users, config.seed)
+        # The seed of a sample of users is none of the run's: runs of several seeds are compared.
+        examples = sample_users(getattr(split, config.split), config.users, 0)
         table = _Table(stage, config, examples, split.n_items)
         models = Models(run, config, examples, device)
         for row in rows:
