@@ -56,6 +56,8 @@ class TokenizeConfig:
     lr: float = 1e-3
     kmeans_iterations: int = 25
     neighbours: int = 50  # text neighbours kept for each item
+    # Weight of who-took-what vectors beside the text's in what is quantized; 0: text alone (Eq. 4)
+    collaborative: float = 0.0
     seed: int = 0
 
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from streamctl.config import TokenizeConfig
-from streamctl.data import Catalog, synthesize
+from streamctl.data import Catalog, Split, load_data, synthesize
+from streamctl.data.log import InteractionLog
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir, StageWriter
 from streamctl.tokenizer import SemanticIds, Tokens
+from streamctl.tokenizer.collaborative import join, taken_together
 from streamctl.tokenizer.collisions import dedup_digit, reassign, residuals_after
 from streamctl.tokenizer.encoders import SentenceEncoder, find_model, mean_pool
 from streamctl.tokenizer.projection import Projection
@@ -361,6 +363,50 @@ def test_the_stage_writes_what_later_stages_read(shop, tmp_path, change):
     assert tokenizer.encode([]).shape == (0, 3)
     assert np.allclose(tokenizer.vectors(catalog.texts[:5]), vectors[:5], atol=1e-4)
     assert tokenizer.encode(["a text of words nobody knows: qwxz"]).shape == (1, 3)
+
+
+@pytest.mark.parametrize("method", ["rqvae", "rqkmeans"])
+def test_a_collaborative_tokenizer_gives_new_items_codes_too(shop, tmp_path, method):
+    settings = replace(SMALL, method=method, collaborative=1.0)
+    stage = tokenize(copy_of(shop, tmp_path), settings, device="cpu")
+    assert SemanticIds.load(stage).codes.shape == (200, 3)
+    assert Tokenizer.load(stage).encode(["walnut desk", "brass lamp"]).shape == (2, 3)
+
+
+def test_what_is_taken_together_shares_its_first_code():
+    random = np.random.default_rng(0)
+    groups = np.arange(80) // 10
+    taken = [random.choice(np.flatnonzero(groups == number % 8), 6) for number in range(400)]
+    offsets = 6 * np.arange(401)
+    log = InteractionLog(np.concatenate(taken).astype(np.int32), offsets, [""] * 400, None)
+    together = taken_together(Split(log, n_items=80), 0)
+    text = random.standard_normal((80, 16)).astype(np.float32)
+
+    def purity(weight: float) -> float:
+        joined = torch.from_numpy(join(text, together, weight))
+        first = torch.cdist(joined, kmeans(joined, 8, 20, 0)).argmin(1).numpy()
+        same = first[:, None] == first
+        return float((groups[:, None] == groups)[same].mean())
+
+    assert purity(0.0) < 0.3 and purity(2.0) > 0.9
+
+
+def test_collaborative_vectors_read_training_interactions_alone(shop):
+    split = load_data(shop)[1]
+    log = split.log
+    changed = log.items.copy()
+    for last in (1, 2):
+        changed[log.offsets[1:] - last] = changed[log.offsets[1:] - last][::-1]
+    assert not np.array_equal(changed, log.items)
+    other = Split(replace(log, items=changed), split.history, split.n_items)
+    assert np.array_equal(taken_together(split, 0), taken_together(other, 0))
+
+
+def test_items_without_company_have_no_collaborative_vector(shop):
+    split = load_data(shop)[1]
+    larger = Split(split.log, split.history, split.n_items + 3)
+    vectors = taken_together(larger, 0)
+    assert (vectors[-3:] == 0).all() and np.abs(vectors[:-3]).sum() > 0
 
 
 class Killed(BaseException):

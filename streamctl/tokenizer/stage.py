@@ -16,6 +16,7 @@ from streamctl.errors import StreamctlError, UsageError
 from streamctl.progress import progress_bar, say, warn
 from streamctl.retrieval.neighbours import neighbours
 from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.tokenizer.collaborative import join, taken_together
 from streamctl.tokenizer.collisions import dedup_digit, reassign
 from streamctl.tokenizer.encoders import SentenceEncoder
 from streamctl.tokenizer.projection import Projection
@@ -38,10 +39,14 @@ def tokenize(
 ) -> Stage:
     """Text -> vectors -> Semantic IDs, and each item's nearest by text (Eqs. 4-8).
 
+    With `collaborative` the quantizer also reads who took what together, in training interactions
+    alone; neighbours stay those of the texts.
+
     Writes item_vectors.npy (N, dim) float32, codes.npy (N, m) int64, codebooks.npy (L, K, D)
-    float32, neighbours.npy (N, 50) int64, index.json (LC-Rec's form), report.json, and what a new
-    item's text needs: encoder.json, tfidf.safetensors, projection.safetensors,
-    quantizer.safetensors. An interrupted run continues from its last checkpoint.
+    float32, neighbours.npy (N, 50) int64, collaborative.npy (N, 64) float32 where it is used,
+    index.json (LC-Rec's form), report.json, and what a new item's text needs: encoder.json,
+    tfidf.safetensors, projection.safetensors, quantizer.safetensors. An interrupted run continues
+    from its last checkpoint.
 
     Raises:
         StreamctlError: the data stage is missing or stale, no text encoder is reachable, there
@@ -51,7 +56,7 @@ def tokenize(
         if stage is None:
             say("tokenize: complete already")
             return run.stage("tokenizer")
-        catalog, _ = load_data(run)
+        catalog, split = load_data(run)
         codes = choose_codes(len(catalog), config)
         target = resolve_device(device)
         state = stage.load_checkpoint() or ({}, {"phase": "begin"})
@@ -63,7 +68,12 @@ def tokenize(
             if (stage.path / name).exists():
                 stage.adopt(name)
         vectors = np.load(stage.path / "item_vectors.npy", allow_pickle=False)
-        x = torch.from_numpy(vectors).to(target)
+        described = vectors
+        if config.collaborative:
+            together = taken_together(split, derive_seed(config.seed, "collaborative"))
+            stage.save_array("collaborative.npy", together)
+            described = join(vectors, together, config.collaborative)
+        x = torch.from_numpy(described).to(target)
         if config.method == "rqvae":
             quantizer = train_rqvae(stage, x, config, codes, state)
         else:

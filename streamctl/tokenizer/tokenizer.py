@@ -11,6 +11,7 @@ import torch
 from streamctl.config import TokenizeConfig, resolve
 from streamctl.kernels import residual_quantize
 from streamctl.runs import Stage
+from streamctl.tokenizer.collaborative import join
 from streamctl.tokenizer.encoders import SentenceEncoder
 from streamctl.tokenizer.projection import Projection
 from streamctl.tokenizer.rqkmeans import RQKMeans
@@ -50,11 +51,19 @@ def quantize(quantizer: RQVAE | RQKMeans, vectors: torch.Tensor) -> Quantized:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Texts -> item vectors -> codes, as the tokenizer stage fitted them."""
+    """Texts -> item vectors -> codes, as the tokenizer stage fitted them.
+
+    Attributes:
+        collaborative: (1, d) of zeros, which say of a new item that nobody has taken it yet; d is
+            0 where the quantizer reads texts alone.
+        weight: of the collaborative vectors.
+    """
 
     encoder: SentenceEncoder | TfidfEncoder
     projection: Projection
     quantizer: RQVAE | RQKMeans
+    collaborative: np.ndarray
+    weight: float
 
     @classmethod
     def load(cls, stage: Stage, device: str | torch.device = "cpu") -> Tokenizer:
@@ -76,13 +85,16 @@ class Tokenizer:
         else:
             encoder = SentenceEncoder(saved["name"], device)
         projection = Projection.load(stage)
+        width = stage.array("collaborative.npy").shape[1] if config.collaborative else 0
+        unknown = np.zeros((1, width), np.float32)
+        dim = len(projection.components) + width
         if config.method == "rqkmeans":
-            quantizer = RQKMeans(tensors["codebooks"], len(projection.components))
-            return cls(encoder, projection, quantizer)
-        codes = tensors["codebooks"].shape[1]
-        model = RQVAE.build(len(projection.components), config, codes)
-        model.load_state_dict(tensors)
-        return cls(encoder, projection, model.eval())
+            quantizer = RQKMeans(tensors["codebooks"], dim)
+        else:
+            quantizer = RQVAE.build(dim, config, tensors["codebooks"].shape[1])
+            quantizer.load_state_dict(tensors)
+            quantizer.eval()
+        return cls(encoder, projection, quantizer, unknown, config.collaborative)
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> item vectors (n, dim) float32, as in item_vectors.npy."""
@@ -95,4 +107,7 @@ class Tokenizer:
         """
         if not len(texts):
             return np.empty((0, len(self.quantizer.codebooks)), np.int64)
-        return quantize(self.quantizer, torch.from_numpy(self.vectors(texts))).codes
+        vectors = self.vectors(texts)
+        if self.weight:
+            vectors = join(vectors, self.collaborative.repeat(len(vectors), 0), self.weight)
+        return quantize(self.quantizer, torch.from_numpy(vectors)).codes

@@ -1,0 +1,65 @@
+"""Item vectors from who took what together: an aid of the tokenizer beside the items' texts.
+
+Counts of items taken within a few steps of each other, as positive pointwise mutual information
+(contexts smoothed by the power 0.75: Levy, Goldberg and Dagan, 2015), reduced by a truncated SVD.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse
+from sklearn.decomposition import TruncatedSVD
+
+from streamctl.data.split import HELD_OUT, Split
+
+WIDTH = 64  # of the vectors
+_STEPS = 5  # two items further apart were not taken together
+_SMOOTHING = 0.75
+
+
+def taken_together(split: Split, seed: int) -> np.ndarray:
+    """(N, at most 64) float32: rows of length one about their mean, 0 for items without company.
+
+    Training interactions alone are counted, a pair d steps apart as 1/d.
+    """
+    log, count = split.log, split.n_items
+    user = np.repeat(np.arange(log.n_users), log.lengths)
+    place = np.arange(len(log)) - log.offsets[user]
+    kept = place < np.repeat(log.lengths - HELD_OUT, log.lengths)
+    items, user = log.items[kept].astype(np.int64), user[kept]
+    pairs = scipy.sparse.csr_matrix((count, count))
+    for step in range(1, _STEPS + 1):
+        same = user[step:] == user[:-step]
+        before, after = items[:-step][same], items[step:][same]
+        ones = np.full(len(before), 1 / step)
+        pairs = pairs + scipy.sparse.csr_matrix((ones, (before, after)), shape=pairs.shape)
+    pairs = (pairs + pairs.T).tocoo()
+    vectors = np.zeros((count, min(WIDTH, count - 1)), np.float32)
+    if not pairs.nnz:
+        return vectors
+    often = np.asarray(pairs.sum(1)).ravel()
+    context = often**_SMOOTHING / (often**_SMOOTHING).sum()
+    with np.errstate(divide="ignore"):
+        information = np.log(pairs.data / (often[pairs.row] * context[pairs.col]))
+    positive = (np.maximum(information, 0), (pairs.row, pairs.col))
+    matrix = scipy.sparse.csr_matrix(positive, shape=pairs.shape)
+    reduced = TruncatedSVD(vectors.shape[1], random_state=seed % 2**32).fit_transform(matrix)
+    length = np.linalg.norm(reduced, axis=1)
+    company = length > 0
+    unit = reduced[company] / length[company, None]
+    vectors[company] = unit - unit.mean(0)
+    return vectors
+
+
+def join(text: np.ndarray, together: np.ndarray, weight: float) -> np.ndarray:
+    """Text vectors (n, dim), each turned to length sqrt(dim), and `weight` times the others.
+
+    Args:
+        together: (n, d) of `taken_together`; zeros for items that nobody has taken yet.
+
+    Returns:
+        (n, dim + d) float32.
+    """
+    unit = text / np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-9)
+    joined = np.concatenate([unit, weight * together], axis=1)
+    return (joined * text.shape[1] ** 0.5).astype(np.float32)
