@@ -88,7 +88,9 @@ LINES = {
     },
     "no thinking rewards": Line(("rl.likelihood_weight=0", "rl.ranking_weight=0"), "rl", "rl"),
     "think codebook of 64": Line(("pretrain.think_codebook=64",), "pretrain"),
+    "softmax over the vocabulary": Line(("pretrain.softmax=vocabulary",), "pretrain"),
     "history as codes": Line(("pretrain.history=codes",), "pretrain"),
+    "collaborative tokenizer": Line(("tokenize.collaborative=1",), "tokenizer"),
     "RQ-KMeans": Line(("tokenize.method=rqkmeans",), "tokenizer"),
     "3 levels and a dedup digit": Line(
         ("tokenize.levels=3", "tokenize.collisions=dedup"), "tokenizer"
