@@ -8,6 +8,7 @@ import torch
 from test_model import SIZES, encoder_inputs, histories, small_policy, transformers_model
 
 from streamctl.decode import exact_top, recommend
+from streamctl.decode.retrieved import retrieved_codes
 from streamctl.errors import UsageError
 from streamctl.model import Policy
 from streamctl.tokenizer import PrefixTrie, Tokens
@@ -84,6 +85,18 @@ def test_wide_beam_ranks_the_whole_catalogue_as_brute_force(decoder, softmax):
     expected, items = all_scores(policy, past, decoder=decoder).sort(descending=True)
     assert torch.equal(ranking.items, items)
     torch.testing.assert_close(ranking.scores, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_retrieved_items_are_written_level_by_level():
+    policy = distinct_policy(think_codebook=4)
+    past = histories(len(policy.item_tokens), [5, 3])
+    written = retrieved_codes(policy, past, 2)
+    inputs = torch.cat([torch.full((2, 1), Tokens.THINK), written[:, :-1]], 1)
+    scores = policy.logits(policy.decode(policy.encode(past), inputs))
+    for place in range(2 * len(SIZES)):
+        low, high = policy.tokens.level_range(place % len(SIZES))
+        assert torch.equal(written[:, place], scores[:, place, low:high].argmax(1) + low)
 
 
 @pytest.mark.parametrize("think", [None, torch.tensor([[5, 7], [9, 3]])], ids=["l0", "l2"])

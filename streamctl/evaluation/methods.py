@@ -14,6 +14,7 @@ from streamctl.baselines.registry import BASELINES, baseline_class
 from streamctl.config import BaselineConfig, EvalConfig
 from streamctl.data import Examples, Split, load_data
 from streamctl.decode.evidence import EvidenceThinker, Memo
+from streamctl.decode.retrieved import retrieved_codes
 from streamctl.device import resolve_device
 from streamctl.errors import UsageError, close_matches
 from streamctl.evaluation.evaluate import Recommender
@@ -68,8 +69,14 @@ class Models:
 
     def pretrained(self) -> PolicyRecommender:
         """The slow path of pretraining: it writes its retrieved neighbours' codes first (Eq. 9)."""
-        neighbours = self.run.stage("pretrain").manifest["config"]["neighbours"]
-        return self.generative("pretrain", think=neighbours * self.material.ids.levels)
+        policy, material = self.policy("pretrain"), self.material
+        wanted = self.run.stage("pretrain").manifest["config"]["neighbours"]
+        count = min(wanted, material.neighbours.shape[1])
+
+        def thoughts(history: torch.Tensor, users: np.ndarray) -> torch.Tensor:
+            return retrieved_codes(policy, history, count)
+
+        return self.generative("pretrain", thoughts=thoughts)
 
     def thinking(self, stage: str) -> PolicyRecommender:
         """A policy that thinks greedily for l tokens of its own."""

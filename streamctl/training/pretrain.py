@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from streamctl.config import PretrainConfig
+from streamctl.decode.retrieved import retrieved_codes
 from streamctl.device import derive_seed, resolve_device
 from streamctl.model.policy import Policy, PolicyConfig
 from streamctl.progress import say
@@ -90,11 +91,12 @@ def pretrain(
             patience=config.patience, validate=lambda: validator(decoder="direct"),
             seed=config.seed, device=where, title="pretrain",
         )  # fmt: skip
-        length = look_alikes.shape[1] * material.ids.levels
+        count = look_alikes.shape[1]
+        slow = validator(thoughts=lambda history, _: retrieved_codes(policy, history, count))
         report = {
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,
-            "valid": {"direct": result.best, "slow": validator(think=length)},
+            "valid": {"direct": result.best, "slow": slow},
         }
         save_policy(stage, policy)
         stage.save_json("report.json", report)
