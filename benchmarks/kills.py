@@ -2,12 +2,13 @@
 
     python benchmarks/kills.py --json --save [--folder FOLDER]
 
-A clean run of every stage is made first; how long each stage took in it is the span in which its
-kills fall. Then runs with the same settings are made in which every stage is killed ROUNDS times,
-each time at an instant drawn evenly over what its span has left, and started again, until there
-have been `--kills` kills. They save a checkpoint a second. The artifacts' hashes of every finished
-run must be the clean run's, and no stage may have been set aside (`NAME.previous`), for nothing
-changed. With `--folder`, a campaign that was broken off goes on where it was.
+Two clean runs of every stage are made first; how long each stage took in the second, when nothing
+is compiled any more, is the span in which its kills fall. Then runs with the same settings are
+made in which every stage is killed ROUNDS times, each time at an instant drawn evenly over what
+its span has left, and started again, until there have been `--kills` kills. They save a checkpoint
+a second. The artifacts' hashes of every finished run must be the clean run's, and no stage may
+have been set aside (`NAME.previous`), for nothing changed. With `--folder`, a campaign that was
+broken off goes on where it was.
 """
 
 from __future__ import annotations
@@ -121,9 +122,12 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Kill and resume runs below `folder` until there have been `kills` kills."""
     began = time.monotonic()
     runs = Campaign(folder)
-    clean = RunDir(folder / "clean")
+    cold, clean = RunDir(folder / "cold"), RunDir(folder / "clean")
+    runs.finish(cold.path)
     runs.finish(clean.path)
     expected = hashes(clean)
+    if hashes(cold) != expected:
+        raise SystemExit("two clean runs differ")
     made = sorted(expected, key=lambda name: (clean.path / name / "manifest.json").stat().st_mtime)
     spans = {name: clean.stage(name).manifest["wall_s"] for name in made}
     file = folder / "kills.json"
