@@ -42,6 +42,7 @@ from hypothesis import strategies as st
 from streamctl import cli
 from streamctl.config import DataConfig
 from streamctl.data.prepare import build
+from streamctl.data.sinks import SINKS
 from streamctl.data.sources import read_source
 from streamctl.errors import StreamctlError
 from streamctl.runs import provenance
@@ -339,6 +340,9 @@ def _command(*words: str) -> None:
     old, sys.argv = sys.argv, ["streamctl", *words]
     try:
         cli.main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
     finally:
         sys.argv = old
 
@@ -353,8 +357,12 @@ def _doctor(source: Path, run: Path) -> None:
 
 def _export(source: Path, run: Path) -> None:
     _prepare(source, run)
-    for kind in ("recbole", "lcrec", "table"):
-        _command("data", "export", str(run.parent / "out"), "--run", str(run), "--format", kind)
+    formats = list(SINKS)
+    first = sum(file.stat().st_size for file in source.iterdir())  # another input, other formats
+    for number in range(first, first + 3):
+        kind = formats[number % len(formats)]
+        out = run.parent / "out" / kind
+        _command("data", "export", str(out), "--run", str(run), "--format", kind)
 
 
 def _process(source: Path, run: Path) -> None:

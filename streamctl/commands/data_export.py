@@ -14,19 +14,30 @@ def command(
     folder: Annotated[Path, typer.Argument(help="Where the files go; its name names them.")],
     run: Run,
     format_: Annotated[
-        str, typer.Option("--format", help="recbole, lcrec (also LETTER) or table.")
+        str,
+        typer.Option(
+            "--format",
+            help="recbole, lcrec (also LETTER), sequences, table (csv), table-tsv, table-jsonl, "
+            "table-parquet, movielens, movielens-csv, amazon2014, amazon2018, amazon2023, "
+            "amazon2023-csv.",
+        ),
     ] = "recbole",
+    compress: Annotated[str, typer.Option("--compress", help="none, gz or zst.")] = "none",
     json_: Json = False,
 ) -> None:
-    """Write the filtered log and the catalogue of a run for RecBole, LC-Rec or as csv and jsonl.
+    """Write the filtered log and the catalogue of a run in a format that `data prepare` reads.
 
-    Reads: data/ of the run. Writes: FOLDER/NAME.inter and NAME.item, or the like.
+    LC-Rec, LETTER and sequences hold the order and no times; MovieLens holds titles and genres,
+    Amazon the columns that its meta files have.
+
+    Reads: data/ of the run, for lcrec the tokenizer's codes if there are some. Writes: FOLDER/
+    NAME.inter and NAME.item, or the like.
     Next: train the other tool on them, or `streamctl data prepare FOLDER --run OTHER`.
     """
-    from streamctl.data.export import export
+    from streamctl.data.sinks import export
     from streamctl.runs import RunDir
 
-    files = [str(path) for path in export(RunDir(run), folder, format_)]
+    files = [str(path) for path in export(RunDir(run), folder, format_, compress)]
     if json_:
         print_json({"files": files})
     else:

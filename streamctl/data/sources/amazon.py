@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 from streamctl.data.sources.items import read_items
@@ -13,8 +14,8 @@ from streamctl.data.sources.table import read_table
 from streamctl.data.sources.text import plain_name
 
 # What describes an item, in the order in which the text encoder reads it.
-_TEXT = ("title", "brand", "store", "categories", "category", "features", "feature",
-         "description")  # fmt: skip
+TEXT = ("title", "brand", "store", "categories", "category", "features", "feature",
+        "description")  # fmt: skip
 _PARTS = (".train.csv", ".valid.csv", ".test.csv")  # ready-made splits of the 2023 release
 
 
@@ -29,17 +30,19 @@ def _find(path: Path, *, patterns: tuple[str, ...], words: tuple[str, ...]) -> F
     found = only(logs, path)
     if found is None:
         return None
-    category = plain_name(found).rpartition(".")[0].removeprefix("reviews_").removesuffix("_5")
+    category = escape(
+        plain_name(found).rpartition(".")[0].removeprefix("reviews_").removesuffix("_5")
+    )
     kinds = ("jsonl", "json")
     return Files(
         found,
-        beside(path, *(f"meta_{category}.{kind}" for kind in kinds))
+        beside(path, *(f"meta_{escape(category)}.{kind}" for kind in kinds))
         or only(matches(found.parent, *(f"meta_*.{kind}" for kind in kinds)), found.parent),
     )
 
 
 def _read(files: Files, columns: Mapping[str, str] | None, *, name: str) -> RawLog:
-    catalogue = read_items(files.items, text=_TEXT, repeated="first") if files.items else None
+    catalogue = read_items(files.items, text=TEXT, repeated="first") if files.items else None
     return read_table(files.interactions, format_name=name, columns=columns, catalogue=catalogue)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def _find(path: Path) -> Files | None:
     found = only(matches(path, "*.inter.json"), path)
     if found is None:
         return None
-    name = plain_name(found).removesuffix(".inter.json")
+    name = escape(plain_name(found).removesuffix(".inter.json"))
     return Files(found, beside(path, f"{name}.item.json"))
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 
 from streamctl.data.sources.items import read_items
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.sources.source import Files, Source, beside, matches, only
 from streamctl.data.sources.table import read_table
+from streamctl.data.sources.text import plain_name
 
 
 def _find(path: Path) -> Files | None:
     found = only(matches(path, "*.inter"), path)
     if found is None:
         return None
-    name = found.name.lower().partition(".inter")[0]
+    name = escape(plain_name(found).removesuffix(".inter"))
     return Files(found, beside(path, f"{name}.item"))
 
 
