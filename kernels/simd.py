@@ -43,13 +43,13 @@ class _BFloat(ir.types._BaseFloatType):
 _BFloat._create_instance()
 
 
-def _splat(builder, value, vector):
+def splat(builder, value, vector):
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
     zeros = ir.Constant(ir.VectorType(_I32, vector.count), None)
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
 
 
-def _multiply_add(builder, bf16):
+def fused_multiply_add(builder, bf16):
     """A function (accumulator, codewords, value) -> accumulator + codewords * value, as IR."""
     if bf16:
         pairs = ir.VectorType(_BFloat(), 2 * LANES)
@@ -80,10 +80,10 @@ def _scan_body(builder, bf16, args):
     )
     const = lambda value: ir.Constant(_I64, value)  # noqa: E731
     mul, add = builder.mul, builder.add
-    multiply_add = _multiply_add(builder, bf16)
+    multiply_add = fused_multiply_add(builder, bf16)
     vector_bytes = 4 * LANES
     tile_bytes = mul(steps, const(4 * TILE))
-    keep = _splat(builder, keep, _WORDS)
+    keep = splat(builder, keep, _WORDS)
     larger = lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)  # noqa: E731
     smaller = lambda a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b)  # noqa: E731
     rows = [add(x, mul(stride, const(r))) for r in range(ROWS)]
@@ -112,7 +112,7 @@ def _scan_body(builder, bf16, args):
         ]
         for r in range(ROWS):
             word = builder.load(at(rows[r], mul(step, const(4)), _I32), align=4)
-            value = _splat(builder, word, _WORDS)
+            value = splat(builder, word, _WORDS)
             for v in range(VECTORS):
                 phis[r][v].add_incoming(multiply_add(phis[r][v], vectors[v], value), loop)
         following = add(step, const(1))
@@ -122,7 +122,7 @@ def _scan_body(builder, bf16, args):
         builder.position_at_end(after)
         total = [[phi.incomings[1][0] for phi in row] for row in phis]
         number = builder.trunc(mul(tile, const(VECTORS)), _I32)
-        tags = [_splat(builder, add(number, ir.Constant(_I32, v)), _WORDS) for v in range(VECTORS)]
+        tags = [splat(builder, add(number, ir.Constant(_I32, v)), _WORDS) for v in range(VECTORS)]
         for r in range(ROWS):
             best_at = at(best, const(r * vector_bytes), _FLOATS)
             second_at = at(second, const(r * vector_bytes), _FLOATS)
@@ -277,7 +277,7 @@ def sole_leader(typing, best, second, margin):
             distance //= 2
         highest = builder.extract_element(top, ir.Constant(_I32, 0))
         floor = builder.fsub(builder.fpext(highest, ir.DoubleType()), margin)
-        floor = _splat(builder, builder.fptrunc(floor, _F32), _FLOATS)
+        floor = splat(builder, builder.fptrunc(floor, _F32), _FLOATS)
         near = builder.bitcast(builder.fcmp_unordered(">=", scores, floor), mask_type)
         other = builder.bitcast(builder.fcmp_unordered(">=", others, floor), mask_type)
         # One bit set in `near` and none in `other`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -66,8 +67,7 @@ def best_items(
         if allow is not None and allow[number] is not None:
             keep &= (row != number) | np.isin(item, allow[number])
     row, value, item = row[keep], value[keep], item[keep]
-    shuffled = np.random.default_rng(derive_seed(seed, "ties")).permutation(len(trie.leaf))
-    order = np.lexsort((shuffled[item], -value, row))
+    order = np.lexsort((_shuffled(seed, len(trie.leaf))[item], -value, row))
     row, value, item = row[order], value[order], item[order]
     rank = np.arange(len(row)) - np.searchsorted(row, row)
     kept = rank < k
@@ -77,3 +77,9 @@ def best_items(
     items[where] = torch.from_numpy(item[kept].astype(np.int64))
     ranked[where] = torch.from_numpy(value[kept]).float()
     return items.to(leaves.device), ranked.to(leaves.device)
+
+
+@lru_cache(maxsize=4)
+def _shuffled(seed: int, count: int) -> np.ndarray:
+    """(count,) int64: the order in which the seed puts items that share a leaf."""
+    return np.random.default_rng(derive_seed(seed, "ties")).permutation(count)

@@ -287,7 +287,7 @@ class Encoder(nn.Module):
             causal: let no position see a later one.
         """
         bias = self.block[0].layer[0].bias(0, x.shape[1], bidirectional=not causal)
-        if (ready := frozen.packed(self, x)) is not None:
+        if (ready := frozen.packed(self, frozen.PackedEncoder, x)) is not None:
             return ready(x, bias, mask)
         p = self.p * self.training
         x, delta = fused.dropout(in_stream(x), p), None
@@ -315,7 +315,7 @@ class Decoder(nn.Module):
 
     def memory(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> Memory:
         """Each layer's keys and values of the encoder states (B, S, d): once a user."""
-        if (ready := frozen.packed(self, states)) is not None:
+        if (ready := frozen.packed(self, frozen.PackedDecoder, states)) is not None:
             return ready.memory(states, mask)
         return [block.layer[1].EncDecAttention.keys_values(states) for block in self.block]
 
@@ -341,7 +341,7 @@ class Decoder(nn.Module):
         total = before + x.shape[2]
         bias = self.block[0].layer[0].bias(before, total, bidirectional=False)
         if isinstance(memory, frozen.Memory):
-            return memory.decoder(x, bias, memory, mask, past)
+            return memory.decoder(x, bias, memory, past)
         p = self.p * self.training
         x, delta = fused.dropout(in_stream(x), p), None
         layers = []

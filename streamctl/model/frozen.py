@@ -1,150 +1,174 @@
-"""Decoding on a CPU: a backbone's weights packed once, its steps with few and small operations.
+"""Decoding on a CPU: a backbone's weights packed once, a whole pass in a few compiled calls.
 
-Without gradients nothing need be kept for a backward pass, so the residual stream is updated in
-place, weights are cast to the working precision, joined (queries, keys, values) and laid out for
-the processor once a version, and padded positions are left out of every matrix product. Keys and
-values of decoded tokens lie in an append-only `Store`: a branch is a column of row numbers in it,
-so that beams are reordered, rollouts begun and thoughts shared without copying any of them.
+Without gradients nothing need be kept for a backward pass: weights are laid out for the processor
+once a version, and a block of rows goes through all layers without leaving its core (`passes.py`).
+Padded positions are in no product. Keys and values of decoded tokens lie in an append-only
+`Store`: a branch is a column of row numbers in it, so that beams are reordered, rollouts begun and
+thoughts shared without copying any of them.
 
-`Encoder`, `Decoder` and their `memory` use this by themselves where `packed` finds that it applies.
+`Encoder`, `Decoder`, their `memory` and `Policy.logits` use this by themselves where it applies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from streamctl.kernels import threads
-from streamctl.model import fused, loops
+from streamctl.kernels import simd, threads
+from streamctl.model import passes, tiles
 
-_DTYPES = (torch.float32, torch.bfloat16)
 _SPARE = 4  # a store that grows makes room for so many steps like the one that it grows for
 _PACKED: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple]] = WeakKeyDictionary()
 
 
-class Linear:
-    """x @ weight.T, optionally with ReLU; bf16 weights are laid out for oneDNN in advance."""
-
-    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, *, relu: bool = False):
-        self.weight, self.relu = weight.detach().to(dtype), relu
-        self.native = (
-            dtype == torch.bfloat16
-            and torch.backends.mkldnn.is_available()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-        if self.native:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in) -> (N, out)."""
-        if self.native:
-            after = "relu" if self.relu else "none"
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, after, [], "")
-        out = F.linear(x, self.weight)
-        return out.relu_() if self.relu else out
+def _like(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """bf16 where it is wanted and the processor multiplies pairs of it; else float32."""
+    pairs = not any(w.shape[1] % 2 for w in module.parameters() if w.ndim == 2)
+    return dtype if simd.HAS_BF16_DOT and pairs else torch.float32
 
 
-class Norm:
-    """The weights of an RMSNorm, applied to a residual stream in place."""
-
-    def __init__(self, norm: nn.Module):
-        self.weight = norm.weight.detach().float().numpy().copy()
-        self.eps = np.float32(norm.eps)
-
-    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
-        """Add delta to x (N, d), in place, and return the norm of the sum (N, d)."""
-        return fused.add_and_norm(x, delta, self.weight, self.eps)
+def _stacked(weights: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:
+    """A weight of every layer: (layers, tiles, words, WIDTH)."""
+    return np.stack([tiles.pack(weight, dtype) for weight in weights])
 
 
-class FeedForward:
-    def __init__(self, layer: nn.Module, dtype: torch.dtype):
-        self.norm = Norm(layer.layer_norm)
-        self.widen = Linear(layer.DenseReluDense.wi.weight, dtype, relu=True)
-        self.narrow = Linear(layer.DenseReluDense.wo.weight, dtype)
-
-    def __call__(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        return self.narrow(self.widen(self.norm(x, delta)))
+def _norms(layers: list[nn.Module]) -> np.ndarray:
+    return np.stack([layer.weight.detach().float().numpy() for layer in layers])
 
 
-class SelfAttention:
-    """Norm, joined query-key-value projection and output projection of a layer."""
-
-    def __init__(self, layer: nn.Module, dtype: torch.dtype):
-        attention = layer.SelfAttention
-        joined = torch.cat([attention.q.weight, attention.k.weight, attention.v.weight])
-        self.norm = Norm(layer.layer_norm)
-        self.project = Linear(joined, dtype)
-        self.merge = Linear(attention.o.weight, dtype)
+def _numpy(x: torch.Tensor) -> np.ndarray:
+    """float32, or the bits of bf16, of any shape and strides."""
+    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
-class Padding:
-    """Which positions of a batch (B, S) are real; products run over those alone."""
+def _over_rows(run: Callable[[int, int], None], count: int, each: int = 1) -> None:
+    """run(first, last) over `count` things of `each` rows, on all threads, a block at a time."""
+    share = -(-count // torch.get_num_threads())
+    share = -(-share // tiles.SOME) * tiles.SOME
+    threads.over_ranges(run, count, max(1, min(share, passes.BLOCK // each)))
 
-    def __init__(self, mask: torch.Tensor | None):
-        self.mask = mask
-        self.place = None if mask is None else mask.flatten().nonzero()[:, 0]
 
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        """(B * S, n) -> (N, n)."""
+class Rows:
+    """The real positions of a padded batch, user by user.
+
+    Attributes:
+        place: (N,) int64 their places in the flat batch; None when nothing is padded.
+        users: (N,) int64 whose they are. starts: (B + 1,) int64 each user's first.
+    """
+
+    def __init__(self, batch: int, length: int, mask: torch.Tensor | None):
+        if mask is None:
+            self.place, counts = None, np.full(batch, length)
+        else:
+            self.place, counts = mask.flatten().nonzero()[:, 0], mask.sum(1).numpy()
+        self.counts = counts.astype(np.int64)
+        self.users = np.repeat(np.arange(batch), self.counts)
+        self.starts = np.concatenate([np.zeros(1, np.int64), self.counts.cumsum()])
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, S, d) -> (N, d)."""
+        x = x.reshape(-1, x.shape[-1])
         return x if self.place is None else x.index_select(0, self.place)
 
-    def restore(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, n) -> (B * S, n), zero where padded."""
+    def restore(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """(N, d) -> (B, S, d), zero where padded."""
         if self.place is None:
-            return x
-        return x.new_zeros(self.mask.numel(), x.shape[1]).index_copy_(0, self.place, x)
+            return x.view(shape)
+        return x.new_zeros(shape[0] * shape[1], shape[2]).index_copy_(0, self.place, x).view(shape)
 
 
-class PackedEncoder:
-    """The weights of an `Encoder` in one dtype."""
+class _PackedStack:
+    """What the packed forms of both stacks have in common.
 
-    def __init__(self, encoder: nn.Module, dtype: torch.dtype):
-        self.dtype = dtype
-        first = encoder.block[0].layer[0].SelfAttention
+    Attributes:
+        dtype: of what goes in and comes out.
+        like: of the weights and of what products read, see `_like`.
+    """
+
+    def __init__(self, stack: nn.Module, dtype: torch.dtype):
+        self.dtype, self.like = dtype, _like(stack, dtype)
+        first = stack.block[0].layer[0].SelfAttention
         self.heads, self.d_kv = first.heads, first.d_kv
-        self.blocks = [
-            (SelfAttention(block.layer[0], dtype), FeedForward(block.layer[1], dtype))
-            for block in encoder.block
-        ]
-        self.norm = Norm(encoder.final_layer_norm)
+        self.eps = np.float32(stack.final_layer_norm.eps)
+        layers = [layer for block in stack.block for layer in block.layer]
+        self.norms = _norms([*(layer.layer_norm for layer in layers), stack.final_layer_norm])
+        attentions = [block.layer[0].SelfAttention for block in stack.block]
+        joined = [torch.cat([a.q.weight, a.k.weight, a.v.weight]) for a in attentions]
+        self.joined = self.stacked(joined)
+        self.merge = self.stacked([a.o.weight for a in attentions])
+        feed_forward = [block.layer[-1].DenseReluDense for block in stack.block]
+        self.up = self.stacked([layer.wi.weight for layer in feed_forward])
+        self.down = self.stacked([layer.wo.weight for layer in feed_forward])
+
+    def stacked(self, weights: list[torch.Tensor]) -> np.ndarray:
+        return _stacked(weights, self.like)
+
+    def kept(self, layers: int, users: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for keys and values as `passes` lays them out, zero."""
+        each = 2 if self.like == torch.bfloat16 else 1
+        across = tiles.padded(positions) // tiles.WIDTH, self.d_kv // each
+        along = tiles.padded(self.d_kv) // tiles.WIDTH, -(-positions // each)
+        return tuple(
+            torch.zeros(layers, users, self.heads, *part, tiles.WIDTH, each, dtype=self.like)
+            for part in (across, along)
+        )
+
+
+class PackedEncoder(_PackedStack):
+    """The weights of an `Encoder` in one dtype."""
 
     def __call__(
         self, x: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """States (B, S, d) of embedded positions (B, S, d); zero where the mask is False."""
         batch, length, width = x.shape
-        padding, delta = Padding(mask), None
-        x = padding.drop(x.reshape(-1, width)).to(self.dtype, copy=True)
-        for attention, feed_forward in self.blocks:
-            qkv = padding.restore(attention.project(attention.norm(x, delta)))
-            query, key, value = qkv.view(batch, length, 3, self.heads, self.d_kv).permute(
-                2, 0, 3, 1, 4
-            )
-            weights = fused.softmax_(query @ key.transpose(-1, -2), bias, mask)
-            mixed = (weights @ value).transpose(1, 2).reshape(batch * length, -1)
-            delta = attention.merge(padding.drop(mixed))
-            delta = feed_forward(x, delta)
-        return padding.restore(self.norm(x, delta)).view(batch, length, width)
+        rows = Rows(batch, length, mask)
+        count = len(rows.users)
+        stream = torch.zeros(count, tiles.padded(width))
+        stream[:, :width] = rows.take(x)
+        out = torch.empty(count, width, dtype=self.like)
+        queries = torch.empty(count, self.heads * self.d_kv, dtype=self.like)
+        kept = self.kept(2, batch, length)  # of this layer and of the next, in turns
+        keys, values = (_numpy(part) for part in kept)
+        table = bias.float().contiguous().numpy()
+        weights = self.norms, self.eps, self.joined, self.merge, self.up, self.down
+        arrays = (stream.numpy(), *weights, table, rows.users, rows.starts)
+        for layer in range(-1, len(self.joined)):
+            old, new = layer % 2, (layer + 1) % 2
+
+            def run(first, last, layer=layer, old=old, new=new):
+                passes.encode(
+                    layer, *arrays, first, last, _numpy(queries), keys[old], values[old],
+                    keys[new], values[new], _numpy(out),
+                )  # fmt: skip
+
+            _over_rows(run, count)
+        return rows.restore(out.to(self.dtype), x.shape)
 
 
 class Memory:
     """Every layer's cross-attention keys and values of B users, and the decoder they belong to.
 
     Attributes:
-        keys, values: (layers, B, h, S, d_kv).
+        keys, values: (layers, B, h, tiles, words, WIDTH, 1 or 2), see `passes.remember`.
+        counts: (B,) int64 positions of each user.
     """
 
-    def __init__(self, decoder: PackedDecoder, keys: torch.Tensor, values: torch.Tensor):
-        self.decoder, self.keys, self.values = decoder, keys, values
+    def __init__(
+        self, decoder: PackedDecoder, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor
+    ):
+        self.decoder, self.keys, self.values, self.counts = decoder, keys, values, counts
 
     def rows(self, index: torch.Tensor) -> Memory:
         """Some users only, or users repeated: index (B',) int64."""
-        return Memory(self.decoder, self.keys[:, index], self.values[:, index])
+        kept = self.keys[:, index], self.values[:, index]
+        return Memory(self.decoder, *kept, self.counts[index])
 
 
 class Store:
@@ -208,112 +232,104 @@ class Branches:
         return Branches(self.store, torch.cat([old, new.permute(2, 0, 1)]))
 
 
-class PackedDecoder:
+class PackedDecoder(_PackedStack):
     """The weights of a `Decoder` in one dtype."""
 
     def __init__(self, decoder: nn.Module, dtype: torch.dtype):
-        self.dtype = dtype
-        first = decoder.block[0].layer[0].SelfAttention
-        self.heads, self.d_kv = first.heads, first.d_kv
-        cross = [block.layer[1] for block in decoder.block]
-        self.blocks = [
-            (
-                SelfAttention(block.layer[0], dtype),
-                Norm(layer.layer_norm),
-                Linear(layer.EncDecAttention.q.weight, dtype),
-                Linear(layer.EncDecAttention.o.weight, dtype),
-                FeedForward(block.layer[2], dtype),
-            )
-            for block, layer in zip(decoder.block, cross, strict=True)
-        ]
-        attentions = [layer.EncDecAttention for layer in cross]
+        super().__init__(decoder, dtype)
+        attentions = [block.layer[1].EncDecAttention for block in decoder.block]
+        self.query = self.stacked([a.q.weight for a in attentions])
+        self.cross = self.stacked([a.o.weight for a in attentions])
         joined = torch.cat([w for a in attentions for w in (a.k.weight, a.v.weight)])
-        self.keys_values = Linear(joined, dtype)
-        self.norm = Norm(decoder.final_layer_norm)
+        self.keys_values = tiles.pack(joined, self.like)
 
     def memory(self, states: torch.Tensor, mask: torch.Tensor | None) -> Memory:
         """Keys and values of all layers from one matrix product over the real positions."""
-        batch, length, width = states.shape
-        padding = Padding(mask)
-        rows = padding.drop(states.reshape(-1, width)).to(self.dtype)
-        shape = batch, length, len(self.blocks), 2, self.heads, self.d_kv
-        parts = padding.restore(self.keys_values(rows)).view(shape).permute(3, 2, 0, 4, 1, 5)
-        return Memory(self, *parts.contiguous())
+        rows = Rows(*states.shape[:2], mask)
+        keys, values = self.kept(len(self.joined), *states.shape[:2])
+        given = rows.take(states).to(self.like).contiguous()
+        arrays = _numpy(given), self.keys_values, rows.users, rows.starts
+        kept = _numpy(keys), _numpy(values)
+
+        def run(first, last):
+            passes.remember(*arrays, first, last, *kept)
+
+        _over_rows(run, len(given))
+        return Memory(self, keys, values, torch.from_numpy(rows.counts))
 
     def __call__(
         self,
         x: torch.Tensor,
         bias: torch.Tensor,
         memory: Memory,
-        mask: torch.Tensor | None,
         past: Branches | None,
     ) -> tuple[torch.Tensor, Branches]:
-        """`Decoder.forward`: x (B, W, T, d) embedded, bias (h, T, all tokens), mask (B, S)."""
+        """`Decoder.forward`: x (B, W, T, d) embedded, bias (h, T, all tokens)."""
         users, branches, steps, width = x.shape
         if past is None:
-            store = Store(len(self.blocks), 2 * self.heads * self.d_kv, self.dtype)
+            store = Store(len(self.joined), 2 * self.heads * self.d_kv, self.like)
             past = Branches(store, torch.empty(0, users, branches, dtype=torch.int64))
         past = past.extended(users, branches, steps)
-        index, bias = past.index.flatten(1).numpy(), bias.float().contiguous().numpy()
-        x, delta = x.reshape(-1, width).to(self.dtype, copy=True), None
-        by_head = users, branches * steps, self.heads, self.d_kv
-        for number, (attention, norm, queries, merge, feed_forward) in enumerate(self.blocks):
-            qkv = attention.project(attention.norm(x, delta))
-            mixed = _attend(qkv, past.store.rows[number], index, bias, steps)
-            query = queries(norm(x, attention.merge(mixed))).view(by_head).transpose(1, 2)
-            scores = query @ memory.keys[number].transpose(-1, -2)
-            weights = fused.softmax_(scores, None, mask)
-            mixed = (weights @ memory.values[number]).transpose(1, 2).reshape(len(x), -1)
-            delta = feed_forward(x, merge(mixed))
-        return self.norm(x, delta).view(users, branches, steps, width), past
+        out = torch.empty(users * branches * steps, width, dtype=self.like)
+        arrays = (
+            x.reshape(-1, width).float().contiguous().numpy(), self.norms, self.eps, self.joined,
+            self.merge, self.query, self.cross, self.up, self.down, _numpy(past.store.rows),
+            past.index.flatten(1).numpy(), bias.float().contiguous().numpy(), _numpy(memory.keys),
+            _numpy(memory.values), memory.counts.numpy(), branches,
+        )  # fmt: skip
+        hidden = _numpy(out)
+
+        def run(first, last):
+            passes.decode(*arrays, first, last, hidden)
+
+        _over_rows(run, users * branches, steps)
+        return out.to(self.dtype).view(users, branches, steps, width), past
 
 
-def _attend(
-    qkv: torch.Tensor, store: torch.Tensor, index: np.ndarray, bias: np.ndarray, steps: int
-) -> torch.Tensor:
-    """Causal self-attention of each branch's new tokens over its own tokens, old and new.
+class PackedTable:
+    """The tied embedding as the last product: its weights in one dtype."""
 
-    Args:
-        qkv: (branches * steps, 3 * h * d_kv) of the new tokens, whose keys and values are put into
-            the store.
-        store: (rows, 2 * h * d_kv) of a layer.
-        index: (tokens, branches) int64, the store's rows.
-        bias: (h, steps, tokens) float32.
+    def __init__(self, table: nn.Embedding, dtype: torch.dtype):
+        self.like = _like(table, dtype)
+        self.size, self.weight = len(table.weight), tiles.pack(table.weight, self.like)
 
-    Returns:
-        (branches * steps, h * d_kv).
-    """
-    out = qkv.new_empty(len(qkv), store.shape[1] // 2)
-    arrays = fused.array(qkv), fused.array(store), index, bias
-    target = fused.array(out)
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., V) float32."""
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(self.like).contiguous()
+        out = torch.empty(len(rows), tiles.padded(self.size))
+        arrays, target = (_numpy(rows), self.weight), out.numpy()
 
-    def run(first, last):
-        loops.attend(*arrays, first, last, target)
+        def run(first, last):
+            passes.product(*arrays, first, last, target)
 
-    threads.over_ranges(run, index.shape[1], max(1, fused.RANGE // (steps * qkv.shape[1])))
-    return out
+        _over_rows(run, len(rows))
+        return out.view(*hidden.shape[:-1], -1)[..., : self.size]
 
 
-def packed(stack: nn.Module, x: torch.Tensor) -> PackedEncoder | PackedDecoder | None:
-    """The stack's packed weights, or None where they do not apply.
+def packed(module: nn.Module, kind: Callable[..., Any], x: torch.Tensor) -> Any:
+    """The module's packed weights, or None where they do not apply.
 
     They apply on a CPU, in float32 or bf16, where no gradient is wanted and no dropout is on; the
     dtype is autocast's where it is on. They are packed again when a weight has changed.
+
+    Args:
+        module: an encoder, a decoder or the token embedding. kind: its packed form.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or (stack.training and stack.p):
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return None
+    if module.training and getattr(module, "p", 0):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype not in _DTYPES:
+    if dtype not in (torch.float32, torch.bfloat16):
         return None
-    kept = _PACKED.setdefault(stack, {})
+    kept = _PACKED.setdefault(module, {})
     if dtype in kept:
         weights, version, ready = kept[dtype]
         if _versions(weights) == version:
             return ready
-    weights = list(stack.parameters())
-    kind = PackedDecoder if stack.is_decoder else PackedEncoder
+    weights = list(module.parameters())
     with torch.autocast("cpu", enabled=False):
-        kept[dtype] = weights, _versions(weights), kind(stack, dtype)
+        kept[dtype] = weights, _versions(weights), kind(module, dtype)
     return kept[dtype][2]
 
 

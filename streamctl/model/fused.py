@@ -124,28 +124,6 @@ def residual_norm(
     return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
-def add_and_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: np.ndarray, eps: np.float32
-) -> torch.Tensor:
-    """`residual_norm` without gradients and dropout, on a CPU: x (N, d) is added to in place.
-
-    Args:
-        weight: (d,) float32.
-
-    Returns:
-        the norm, (N, d).
-    """
-    out = torch.empty_like(x)
-    given = _NO_ROWS[x.dtype] if delta is None else array(delta)
-    stream, target = array(x), array(out)
-
-    def run(first, last):
-        loops.add_and_norm(stream, given, weight, eps, first, last, target)
-
-    threads.over_ranges(run, len(x), max(1, RANGE // x.shape[1]))
-    return out
-
-
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
@@ -180,7 +158,7 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 def _weigh(
     scores: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    """`softmax` of contiguous scores into `out`, which may be the scores."""
+    """`softmax` of contiguous scores into `out`."""
     width = scores.shape[-1]
     source, target = array(scores), array(out)
     added = _NO_ROWS[torch.float32]
@@ -193,14 +171,6 @@ def _weigh(
         loops.softmax_forward(source, added, open_keys, per_user, first, last, target)
 
     threads.over_ranges(run, len(source), max(1, RANGE // max(1, width)))
-
-
-def softmax_(
-    scores: torch.Tensor, bias: torch.Tensor | None = None, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`softmax` in place, without gradients, of contiguous float32 or bf16 scores on a CPU."""
-    _weigh(scores, bias, mask, scores)
-    return scores
 
 
 class _Softmax(torch.autograd.Function):

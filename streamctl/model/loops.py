@@ -21,7 +21,7 @@ _ORDERED: dict[str, Any] = {**_OPTIONS, "fastmath": {"reassoc", "contract", "nsz
 
 
 @intrinsic
-def _widen(typing, value):
+def widen(typing, value):
     """float32 of a float32, or of bf16 bits (uint16)."""
 
     def codegen(context, builder, signature, args):
@@ -34,7 +34,7 @@ def _widen(typing, value):
 
 
 @intrinsic
-def _narrow(typing, value, like):
+def narrow(typing, value, like):
     """A float32 as float32, or rounded to even as bf16 bits: whichever type `like` has."""
 
     def codegen(context, builder, signature, args):
@@ -68,41 +68,24 @@ def norm_forward(x, delta, weight, eps, seed, threshold, scale, first, last, tot
         square = np.float32(0)
         if delta.shape[0]:
             for j in range(width):
-                value = _widen(delta[row, j])
+                value = widen(delta[row, j])
                 if threshold:
                     kept = _hash(base + np.uint32(j), seed) >= threshold
                     value = value * scale if kept else np.float32(0)
-                stored = _narrow(_widen(x[row, j]) + value, x[row, j])
+                stored = narrow(widen(x[row, j]) + value, x[row, j])
                 total[row, j] = stored
-                value = _widen(stored)
+                value = widen(stored)
                 square += value * value
             source = total
         else:
             for j in range(width):
-                value = _widen(x[row, j])
+                value = widen(x[row, j])
                 square += value * value
             source = x
         factor = np.float32(1) / np.sqrt(square / np.float32(width) + eps)
         inverse[row] = factor
         for j in range(width):
-            out[row, j] = _narrow(_widen(source[row, j]) * factor * weight[j], out[row, j])
-
-
-@numba.njit(**_SUMS)
-def add_and_norm(x, delta, weight, eps, first, last, out):
-    """x += delta (if it has rows); out = x over its root mean square * weight, rows first..last."""
-    width = x.shape[1]
-    for row in range(first, last):
-        square = np.float32(0)
-        if delta.shape[0]:
-            for j in range(width):
-                x[row, j] = _narrow(_widen(x[row, j]) + _widen(delta[row, j]), x[row, j])
-        for j in range(width):
-            value = _widen(x[row, j])
-            square += value * value
-        factor = np.float32(1) / np.sqrt(square / np.float32(width) + eps)
-        for j in range(width):
-            out[row, j] = _narrow(_widen(x[row, j]) * factor * weight[j], out[row, j])
+            out[row, j] = narrow(widen(source[row, j]) * factor * weight[j], out[row, j])
 
 
 @numba.njit(**_SUMS)
@@ -117,21 +100,21 @@ def norm_backward(
         factor = inverse[row]
         dot = np.float32(0)
         for j in range(width):
-            value, slope = _widen(total[row, j]), _widen(grad_out[row, j])
+            value, slope = widen(total[row, j]), widen(grad_out[row, j])
             grad_weight[j] += slope * value * factor
             dot += slope * weight[j] * value
         pull = dot * factor * factor * factor / np.float32(width)
         for j in range(width):
-            slope = _widen(grad_out[row, j]) * weight[j] * factor
-            value = slope - pull * _widen(total[row, j])
+            slope = widen(grad_out[row, j]) * weight[j] * factor
+            value = slope - pull * widen(total[row, j])
             if grad_total.shape[0]:
-                value += _widen(grad_total[row, j])
-            grad_x[row, j] = _narrow(value, grad_x[row, j])
+                value += widen(grad_total[row, j])
+            grad_x[row, j] = narrow(value, grad_x[row, j])
             if grad_delta.shape[0]:
                 if threshold:
                     kept = _hash(base + np.uint32(j), seed) >= threshold
                     value = value * scale if kept else np.float32(0)
-                grad_delta[row, j] = _narrow(value, grad_delta[row, j])
+                grad_delta[row, j] = narrow(value, grad_delta[row, j])
 
 
 @numba.njit(**_OPTIONS)
@@ -139,8 +122,8 @@ def drop(x, seed, threshold, scale, first, last, out):
     """out = dropout(x) over the flat elements first..last."""
     for i in range(first, last):
         kept = _hash(i, seed) >= threshold
-        value = _widen(x[i]) * scale if kept else np.float32(0)
-        out[i] = _narrow(value, out[i])
+        value = widen(x[i]) * scale if kept else np.float32(0)
+        out[i] = narrow(value, out[i])
 
 
 @intrinsic
@@ -197,6 +180,29 @@ def _is_nan(typing, value):
 
 
 @numba.njit(**_ORDERED)
+def weigh(values, width):
+    """values[:width] = softmax(values[:width]), all NaN if one of them is; float32."""
+    top = np.float32(-np.inf)
+    strange = False
+    for j in range(width):
+        strange |= _is_nan(values[j])
+    if strange:
+        for j in range(width):
+            values[j] = np.float32(np.nan)
+        return
+    for j in range(width):
+        top = values[j] if values[j] > top else top
+    total = np.float32(0)
+    for j in range(width):
+        value = _exponential(values[j] - top)
+        values[j] = value
+        total += value
+    share = np.float32(1) / total
+    for j in range(width):
+        values[j] *= share
+
+
+@numba.njit(**_OPTIONS)
 def softmax_forward(scores, bias, mask, per_user, first, last, out):
     """out = softmax(scores + bias) row by row; closed keys get no weight.
 
@@ -205,15 +211,8 @@ def softmax_forward(scores, bias, mask, per_user, first, last, out):
     width = scores.shape[1]
     row_values = np.empty(width, np.float32)
     for row in range(first, last):
-        top = np.float32(-np.inf)
-        strange = False
         for j in range(width):
-            row_values[j] = _widen(scores[row, j])
-            strange |= _is_nan(row_values[j])
-        if strange:
-            for j in range(width):
-                out[row, j] = _narrow(np.float32(np.nan), out[row, j])
-            continue
+            row_values[j] = widen(scores[row, j])
         if bias.shape[0]:
             added = bias[row % bias.shape[0]]
             for j in range(width):
@@ -223,16 +222,9 @@ def softmax_forward(scores, bias, mask, per_user, first, last, out):
             for j in range(width):
                 if not open_keys[j]:
                     row_values[j] = np.float32(-np.inf)
+        weigh(row_values, width)
         for j in range(width):
-            top = row_values[j] if row_values[j] > top else top
-        total = np.float32(0)
-        for j in range(width):
-            value = _exponential(row_values[j] - top)
-            row_values[j] = value
-            total += value
-        share = np.float32(1) / total
-        for j in range(width):
-            out[row, j] = _narrow(row_values[j] * share, out[row, j])
+            out[row, j] = narrow(row_values[j], out[row, j])
 
 
 @numba.njit(**_SUMS)
@@ -242,19 +234,29 @@ def softmax_backward(weights, grad, first, last, out, grad_bias):
     for row in range(first, last):
         dot = np.float32(0)
         for j in range(width):
-            dot += _widen(weights[row, j]) * _widen(grad[row, j])
+            dot += widen(weights[row, j]) * widen(grad[row, j])
         for j in range(width):
-            value = _widen(weights[row, j]) * (_widen(grad[row, j]) - dot)
-            out[row, j] = _narrow(value, out[row, j])
+            value = widen(weights[row, j]) * (widen(grad[row, j]) - dot)
+            out[row, j] = narrow(value, out[row, j])
         if grad_bias.shape[0]:
             line = grad_bias[row % grad_bias.shape[0]]
             for j in range(width):
-                line[j] += _widen(weights[row, j]) * (_widen(grad[row, j]) - dot)
+                line[j] += widen(weights[row, j]) * (widen(grad[row, j]) - dot)
 
 
 @numba.njit(**_SUMS)
 def attend(qkv, store, index, bias, first, last, out):
-    """Causal attention of branches first..last over their own tokens; see `frozen._attend`."""
+    """Causal attention of each branch's new tokens over its own tokens, old and new.
+
+    Args:
+        qkv: (branches * steps, 3 * h * d_kv) of the new tokens, whose keys and values are put into
+            the store.
+        store: (rows, 2 * h * d_kv) of a layer.
+        index: (tokens, branches) int64, the store's rows.
+        bias: (h, steps, tokens) float32.
+        first, last: which branches.
+        out: (branches * steps, h * d_kv), filled in.
+    """
     heads, steps, tokens = bias.shape
     inner = out.shape[1]
     size = inner // heads
@@ -272,14 +274,14 @@ def attend(qkv, store, index, bias, first, last, out):
             for head in range(heads):
                 begin = head * size
                 for j in range(size):
-                    query[j] = _widen(qkv[line, begin + j])
+                    query[j] = widen(qkv[line, begin + j])
                     mixed[j] = np.float32(0)
                 top = np.float32(-np.inf)
                 for token in range(seen):
                     key = store[index[token, branch]]
                     dot = bias[head, step, token]
                     for j in range(size):
-                        dot += query[j] * _widen(key[begin + j])
+                        dot += query[j] * widen(key[begin + j])
                     weights[token] = dot
                     top = dot if dot > top else top
                 total = np.float32(0)
@@ -290,6 +292,6 @@ def attend(qkv, store, index, bias, first, last, out):
                     share = weights[token] / total
                     value = store[index[token, branch]]
                     for j in range(size):
-                        mixed[j] += share * _widen(value[inner + begin + j])
+                        mixed[j] += share * widen(value[inner + begin + j])
                 for j in range(size):
-                    out[line, begin + j] = _narrow(mixed[j], out[line, begin + j])
+                    out[line, begin + j] = narrow(mixed[j], out[line, begin + j])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from streamctl.errors import StreamctlError
+from streamctl.model import frozen
 from streamctl.model.backbone import BackboneConfig, Decoder, Encoder, Memory, initialise
 from streamctl.model.frozen import Branches
 from streamctl.model.legal import LegalCodes
@@ -244,7 +245,10 @@ class Policy(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., V), by the tied embedding."""
-        return F.linear(hidden * self.config.d_model**-0.5, self.shared.weight)
+        hidden = hidden * self.config.d_model**-0.5
+        if (ready := frozen.packed(self.shared, frozen.PackedTable, hidden)) is not None:
+            return ready(hidden)
+        return F.linear(hidden, self.shared.weight)
 
     def answer_logprobs(
         self, hidden: torch.Tensor, items: torch.Tensor, *, first: int = 0, temperature: float = 1.0
