@@ -48,9 +48,9 @@ def options(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def paper_policy(device: str = "cpu", history: str = "codes", seed: int = 0) -> Policy:
+def paper_policy(device: str = "cpu", history: str = "codes", seed: int = 0, **others) -> Policy:
     """A policy of the paper's size over random, distinct items."""
-    config = PolicyConfig.of_size("paper", (CODES,) * LEVELS, history=history)
+    config = PolicyConfig.of_size("paper", (CODES,) * LEVELS, history=history, **others)
     random = np.random.default_rng(seed)
     codes = np.unique(random.integers(0, CODES, (2 * ITEMS, LEVELS)), axis=0)
     codes = codes[random.permutation(len(codes))[:ITEMS]]

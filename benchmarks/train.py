@@ -6,14 +6,14 @@ A step is forward, backward, gradient clipping and fused AdamW at batch 256 unde
 with dropout. `step/padded`: the peer pads random batches to their longest history, we take
 exact-length batches; `step/bucketed`: both take the same exact-length batches. transformers drops
 out in more places (attention weights, inside the feed-forward): it runs as it is and with dropout
-only where ours is, and the ratio is to the faster. `rl/ranking`: log-probabilities of a target and
-50 negatives for each rollout's thought, against one pass of encoder and decoder a candidate.
+only where ours is, and the ratio is to the faster. The RL cases are in rl_step.py.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import peers
+import rl_step
 import torch
 from torch import nn
 
@@ -22,7 +22,7 @@ from streamctl.training import checkpoint
 from streamctl.training.loop import CLIP_NORM, batches
 from streamctl.training.losses import sequence_loss
 
-BATCH, NEGATIVES, THINK, USERS, GROUP = 256, 50, 4, 2, 16
+BATCH = 256
 
 
 def batch_of(lengths: np.ndarray, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,45 +119,6 @@ def step_rows(device: str, repeats: int, only: str, now, count: int, limits) -> 
     return found
 
 
-@torch.no_grad()
-def ranking_row(device: str, repeats: int, now) -> dict:
-    policy = peers.paper_policy(device)
-    oracle = peers.transformers_model(policy)
-    lengths, _ = peers.real_lengths()
-    length = int(np.median(lengths))
-    history, target = batch_of(np.full(USERS, length), 5, device)
-    generator = torch.Generator().manual_seed(6)
-    look_alikes = torch.randint(peers.ITEMS, (USERS, NEGATIVES), generator=generator).to(device)
-    candidates = torch.cat([target[:, None], look_alikes], 1)
-    low, high = policy.tokens.think_range
-    think = torch.randint(low, high, (USERS, GROUP, THINK), generator=generator).to(device)
-    each = history.repeat_interleave(GROUP, 0)
-
-    def shared() -> torch.Tensor:
-        with peers.bf16(device):
-            return policy.thoughts_logprob(policy.encode(history), candidates, think).flatten(0, 1)
-
-    def naive() -> torch.Tensor:
-        scores = []
-        for column in candidates.T:
-            column = column.repeat_interleave(GROUP)
-            inputs, labels = policy.target_inputs(column, think.flatten(0, 1))
-            with peers.bf16(device):
-                given = peers.encoder_inputs(policy, each)
-                logits = oracle(**given, decoder_input_ids=inputs).logits
-            table = torch.log_softmax(logits[:, -peers.LEVELS :].float(), -1)
-            codes = labels[:, -peers.LEVELS :, None]
-            scores.append(table.gather(-1, codes)[..., 0].sum(1))
-        return torch.stack(scores, 1)
-
-    if (shared() - naive()).abs().max() > 1.0:  # sums of four bf16 log-probabilities
-        raise SystemExit("log-probabilities of the negatives differ from transformers': no figures")
-    turns = {"streamctl": shared, "a pass for each candidate": naive}
-    seconds = peers.take_turns(turns, repeats, now)
-    line = peers.row("rl/ranking", seconds, USERS * GROUP, "rollouts ranked/s", candidates=51)
-    return line | {"peak_mb": peers.peak_mb(turns), "profile": peers.profile(shared)}
-
-
 def rows(
     device: str = "cpu",
     repeats: int = 5,
@@ -172,8 +133,8 @@ def rows(
     found = (
         step_rows(device, repeats, only, now, count, limits) if "step".startswith(only[:4]) else []
     )
-    if "rl/ranking".startswith(only):
-        found.append(ranking_row(device, repeats, now))
+    if not only or only.startswith("rl"):
+        found += rl_step.rows(device, repeats, only, now)
     return found
 
 

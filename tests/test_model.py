@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import T5ForConditionalGeneration
@@ -13,6 +14,7 @@ from streamctl.device import autocast
 from streamctl.errors import StreamctlError
 from streamctl.model import Policy, PolicyConfig
 from streamctl.model.backbone import relative_buckets
+from streamctl.model.candidates import thoughts_logprob
 from streamctl.tokenizer import Tokens
 
 SIZES = (6, 5, 7)
@@ -256,18 +258,39 @@ def test_training_learns_to_copy_the_last_item():
     assert loss.item() < 0.3
 
 
+@pytest.mark.parametrize("softmax", ["vocabulary", "catalogue"])
 @torch.no_grad()
-def test_items_of_many_thoughts_score_as_each_thought_alone():
-    policy = small_policy()
+def test_items_of_many_thoughts_score_as_each_thought_alone(softmax):
+    policy = small_policy(softmax=softmax)
     history = torch.tensor([[0, 1, 2], [3, 4, -1]])
     items = torch.tensor([[5, 6, 7, 5], [1, 0, 2, 3]])
     low, high = policy.tokens.think_range
     think = torch.randint(low, high, (2, 3, 2), generator=torch.Generator().manual_seed(1))
     encoded = policy.encode(history)
-    together = policy.thoughts_logprob(encoded, items, think)
+    together = thoughts_logprob(policy, encoded, items, think)
     for number in range(3):
         alone = policy.target_logprob(encoded, items, think[:, number])
         torch.testing.assert_close(together[:, number], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_prefixes_that_candidates_share_are_read_once_and_certain_codes_not_at_all(monkeypatch):
+    policy = small_policy(softmax="catalogue")
+    codes = np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [2, 3, 1]])
+    policy.item_tokens = torch.from_numpy(policy.tokens.item_tokens(codes))
+    read = []
+    extend = Policy.extend
+
+    def counted(self, encoded, tokens, *others, **options):
+        read.append(tuple(tokens.shape))
+        return extend(self, encoded, tokens, *others, **options)
+
+    monkeypatch.setattr(Policy, "extend", counted)
+    think = torch.full((1, 2, 1), policy.tokens.FIRST)
+    encoded = policy.encode(torch.tensor([[3, 4]]))
+    thoughts_logprob(policy, encoded, torch.tensor([[0, 1, 2, 3, 4]]), think)
+    # The prompt of both thoughts; one first code with two ways on; one pair of codes likewise.
+    assert read == [(1, 2, 3), (1, 2, 1), (1, 2, 1)]
 
 
 def test_packed_weights_follow_every_update_and_agree_with_the_modules():

@@ -14,6 +14,7 @@ class LegalCodes:
 
     Attributes:
         prefix: (N, m) int64, the row of `packed` for the prefix that each code of an item follows.
+        last_choice: (N,) int64, the last level at which more codes than the item's own may follow.
         packed: (prefixes, ceil(K / 8)) uint8, bit c % 8 of byte c // 8: code c may follow.
     """
 
@@ -33,7 +34,11 @@ class LegalCodes:
         packed = np.zeros((int(parent.max()) + 1, -(-max(tokens.sizes) // 8)), np.uint8)
         np.bitwise_or.at(packed, (parent, code >> 3), (1 << (code & 7)).astype(np.uint8))
         device = item_tokens.device
-        self.prefix = torch.from_numpy(np.stack(path[::-1], 1)).to(device)
+        prefix = np.stack(path[::-1], 1)
+        choice = np.diff(trie.child_start)[prefix] > 1
+        last = choice.shape[1] - 1 - choice[:, ::-1].argmax(1)
+        self.prefix = torch.from_numpy(prefix).to(device)
+        self.last_choice = torch.from_numpy(np.where(choice.any(1), last, 0)).to(device)
         self.packed = torch.from_numpy(packed).to(device)
         self._bits = (1 << torch.arange(8, device=device)).to(torch.uint8)
 

@@ -359,38 +359,6 @@ class Policy(nn.Module):
             total = total + self.answer_logprobs(later, some, first=1).sum(-1)
         return total.view(items.shape)
 
-    def thoughts_logprob(
-        self, encoded: Encoded, items: torch.Tensor, think: torch.Tensor
-    ) -> torch.Tensor:
-        """log P(each of K items | history, thought) for each of G thoughts of every user.
-
-        A user's encoder keys serve all thoughts, and a thought's keys all items.
-
-        Args:
-            items: (B, K) int64. think: (B, G, l) int64.
-
-        Returns:
-            (B, G, K) float32.
-        """
-        begin = torch.full_like(think[..., :1], Tokens.BOS)
-        if think.shape[2]:
-            tokens = torch.cat([torch.full_like(begin, Tokens.THINK), think, begin], 2)
-        else:
-            tokens = begin
-        hidden, past = self.extend(encoded, tokens)
-        codes = self.item_tokens[items]  # (B, K, m)
-        users, group, count = *think.shape[:2], items.shape[1]
-        first = self.first_logprobs(hidden[:, :, -1])
-        total = first.gather(2, codes[:, None, :, 0].expand(-1, group, -1))
-        if codes.shape[2] > 1:
-            thought = torch.arange(group, device=items.device).repeat_interleave(count)
-            past = past.reorder(thought.expand(users, -1))
-            repeated = codes.repeat(1, group, 1)
-            later, _ = self.extend(encoded, repeated[..., :-1], past=past)
-            rest = self.answer_logprobs(later, items.repeat(1, group), first=1).sum(-1)
-            total = total + rest.view(users, group, count)
-        return total
-
     def item_vectors(self, items: torch.Tensor) -> torch.Tensor:
         """t: (...) items -> (..., d), the mean of the learned levels' code embeddings."""
         learned = len(self.config.sizes) - self.config.dedup

@@ -18,6 +18,7 @@ from streamctl.decode.sample import Rollout, rollout, rollout_logprobs
 from streamctl.device import autocast, derive_seed, resolve_device
 from streamctl.distributed import ranks
 from streamctl.errors import StreamctlError, UsageError
+from streamctl.model.candidates import thoughts_logprob
 from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import progress_bar, say, warn
 from streamctl.runs import RunDir, Stage, StageWriter
@@ -109,8 +110,8 @@ class Judge:
         for rows in users.split(max(1, RANKED_TOGETHER // rollouts.group)):
             with autocast(target.device):
                 found.append(
-                    self.policy.thoughts_logprob(
-                        encoded.rows(rows), candidates[rows], rollouts.think[rows]
+                    thoughts_logprob(
+                        self.policy, encoded.rows(rows), candidates[rows], rollouts.think[rows]
                     )
                 )
         scores = torch.cat(found)
