@@ -193,7 +193,24 @@ def histories(receipt: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def curve(receipt: dict[str, Any]) -> str:
+    """Every point of the think curve, beside the best without a thought in no more time."""
+    rows = []
+    for point in receipt["points"]:
+        rival = point.get("no_thought_at_equal_latency")
+        rows.append(
+            [
+                point["kind"], str(point["length"]), str(point["beam"]),
+                f"{point['ndcg@10']:.4f}", f"{point['ms_per_user']:.2f}",
+                "" if rival is None else f"{rival:.4f}",
+            ]
+        )  # fmt: skip
+    head = ["thought", "l", "beam", "ndcg@10", "ms a user", "no thought in no more time"]
+    return markdown(head, rows)
+
+
 BLOCKS = {
+    "think-curve": curve,
     "reproduce": table,
     "search": search,
     "ablations": ablations,
