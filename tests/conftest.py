@@ -32,3 +32,30 @@ def streamctl():
         )
 
     return call
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+    """Console commands in forks of a process that has imported everything."""
+    from benchmarks.forks import Commands
+
+    return Commands(tmp_path_factory.mktemp("output"))
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory, commands):
+    """A run of every stage in which nothing was interrupted, and its settings.
+
+    Its tests are of the xdist group "resume", so that it is made once.
+    """
+    from whole_run import STAGES, call
+
+    from benchmarks.forks import SETTINGS
+
+    folder = tmp_path_factory.mktemp("clean")
+    settings = folder / "settings.toml"
+    settings.write_text(SETTINGS)
+    for stage in STAGES:
+        answer = call(commands, folder / "run", stage, settings)
+        assert answer.returncode == 0, f"{stage}: {answer.stderr}"
+    return folder / "run", settings

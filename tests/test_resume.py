@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 
 import pytest
+from whole_run import before, call
 
-from benchmarks.forks import SETTINGS, SHOP, Commands
 from streamctl.runs import RunDir
-
-STAGES = {
-    "data": SHOP,
-    "tokenizer": "tokenize",
-    "pretrain": "pretrain",
-    "annotate": "annotate",
-    "sft": "sft",
-    "rl": "rl",
-    "baselines/sasrec": "baseline sasrec",
-    "eval": "eval",
-}
 
 
 class Killer:
@@ -57,41 +45,6 @@ class Killer:
         setattr(owner, name, counted)
 
 
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    return Commands(tmp_path_factory.mktemp("output"))
-
-
-def call(commands, run, stage, settings, kill=None):
-    options = ["--run", str(run)]
-    if stage != "data":
-        options += ["--config", str(settings)]
-    return commands.run([*STAGES[stage].split(), *options], Killer(*kill) if kill else None)
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory, commands):
-    """A run in which nothing was interrupted, and its settings."""
-    folder = tmp_path_factory.mktemp("clean")
-    settings = folder / "settings.toml"
-    settings.write_text(SETTINGS)
-    run = folder / "run"
-    for stage in STAGES:
-        answer = call(commands, run, stage, settings)
-        assert answer.returncode == 0, f"{stage}: {answer.stderr}"
-    return run, settings
-
-
-def before(clean, stage, folder):
-    """A copy of the clean run as it was before `stage`."""
-    run, settings = clean
-    copy = folder / "run"
-    names = list(STAGES)
-    for name in names[: names.index(stage)]:
-        shutil.copytree(run / name, copy / name)
-    return copy, settings
-
-
 KILLS = [
     ("data", ("artifact", "2")),
     ("data", ("publish", "1")),
@@ -115,6 +68,8 @@ KILLS = [
     ("rl", ("publish", "1")),
     ("baselines/sasrec", ("checkpoint", "3")),
     ("baselines/sasrec", ("step", "2")),
+    ("evidence", ("checkpoint", "1")),
+    ("evidence", ("publish", "1")),
     ("eval", ("checkpoint", "1")),
     ("eval", ("checkpoint", "4")),
     ("eval", ("publish", "1")),
@@ -129,7 +84,7 @@ KILLS = [
 )
 def test_a_killed_stage_continues_to_the_same_artifacts(clean, commands, tmp_path, stage, kill):
     copy, settings = before(clean, stage, tmp_path)
-    killed = call(commands, copy, stage, settings, kill)
+    killed = call(commands, copy, stage, settings, Killer(*kill))
     assert killed.returncode == -signal.SIGKILL, f"not killed: {killed.stderr}"
     assert not RunDir(copy).stage(stage).complete
     answer = call(commands, copy, stage, settings)

@@ -12,6 +12,7 @@ from streamctl import config as configs
 from streamctl.baselines.train import train_baseline
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError
+from streamctl.files import disk_errors
 from streamctl.runs import MANIFEST, RunDir
 from streamctl.training.annotate import annotate
 from streamctl.training.evidence import evidence
@@ -200,5 +201,7 @@ def copy_stages(run: RunDir, name: str, seed: int) -> None:
             )
         if not job.stage(stage).complete:  # the manifest comes last here too
             folders = source.stage(stage).path, job.stage(stage).path
-            shutil.copytree(*folders, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
-            shutil.copy2(*(folder / MANIFEST for folder in folders))
+            with disk_errors(folders[1]):
+                ignored = shutil.ignore_patterns(MANIFEST)
+                shutil.copytree(*folders, ignore=ignored, dirs_exist_ok=True)
+                shutil.copy2(*(folder / MANIFEST for folder in folders))

@@ -157,10 +157,10 @@ def _job_folder(run: RunDir, plan: Plan, name: str, seed: int) -> RunDir:
     job, receipt = job_path(run, name, seed), receipt_path(run, name, seed)
     wanted = identity(run, plan, name)
     if _plan_of(run, name, seed) != wanted:
+        job.path.mkdir(parents=True, exist_ok=True)
         if receipt.is_file():
-            job.path.mkdir(parents=True, exist_ok=True)
             receipt.rename(job.path / "receipt.json")
-        if job.path.exists():
+        if any(not file.name.endswith(".part") for file in job.path.iterdir()):
             previous = job.path.with_name(job.path.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
             job.path.rename(previous)
