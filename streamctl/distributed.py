@@ -159,6 +159,8 @@ def _contact(rank: int) -> Iterator[None]:
 def ranks() -> Ranks:
     """The job's processes; the first call joins them, over gloo on CPUs and NCCL on GPUs.
 
+    With `--device cpu`, or under `accelerate launch --cpu`, GPUs that are there are not used.
+
     Raises:
         UsageError: there are several and accelerate is not installed.
         StreamctlError: they cannot reach each other.
@@ -175,7 +177,8 @@ def ranks() -> Ranks:
         ) from error
     signal.signal(signal.SIGTERM, _ended)
     rank = int(os.environ["RANK"])
-    gpu = torch.cuda.is_available()
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    gpu = torch.cuda.is_available() and not told_cpu
     with _contact(rank):
         state = PartialState(cpu=not gpu, backend="nccl" if gpu else "gloo", timeout=LONGEST_WAIT)
     return Ranks(state.process_index, state.num_processes)

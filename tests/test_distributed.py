@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +48,46 @@ def alone(shop):
     (answer,), losses = job(commands, words, 1, copy.with_suffix(".losses"))
     assert answer.returncode == 0, answer.stderr
     return copy, losses
+
+
+@pytest.mark.parametrize(
+    ("device", "joined_over"), [("cpu", ("gloo", True)), ("auto", ("nccl", False))]
+)
+def test_on_a_machine_with_a_gpu_the_device_asked_for_decides_what_joins_the_processes(
+    monkeypatch, tmp_path, device, joined_over
+):
+    import accelerate
+    from typer.testing import CliRunner
+
+    from streamctl import distributed
+    from streamctl.cli import build_app
+
+    asked = []
+
+    class State:
+        process_index, num_processes = 0, 2
+
+        def __init__(self, cpu, backend, timeout):
+            asked.append((backend, cpu))
+
+    def join_and_stop(*_, **options):
+        distributed.ranks()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(accelerate, "PartialState", State)
+    monkeypatch.setattr("streamctl.training.pretrain.pretrain", join_and_stop)
+    monkeypatch.setattr(distributed, "signal", SimpleNamespace(signal=print, SIGTERM=15))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")
+    distributed.ranks.cache_clear()
+    try:
+        words = ["pretrain", "--run", str(tmp_path), "--device", device]
+        CliRunner().invoke(build_app(), words)
+    finally:
+        distributed.ranks.cache_clear()
+    assert asked == [joined_over]
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 64])

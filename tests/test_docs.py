@@ -39,3 +39,30 @@ def test_result_tables_are_those_of_the_receipts():
         shown = [text.split(begin)[1].split(end)[0].strip() for text in pages if begin in text]
         assert shown, f"no page has the generated block {name}"
         assert set(shown) == {block.strip()}, f"run `python benchmarks/readme.py` ({name} differs)"
+
+
+def test_no_generated_block_is_empty_or_without_its_receipt():
+    from benchmarks.readme import PAGES, render
+
+    receipts = render()
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        begun = re.findall(r"<!-- ([\w-]+) -->", text)
+        assert begun or page != "README.md"
+        for name in begun:
+            block = text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+            assert block.strip(), f"{page}: the block {name} is empty"
+            assert name in receipts, f"{page}: no receipt makes the block {name}"
+
+
+def test_every_json_file_that_a_page_names_is_a_receipt_or_written_by_the_package():
+    source = "".join(path.read_text() for path in (ROOT / "streamctl").rglob("*.py"))
+    results, named = ROOT / "benchmarks" / "results", 0
+    for page in ("README.md", "SECURITY.md", *sorted(ROOT.glob("docs/*.md"))):
+        for name in re.findall(r"([\w./*-]+\.json)(?![\w.])", (ROOT / page).read_text()):
+            receipt = name.rpartition("results/")[2].lstrip("/")
+            there = list(results.glob(receipt))
+            written = "results/" not in name and name in source
+            assert there or written, f"{page} names {name}, which no command has written"
+            named += bool(there)
+    assert named >= 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -23,7 +24,18 @@ Seed = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--seed", help="Seed of everything random in the stage."),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+
+def _device(name: str) -> str:
+    """A job that works on CPUs joins its processes over gloo, GPUs or none: Accelerate's word."""
+    if name == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    return name
+
+
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", callback=_device)
+]
 Size = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--size", help="Model size: tiny, small or paper."),
