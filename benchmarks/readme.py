@@ -6,12 +6,16 @@ python benchmarks/readme.py          rewrites the blocks between <!-- NAME --> a
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import scale_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/scale.md")
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 
 
@@ -219,14 +223,15 @@ BLOCKS = {
     "memory": memory,
     "serve": load,
     "histories": histories,
+    **scale_tables.BLOCKS,
 }
 
 
 def render() -> dict[str, str]:
     """Block name -> markdown, for every receipt that is there."""
-    blocks = {}
+    blocks, receipts = {}, {}
     for path in sorted(RESULTS.glob("*.json")):
-        receipt = json.loads(path.read_text())
+        receipt = receipts[path.stem] = json.loads(path.read_text())
         if receipt["name"] in BLOCKS:
             blocks[path.stem] = BLOCKS[receipt["name"]](receipt)
         elif path.stem.startswith("pipeline-"):
@@ -234,7 +239,7 @@ def render() -> dict[str, str]:
             blocks[f"{path.stem}-minutes"] = minutes(receipt)
         elif "rows" in receipt and "ratio" in receipt["rows"][0]:
             blocks[path.stem] = speed(receipt)
-    return blocks
+    return blocks | {"arithmetic": scale_tables.arithmetic(receipts)}
 
 
 def main() -> None:
