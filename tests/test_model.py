@@ -271,6 +271,8 @@ def test_items_of_many_thoughts_score_as_each_thought_alone(softmax):
     for number in range(3):
         alone = policy.target_logprob(encoded, items, think[:, number])
         torch.testing.assert_close(together[:, number], alone, atol=1e-5, rtol=1e-5)
+    without = thoughts_logprob(policy, encoded, items, think[:, :1, :0])
+    torch.testing.assert_close(without[:, 0], policy.target_logprob(encoded, items))
 
 
 @torch.no_grad()

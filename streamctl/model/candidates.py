@@ -24,7 +24,7 @@ def thoughts_logprob(
     Returns:
         (B, G, K) float32.
     """
-    begin = torch.full_like(think[..., :1], Tokens.BOS)
+    begin = think.new_full((*think.shape[:2], 1), Tokens.BOS)
     prompt = begin
     if think.shape[2]:
         prompt = torch.cat([torch.full_like(begin, Tokens.THINK), think, begin], 2)

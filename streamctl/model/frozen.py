@@ -27,10 +27,10 @@ _SPARE = 4  # a store that grows makes room for so many steps like the one that 
 _PACKED: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple]] = WeakKeyDictionary()
 
 
-def _like(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """bf16 where it is wanted and the processor multiplies pairs of it; else float32."""
-    pairs = not any(w.shape[1] % 2 for w in module.parameters() if w.ndim == 2)
-    return dtype if simd.HAS_BF16_DOT and pairs else torch.float32
+def _like(dtype: torch.dtype, *widths: int) -> torch.dtype:
+    """bf16 where it is wanted and the processor multiplies pairs of these widths; else float32."""
+    pairs = simd.HAS_BF16_DOT and not any(width % 2 for width in widths)
+    return dtype if pairs else torch.float32
 
 
 def _stacked(weights: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:
@@ -92,9 +92,10 @@ class _PackedStack:
     """
 
     def __init__(self, stack: nn.Module, dtype: torch.dtype):
-        self.dtype, self.like = dtype, _like(stack, dtype)
-        first = stack.block[0].layer[0].SelfAttention
+        first, last = stack.block[0].layer[0].SelfAttention, stack.block[0].layer[-1]
         self.heads, self.d_kv = first.heads, first.d_kv
+        d_ff, d_model = last.DenseReluDense.wi.weight.shape
+        self.dtype, self.like = dtype, _like(dtype, d_model, d_ff, self.d_kv)
         self.eps = np.float32(stack.final_layer_norm.eps)
         layers = [layer for block in stack.block for layer in block.layer]
         self.norms = _norms([*(layer.layer_norm for layer in layers), stack.final_layer_norm])
@@ -290,7 +291,7 @@ class PackedTable:
     """The tied embedding as the last product: its weights in one dtype."""
 
     def __init__(self, table: nn.Embedding, dtype: torch.dtype):
-        self.like = _like(table, dtype)
+        self.like = _like(dtype, table.embedding_dim)
         self.size, self.weight = len(table.weight), tiles.pack(table.weight, self.like)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
