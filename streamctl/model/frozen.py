@@ -24,6 +24,7 @@ from streamctl.kernels import simd, threads
 from streamctl.model import passes, tiles
 
 _SPARE = 4  # a store that grows makes room for so many steps like the one that it grows for
+_RANGE = 4 * passes.BLOCK  # rows a thread takes at a time: milliseconds beside its waking up
 _PACKED: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple]] = WeakKeyDictionary()
 
 
@@ -48,10 +49,10 @@ def _numpy(x: torch.Tensor) -> np.ndarray:
 
 
 def _over_rows(run: Callable[[int, int], None], count: int, each: int = 1) -> None:
-    """run(first, last) over `count` things of `each` rows, on all threads, a block at a time."""
+    """run(first, last) over `count` things of `each` rows, on all threads."""
     share = -(-count // torch.get_num_threads())
     share = -(-share // tiles.SOME) * tiles.SOME
-    threads.over_ranges(run, count, max(1, min(share, passes.BLOCK // each)))
+    threads.over_ranges(run, count, max(1, min(share, _RANGE // max(1, each))))
 
 
 class Rows:
