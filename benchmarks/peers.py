@@ -7,6 +7,7 @@ the histories' lengths are those of Amazon Beauty's training prefixes where STRE
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -15,7 +16,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,41 @@ def run(name: str, description: str, rows: Callable[..., list[dict]]) -> None:
     finish(receipt | {"wall_s": round(time.time() - began, 1)}, settings)
 
 
+@contextlib.contextmanager
+def _labelled() -> Iterator[None]:
+    """Compiled passes and the search around them appear in a profile, which sees torch's own."""
+    from torch.profiler import record_function
+
+    from streamctl.decode import beam
+    from streamctl.model import frozen
+
+    parts = [
+        (frozen.PackedEncoder, "__call__", "encoder, compiled"),
+        (frozen.PackedDecoder, "memory", "cross-attention keys, compiled"),
+        (frozen.PackedDecoder, "__call__", "decoder steps, compiled"),
+        (frozen.PackedTable, "__call__", "logits, compiled"),
+        (beam, "_search", "trie and Python of the search"),
+        (beam, "best_items", "items of the leaves"),
+    ]
+
+    def labelled(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            with record_function(name):
+                return function(*args, **options)
+
+        return run
+
+    before = [getattr(owner, name) for owner, name, _ in parts]
+    try:
+        for (owner, name, label), function in zip(parts, before, strict=True):
+            setattr(owner, name, labelled(function, label))
+        with record_function("Python around it"):
+            yield
+    finally:
+        for (owner, name, _), function in zip(parts, before, strict=True):
+            setattr(owner, name, function)
+
+
 def profile(function: Callable[[], Any], lines: int = 10) -> list[dict[str, Any]]:
     """Where the time of one call goes: the operators with the most time of their own."""
     from torch.profiler import ProfilerActivity
@@ -216,7 +252,7 @@ def profile(function: Callable[[], Any], lines: int = 10) -> list[dict[str, Any]
     kinds = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         kinds.append(ProfilerActivity.CUDA)
-    with record(activities=kinds) as found:
+    with record(activities=kinds) as found, _labelled():
         function()
     cuda = torch.cuda.is_available()
     own = lambda e: e.self_device_time_total if cuda else e.self_cpu_time_total  # noqa: E731
