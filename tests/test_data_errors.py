@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -262,3 +263,52 @@ def test_damage_to_any_format_is_one_line_or_no_harm(tmp_path, write):
         except StreamctlError as error:
             assert "\n" not in str(error), error
         path.write_bytes(whole[path])
+
+
+LINES = "".join(f"c{user};p{item};{item}\n" for user in range(6) for item in range(6))
+HEAD = "user_id,item_id,time\n"
+STRANGERS = {
+    "other names": (
+        "log.csv",
+        f"customer;product;bought\n{LINES}",
+        r"no column user_id, item_id, .* Next: --columns user=NAME,item=NAME,time=NAME, or",
+    ),
+    "no header": ("log.csv", LINES, r"columns: 'c0', 'p0', '0'.* first line that names the col"),
+    "no times": (
+        "log.csv",
+        "user_id,item_id\nu,i\n",
+        r"Next: --columns time=NAME, or a column pos",
+    ),
+    "a date of here": (
+        "log.csv",
+        f"{HEAD}u,i,31.01.2024\n",
+        r"log.csv:2: time is '31.01.2024', which is no number .* Next: write 2024-01-31",
+    ),
+    "a time in words": ("log.csv", f"{HEAD}u,i,3 days ago\n", r"log.csv:2: time is '3 d.* Next: "),
+    "latin-1": (
+        "log.csv",
+        f"{HEAD}café,i,3\n".encode("latin-1"),
+        r"log.csv:2: not UTF-8 .* Next: iconv .* utf8-log.csv",
+    ),
+    "a spreadsheet": ("log.xlsx", "PK\x03\x04", r"nothing here .* Next: simplest: a file LOG.csv"),
+    "a line an interaction": ("log.txt", "u i\nu j\n", r"'u' occurs twice"),
+}
+
+
+@pytest.mark.parametrize("command", ["prepare", "doctor"])
+@pytest.mark.parametrize("case", STRANGERS)
+def test_a_stranger_is_told_what_to_do_next(tmp_path, capsys, monkeypatch, command, case):
+    from streamctl import cli
+
+    name, content, told = STRANGERS[case]
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    options = ["--run", str(tmp_path / "run")] if command == "prepare" else []
+    monkeypatch.setattr("sys.argv", ["streamctl", "data", command, str(path), *options])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    output = capsys.readouterr()
+    said = " ".join(f"{output.out} {output.err}".split())
+    assert re.search(told, said), said
+    assert stop.value.code == 1 or command == "doctor"
+    assert not (tmp_path / "run").exists()

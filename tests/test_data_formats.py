@@ -236,6 +236,19 @@ def test_the_order_is_that_of_time(expected):
         assert [catalog.ids[item] for item in log.of(user)] == SEQUENCES[name]
 
 
+def test_strange_ids_find_their_text(tmp_path):
+    """An id is what it is in both files: blanks, entities, tags and leading zeros belong to it."""
+    ids = ["  lead", "tail ", "a  b", "<b>z</b>", "A&amp;B", "0007", "7.0", "null", "日本", 'q"']
+    taken = list(enumerate(ids))
+    rows = [(f"u{user}", name, START + user + 9 * n) for user in range(4) for n, name in taken]
+    write_csv(tmp_path / "interactions.csv", ["user_id", "item_id", "timestamp"], rows)
+    items = [(name, f"Text of {number}") for number, name in enumerate(ids)]
+    write_csv(tmp_path / "items.csv", ["item_id", "title"], items)
+    catalog, _, facts = prepared(tmp_path)
+    assert facts["items_without_text"] == 0
+    assert dict(zip(catalog.ids, catalog.titles, strict=True)) == dict(items)
+
+
 def test_genres_and_accents_of_movielens_reach_the_text(tmp_path):
     movielens_dat(tmp_path)
     catalog, _, _ = prepared(tmp_path)
@@ -256,7 +269,8 @@ def test_a_file_is_as_good_as_its_folder(tmp_path, expected):
 def test_unusual_columns_are_named(tmp_path, expected):
     write_csv(tmp_path / "interactions.csv", ["who", "what", "when"], ROWS)
     write_items(tmp_path)
-    with pytest.raises(StreamctlError, match=r"no column user_id; columns: 'who', 'what', 'when'"):
+    told = r"no column user_id, .*columns: 'who', 'what', 'when'.*user=NAME,item=NAME,time=NAME"
+    with pytest.raises(StreamctlError, match=told):
         read_source(tmp_path)
     raw = read_source(tmp_path, columns={"user": "who", "item": "what", "time": "when"})
     _, log, _ = build(raw, DataConfig(min_user=3, min_item=1))

@@ -66,3 +66,15 @@ def test_every_json_file_that_a_page_names_is_a_receipt_or_written_by_the_packag
             assert there or written, f"{page} names {name}, which no command has written"
             named += bool(there)
     assert named >= 8
+
+
+def test_every_promise_points_to_tests_and_receipts_that_are_there():
+    rows = README.split("| promise | tested by |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) >= 15
+    for row in rows:
+        proof = row.split(" | ", 1)[1]
+        files = re.findall(r"`(?:python )?((?:tests|benchmarks|\.ci)/[\w/]+\.py)", proof)
+        receipts = re.findall(r"`(?:results/)?(\w+\.json)`", proof)
+        assert any(name.startswith(("tests/", "benchmarks/")) for name in files), row
+        for name in (*files, *(f"benchmarks/results/{receipt}" for receipt in receipts)):
+            assert (ROOT / name).is_file(), f"{name} is not there: {row}"

@@ -55,7 +55,11 @@ def find_source(path: Path, format_name: str = "auto") -> tuple[Source, Files]:
             f"unknown format {format_name!r}; {close_matches(format_name, ['auto', *names])}"
         )
     if not path.exists():
-        raise StreamctlError("no such file or folder", where=path)
+        raise StreamctlError(
+            "no such file or folder",
+            where=path,
+            run="the path of your log, or `streamctl data fetch NAME` for a public one",
+        )
     wanted = [source for source in SOURCES if format_name in ("auto", source.name)]
     for source in wanted:
         files = source.find(path)
@@ -67,6 +71,8 @@ def find_source(path: Path, format_name: str = "auto") -> tuple[Source, Files]:
         f"nothing here that can be read{f' (found {found})' if found else ''}; "
         f"the layouts are {layouts}",
         where=path,
+        run="simplest: a file LOG.csv whose first line is user_id,item_id,timestamp"
+        + (" (give the file, not the folder)" if path.is_dir() else ""),
     )
 
 

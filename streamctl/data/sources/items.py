@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from streamctl.data.sources.raw import ItemTable
-from streamctl.data.sources.text import clean, delimiter_of, lines, one_line, plain_name
+from streamctl.data.sources.text import (
+    clean,
+    delimiter_of,
+    lines,
+    one_line,
+    plain_name,
+    writable,
+)
 from streamctl.errors import StreamctlError, close_matches
 
 ID_NAMES = ("item_id", "item", "itemid", "parent_asin", "asin", "movieid", "product_id", "id")
@@ -54,8 +61,8 @@ def make_table(
             near = close_matches(id_column or "item_id", row)
             raise StreamctlError(f"no item id column; columns: {', '.join(row)}; {near}",
                                  where=path, line=line)  # fmt: skip
-        item = clean(row[id_column])
-        if not item:
+        item = _id(row[id_column])
+        if not item.strip():
             raise StreamctlError("the item id is empty", where=path, line=line)
         if item in ids:
             if repeated == "first":
@@ -199,6 +206,15 @@ def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                 yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise StreamctlError(f"not a parquet file: {one_line(error)}", where=path) from error
+
+
+def _id(value: object) -> str:
+    """An id as it stands, for it must be the one in the interactions; "" if the value is none."""
+    if value is None or isinstance(value, dict | list):
+        return ""
+    if isinstance(value, float) and value.is_integer():  # pandas turns integers with gaps into them
+        value = int(value)
+    return writable(str(value))
 
 
 def _is_number(text: str) -> bool:

@@ -41,6 +41,8 @@ def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
                 f"user {user!r} occurs twice, first in line {first_seen[user]}",
                 where=path,
                 line=number,
+                run="one line a user: user item item ...; a line an interaction belongs in a .csv "
+                "or .tsv with a header",
             )
         first_seen[user] = number
         users.append(user)

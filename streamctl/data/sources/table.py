@@ -105,22 +105,31 @@ def find_roles(found: Sequence[str], columns: Mapping[str, str] | None, path: Pa
         twice = next(name for name in found if list(found).count(name) > 1)
         raise StreamctlError(f"column {twice!r} occurs twice in the header", where=path, line=1)
     usual = {"user": USER_NAMES, "item": ITEM_NAMES, "time": TIME_NAMES + POSITION_NAMES}
-    roles = []
+    roles, missing, hints = [], {}, []
     for role in ROLES:
         wanted = (columns or {}).get(role)
         name = wanted if wanted in found else None
         if name is None:
             name = find_column(found, [wanted.lower()] if wanted else usual[role])
         if name is None:
-            expected = wanted or {"time": "timestamp or position"}.get(role, f"{role}_id")
+            missing[role] = wanted or {"time": "timestamp or position"}.get(role, f"{role}_id")
             near = close_matches(wanted or usual[role][0], [name[:80] for name in found[:100]])
-            near = f"; {near}" if near.startswith("did") else ""
-            raise StreamctlError(
-                f"no column {expected}; columns: {_listed(found)}{near}",
-                where=path,
-                run=f"--columns {role}=NAME",
-            )
+            hints += [near] if near.startswith("did") else []
         roles.append(name)
+    if missing:
+        named = ",".join(f"{role}=NAME" for role in missing)
+        other = ""
+        if len(missing) == len(ROLES):
+            other = ", or a first line that names the columns"
+        elif list(missing) == ["time"]:
+            other = ", or a column position that counts each user's items from the oldest"
+        raise StreamctlError(
+            "; ".join(
+                [f"no column {', '.join(missing.values())}", f"columns: {_listed(found)}", *hints]
+            ),
+            where=path,
+            run=f"--columns {named}{other}",
+        )
     return roles
 
 
@@ -279,6 +288,8 @@ def _times(values: pa.Array, name: str, row: int, path: Path) -> tuple[np.ndarra
         f"{name} is {texts[at]!r}, which is {problem}",
         where=path,
         line=line_of_row(path, row + at),
+        run="write 2024-01-31, 2024-01-31 18:30:00 or a number, or name another column with "
+        "--columns time=NAME",
     )
 
 

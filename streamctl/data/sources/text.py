@@ -61,7 +61,7 @@ def wrong_encoding(path: Path, line: int, encoding: str = "utf-8") -> StreamctlE
         f"not {encoding.upper()} text",
         where=path,
         line=line,
-        run=f"iconv -f LATIN1 -t UTF-8 {path.name} > converted (or the encoding that it has)",
+        run=f"iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name} (or what encoding it has)",
     )
 
 
