@@ -85,6 +85,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         build_app()()
+    except SystemExit as error:
+        if error.code == 130:  # Typer has caught the interrupt, and says nothing
+            _report(KeyboardInterrupt())
+        raise
     except (StreamctlError, OSError, KeyboardInterrupt) as error:
         if os.environ.get("STREAMCTL_DEBUG"):
             raise

@@ -92,8 +92,8 @@ def tensors_hash(tensors: Mapping[str, Any], text: str) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value.
+def read_json(path: Path, *, run: str | None = None) -> Any:
+    """A JSON file's value; `run` is the command that makes the file again.
 
     Raises:
         StreamctlError: it cannot be read or is not JSON, with file and line.
@@ -101,8 +101,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise StreamctlError(f"cannot be read: {error.strerror}", where=path) from error
+        raise StreamctlError(f"cannot be read: {error.strerror}", where=path, run=run) from error
     except UnicodeDecodeError as error:
-        raise StreamctlError("not a text file", where=path) from error
+        raise StreamctlError("not a text file", where=path, run=run) from error
     except json.JSONDecodeError as error:
-        raise StreamctlError(f"not JSON: {error.msg}", where=path, line=error.lineno) from error
+        what = f"not JSON: {error.msg}"
+        raise StreamctlError(what, where=path, line=error.lineno, run=run) from error

@@ -36,6 +36,7 @@ from streamctl.config import to_dict
 from streamctl.distributed import SINGLE, is_main, ranks
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.files import atomic_file, disk_errors, file_hash, read_json, tensors_hash
+from streamctl.progress import warn
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -110,7 +111,7 @@ class Stage:
             StreamctlError: it is missing, no JSON, or not as it was written.
         """
         path = self.path / MANIFEST
-        manifest = read_json(path)
+        manifest = read_json(path, run=f"{self.run.command(self.name)} --force")
         if "seal" in manifest and manifest["seal"] != _seal(manifest):
             raise StreamctlError(
                 "the manifest is damaged (its seal differs from what it says)",
@@ -136,7 +137,7 @@ class Stage:
         """Path of an artifact.
 
         Raises:
-            StreamctlError: the manifest lists no such artifact.
+            StreamctlError: the manifest lists no such artifact, or it is gone.
         """
         if name not in self.manifest["artifacts"]:
             raise StreamctlError(
@@ -144,7 +145,14 @@ class Stage:
                 where=self.path,
                 run=f"{self.run.command(self.name)} --force",
             )
-        return self.path / name
+        path = self.path / name
+        if not path.is_file():
+            raise self._artifact("is missing", path)
+        return path
+
+    def _artifact(self, problem: str, path: Path) -> StreamctlError:
+        run = f"{self.run.command(self.name)} --force"
+        return StreamctlError(f"artifact {problem}", where=path, run=run)
 
     def array(self, name: str) -> np.ndarray:
         """A `.npy` artifact."""
@@ -162,13 +170,10 @@ class Stage:
         """
         for name, expected in self.manifest["artifacts"].items():
             path = self.path / name
-            if not path.is_file() or file_hash(path) != expected:
-                problem = "is damaged (its hash differs from" if path.is_file() else "is missing ("
-                raise StreamctlError(
-                    f"artifact {problem} manifest.json)",
-                    where=path,
-                    run=f"{self.run.command(self.name)} --force",
-                )
+            if not path.is_file():
+                raise self._artifact("is missing", path)
+            if file_hash(path) != expected:
+                raise self._artifact("is damaged (its hash differs from manifest.json)", path)
 
 
 class StageWriter(Stage):
@@ -408,6 +413,11 @@ class RunDir:
             and read_json(progress / "state.json") == json.loads(json.dumps(state))
         )
         if not same:
+            if writer.resumed and not writer.complete:
+                warn(
+                    f"{writer.name} was begun with other settings or parents: it begins anew, and "
+                    f"what was done is kept as {writer.name}.previous"
+                )
             self._set_aside(writer.path)
             _write_config(writer.path / "config.toml", config)
             with atomic_file(progress / "state.json") as path:

@@ -360,6 +360,54 @@ def test_a_public_address_without_keys_is_refused(runs):
     assert "no API key is set" in errors
 
 
+def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(runs):
+    with socket.socket() as taken:
+        server = Server(runs / "first")
+        taken.bind(("127.0.0.1", server.port))
+        taken.listen()
+        _, errors = server.process.communicate(timeout=60)
+    assert server.process.returncode == 1
+    assert "cannot listen there: Address already in use" in errors
+    assert "loading" not in errors
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "says"),
+    [
+        ('{"user_id": "u017", "think": 9}', "/think", "less than or equal to 8"),
+        ('{"user_id": "u017", "thinker": "foo"}', "/thinker", "stream"),
+        ('{"user_id": "u017"', "/", "not JSON at character 18"),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_pointer_alone(server, body, field, says):
+    headers = {"Content-Type": "application/json"}
+    answer = server.client.post("/v1/recommend", content=body, headers=headers)
+    assert answer.status_code == 422
+    errors = answer.json()["errors"]
+    assert {error["field"] for error in errors} == {field}
+    assert any(says in error["detail"] for error in errors)
+
+
+def test_json_without_its_content_type_says_what_is_missing(server):
+    answer = server.client.post("/v1/recommend", content='{"user_id": "u017"}')
+    assert "Content-Type: application/json" in answer.json()["detail"]
+
+
+def test_ids_with_slashes_are_read_and_removed_and_removed_ones_are_not_suggested(own):
+    server = Server(own / "first", keys=own / "keys").wait()
+    try:
+        new = {"id": "shelf/oak 3", "title": "Oak shelf"}
+        assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
+        address = "/v1/items/shelf%2Foak%203"
+        assert server.client.get(address).json()["title"] == "Oak shelf"
+        assert server.client.delete(address, headers=WRITE).status_code == 204
+        gone = server.client.get(address)
+        assert gone.status_code == 404
+        assert gone.json()["detail"].count("shelf/oak 3") == 1
+    finally:
+        server.kill()
+
+
 def test_overload_gives_429_with_retry_after_and_no_other_error(own):
     server = Server(own / "first", "--queue", 4, "--max-batch", 2, keys=own / "keys").wait()
     try:

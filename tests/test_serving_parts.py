@@ -295,6 +295,16 @@ def test_a_wrong_key_file_is_refused_with_its_line(tmp_path, text):
         KeyRing(path)
 
 
+@pytest.mark.parametrize("text", ["", "# none yet\n"])
+def test_a_key_file_without_a_key_does_not_open_the_door(tmp_path, monkeypatch, text):
+    monkeypatch.delenv("STREAMCTL_READ_KEYS", raising=False)
+    monkeypatch.delenv("STREAMCTL_WRITE_KEYS", raising=False)
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(StreamctlError, match=r"holds no key\. Next: openssl"):
+        KeyRing(path)
+
+
 def test_without_keys_reading_is_open_and_no_key_may_write(monkeypatch):
     monkeypatch.delenv("STREAMCTL_READ_KEYS", raising=False)
     monkeypatch.delenv("STREAMCTL_WRITE_KEYS", raising=False)

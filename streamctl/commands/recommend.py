@@ -56,7 +56,7 @@ def command(
     after it; with --evidence each look-up as what other users had and took.
 
     A file's answers stand in the order of its rows; a row that has none says why in `problem`.
-    Stopped and called again it goes on; `torchrun --nproc-per-node N -m streamctl -- recommend ...`
+    Stopped and called again it goes on; `torchrun --nproc-per-node N -m -- streamctl recommend ...`
     shares the rows among N workers.
 
     Reads: the best finished stage of the run (rl, else sft, else pretrain, else evidence); with

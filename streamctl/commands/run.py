@@ -21,13 +21,16 @@ def command(
     Next: `streamctl recommend --run RUN --user ID`, `streamctl serve --run RUN`.
     """
     from streamctl.commands.eval import render
+    from streamctl.config import STAGES
     from streamctl.errors import UsageError
     from streamctl.pipeline import Settings, run_all
     from streamctl.runs import RunDir
 
     for text in set_ or ():
         if "." not in text.partition("=")[0]:
-            raise UsageError(f"--set {text}: `run` takes stage.key=value, such as sft.lr=1e-3")
+            own = [stage.section for stage in STAGES if text.partition("=")[0] in vars(stage)]
+            such = f"{own[0]}.{text}" if own else "sft.lr=1e-3"
+            raise UsageError(f"--set {text}: `run` takes stage.key=value, such as {such}")
     settings = Settings(file=config, sets=set_ or (), seed=seed, size=size)
     stage = run_all(RunDir(run), settings, device=device)
     render(stage, json_)

@@ -244,7 +244,9 @@ class LiveCatalogue:
     def no_item(self, item_id: str) -> str:
         """That there is no such item, and which ids are nearly the same."""
         small = len(self.items.ids) < _HINTS_UP_TO
-        hint = close_matches(item_id, self.items.ids) if small else ""
+        removed = self.items.removed
+        there = (name for number, name in enumerate(self.items.ids) if number not in removed)
+        hint = close_matches(item_id, there) if small else ""
         what = f"no such item: {item_id}"
         return f"{what}; {hint}" if hint.startswith("did") else what
 

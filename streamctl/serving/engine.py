@@ -137,7 +137,7 @@ class Engine:
     def _thinker(self, query: Query, prefix: str) -> tuple[str, Any]:
         name = next(iter(self.thinkers)) if query.thinker == "auto" else query.thinker
         if name not in self.thinkers:
-            hint = f"this run has no such stage; it has {', '.join(self.thinkers)}"
+            hint = f"this run has no such thinker in service; it has {', '.join(self.thinkers)}"
             raise Refused("invalid", f"{prefix}/thinker", hint)
         return name, self.thinkers[name]
 

@@ -218,7 +218,7 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
         return service.engine.catalogue.search(q, limit)
 
     @app.get(
-        "/v1/items/{id}",
+        "/v1/items/{id:path}",
         response_model=schemas.Item,
         responses=described(401, 404, 421, 422, 503),
         **options,
@@ -238,7 +238,7 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
         return service.engine.users(q, limit)
 
     @app.get(
-        "/v1/users/{id}",
+        "/v1/users/{id:path}",
         response_model=schemas.User,
         responses=described(401, 404, 421, 422, 503),
         **options,
@@ -269,7 +269,7 @@ def _add_changes(app: FastAPI, service: Service) -> None:
         return await service.add(new)
 
     @app.delete(
-        "/v1/items/{id}", status_code=204, responses=described(*failures, 404, 507), **options
+        "/v1/items/{id:path}", status_code=204, responses=described(*failures, 404, 507), **options
     )
     async def remove(id: Id) -> None:
         """Take an item out; histories that hold it stay valid."""

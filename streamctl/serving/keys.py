@@ -14,6 +14,7 @@ Right = Literal["read", "write"]
 READ_VARIABLE = "STREAMCTL_READ_KEYS"
 WRITE_VARIABLE = "STREAMCTL_WRITE_KEYS"
 SHORTEST = 16
+_MAKE_ONE = "openssl rand -hex 24 (makes one)"
 
 
 class KeyRing:
@@ -27,7 +28,8 @@ class KeyRing:
         path: the key file, or None for the environment alone.
 
     Raises:
-        StreamctlError: the file cannot be read, or a line is not a key; names file and line.
+        StreamctlError: the file cannot be read or holds no key, or a line is not a key; names file
+            and line.
     """
 
     def __init__(self, path: Path | None):
@@ -36,6 +38,8 @@ class KeyRing:
         self._stamp: tuple[int, int, int] | None = None
         self._keys: list[tuple[Right, bytes]] = []
         self._load()
+        if path is not None and not self._keys:
+            raise StreamctlError("it holds no key", where=path, run=_MAKE_ONE)
 
     @property
     def guards_reading(self) -> bool:
@@ -122,5 +126,5 @@ def _check_length(key: str, where: str | Path, line: int | None) -> None:
             f"a key has {len(key)} characters; {SHORTEST} is the least",
             where=where,
             line=line,
-            run="openssl rand -hex 24 (makes one)",
+            run=_MAKE_ONE,
         )

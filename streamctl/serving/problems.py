@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.responses import JSONResponse
 from streamctl.serving.catalogue import Refused
 
 MEDIA_TYPE = "application/problem+json"
+_TYPE = re.compile(r"(constrained-|literal\[|function-|list\[)")
 
 
 class FieldError(BaseModel):
@@ -108,7 +110,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        errors = [(_pointer(one["loc"]), _sentence(one["msg"])) for one in error.errors()[:20]]
+        errors = [_field_error(one) for one in error.errors()[:20]]
         detail = "; ".join(f"{field}: {text}" for field, text in errors[:3])
         return Problem(422, detail, errors=errors).response()
 
@@ -121,13 +123,22 @@ def install(app: FastAPI) -> None:
         return Problem(500, "the server failed; its log has the traceback").response()
 
 
+def _field_error(error: dict[str, Any]) -> tuple[str, str]:
+    """The pointer to a value at fault and what is wrong with it."""
+    kind, location = error["type"], error["loc"]
+    if kind == "json_invalid":
+        return "/", f"not JSON at character {location[-1]}: {error['ctx']['error']}"
+    text = error["msg"].removeprefix("Value error, ")
+    if kind == "model_attributes_type" and location == ("body",):
+        text = "a JSON object, sent with `Content-Type: application/json`, is expected"
+    return _pointer(location), text
+
+
 def _pointer(location: Sequence[str | int]) -> str:
     """`("body", "history", 3)` as `/history/3`; a parameter as its name."""
     where, *rest = location
+    # Which of several types was tried is pydantic's business.
+    rest = [part for part in rest if not _TYPE.match(str(part))]
     if where == "body":
         return "/" + "/".join(str(part) for part in rest)
     return str(rest[0]) if rest else str(where)
-
-
-def _sentence(message: str) -> str:
-    return message.removeprefix("Value error, ")

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import signal
+import socket
 import sys
 import tempfile
 import uuid
@@ -27,8 +28,8 @@ def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then answer what is in work and return.
 
     Raises:
-        StreamctlError: the run cannot be served, the key file is wrong, or an address that
-            others can reach would be open to all.
+        StreamctlError: the run cannot be served, the key file is wrong, the port is taken, or an
+            address that others can reach would be open to all.
     """
     import uvicorn
     from uvicorn.supervisors import Multiprocess
@@ -42,6 +43,7 @@ def serve(settings: Settings) -> None:
         from streamctl.serving.http import create_app
 
         _check_address(settings)
+        _check_port(settings)
         settings = dataclasses.replace(settings, server=uuid.uuid4().hex)
         # The model asks for it after every operation: thousands of refusals must not hold it up.
         sys.setswitchinterval(SWITCH_S)
@@ -99,3 +101,18 @@ def _check_address(settings: Settings) -> None:
             run="--keys FILE, or --open-to-all if that is wanted",
         )
     warn("everyone who reaches this address can read recommendations and histories")
+
+
+def _check_port(settings: Settings) -> None:
+    """Refuse a port that is taken before a model is loaded for it."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((settings.host, settings.port))
+        except OSError as error:
+            raise StreamctlError(
+                f"cannot listen there: {error.strerror or error}",
+                where=f"{settings.host}:{settings.port}",
+                run="--port with another number, or --host with an address of this machine",
+            ) from error
