@@ -28,6 +28,7 @@ READ, WRITE = "r" * 20, "w" * 20
 class Number:
     value: int
     group: str = "a"
+    kind: str = "a"
 
 
 def soon(seconds: float = 5.0) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -12,14 +13,20 @@ from typing import Any, Protocol
 
 from streamctl.serving.metrics import BATCH, EXPIRED, QUEUE, REJECTED, WAIT
 
-MARGIN = 3.0  # of the expected wait: a batch that is under way, and batches that take longer
-FADING = 0.5  # weight of all batches before against the newest, in the mean cost of a job
+MARGIN = 2.0  # of the expected seconds: a batch may take longer than any of the latest did
+FADING = 0.75  # weight of what is known of a job's cost against a batch that was faster
 
 
 class Job(Protocol):
-    """Something to compute; jobs of one `group` can share a batch."""
+    """Something to compute.
+
+    Attributes:
+        group: jobs of one group can share a batch.
+        kind: jobs of one kind take about equally long; there are few kinds.
+    """
 
     group: Hashable
+    kind: Hashable
 
 
 class Busy(Exception):
@@ -77,8 +84,9 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model", initializer=prepare)
         self._arrived = asyncio.Event()
-        self._busy_until = 0.0
-        self._spent, self._done = 0.0, 0.0  # seconds and jobs of the latest batches, fading
+        self._busy_until: float | None = None  # as expected; None for an idle worker
+        self._waiting_s = 0.0  # what the waiting jobs will take
+        self._costs: dict[Hashable, float] = {}  # seconds a job, by its kind
         self._task = asyncio.get_running_loop().create_task(self._serve())
 
     def __len__(self) -> int:
@@ -96,10 +104,13 @@ class Batcher:
             Busy: too many jobs are waiting.
             Late: the deadline passed.
         """
-        self._admit(len(jobs), deadline)
+        seconds = sum(map(self._cost, jobs))
+        if len(self) + len(jobs) > self.capacity or not self._in_time(seconds, deadline):
+            raise self.refuse(len(jobs))
         loop = asyncio.get_running_loop()
         waiting = [_Waiting(job, deadline, loop.create_future()) for job in jobs]
         self._queue.extend(waiting)
+        self._waiting_s += seconds
         QUEUE.set(len(self._queue))
         self._arrived.set()
         try:
@@ -112,20 +123,41 @@ class Batcher:
             for one in waiting:
                 one.future.cancel()
 
-    @property
-    def full(self) -> bool:
-        """Whether nobody would be let in."""
-        return len(self._queue) >= self.capacity
+    def crowded(self, deadline: float) -> bool:
+        """Whether hardly anybody would be let in, whatever the job, who has this deadline."""
+        if len(self) >= self.capacity:
+            return True
+        return len(self) >= self.max_batch and not self._in_time(0.0, deadline)
 
     def refuse(self, count: int = 1) -> Busy:
         """What a request of so many jobs is told that is not let in."""
         REJECTED.inc(count)
-        return Busy(self._cost * len(self._queue) / 2)
+        return Busy(self._waiting_s / 2)
 
-    @property
-    def _cost(self) -> float:
-        """Seconds a job. A full batch counts as many jobs: alone each of them costs far more."""
-        return self._spent / self._done if self._done else 0.0
+    def expect(self, kind: Hashable, seconds: float) -> None:
+        """What a job of a kind takes that has not run here yet."""
+        self._costs.setdefault(kind, seconds)
+
+    def _cost(self, job: Job) -> float:
+        """Seconds that a job is expected to take; an unknown kind as many as the dearest known."""
+        return self._costs.get(job.kind) or max(self._costs.values(), default=0.0)
+
+    def _learn(self, kind: Hashable, seconds: float) -> None:
+        """A job's cost follows slow batches at once and fast ones slowly: a promise is kept on a
+        busy machine too."""
+        known = self._costs.get(kind, seconds)
+        self._costs[kind] = max(seconds, FADING * known + (1 - FADING) * seconds)
+
+    def _in_time(self, seconds: float, deadline: float) -> bool:
+        """Whether jobs of so many seconds, behind those that wait, can be expected by a deadline.
+
+        An idle worker takes all: what it then needs renews the estimate.
+        """
+        if self._busy_until is None and not self._queue:
+            return True
+        now = time.monotonic()
+        running = max(0.0, (self._busy_until or now) - now)
+        return now + MARGIN * (running + self._waiting_s + seconds) <= deadline
 
     async def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the worker thread, between two batches."""
@@ -133,20 +165,10 @@ class Batcher:
 
     async def drain(self) -> None:
         """Compute everything that waits, then stop."""
-        while self._queue or self._busy_until:
+        while self._queue or self._busy_until is not None:
             await asyncio.sleep(0.005)
         self._task.cancel()
         self._thread.shutdown(wait=True)
-
-    def _admit(self, count: int, deadline: float) -> None:
-        now = time.monotonic()
-        ahead = len(self._queue)
-        running = max(0.0, self._busy_until - now)
-        expected = running + (ahead + count) * self._cost
-        # A request behind an empty queue is always let in: the estimate is renewed by running.
-        hopeless = ahead > 0 and now + MARGIN * expected > deadline
-        if ahead + count > self.capacity or hopeless:
-            raise self.refuse(count)
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -160,16 +182,15 @@ class Batcher:
             if not batch:
                 continue
             started = time.monotonic()
-            self._busy_until = started + max(len(batch) * self._cost, 1e-9)
             jobs = [one.job for one in batch]
+            self._busy_until = started + sum(map(self._cost, jobs))
             try:
                 answers = await loop.run_in_executor(self._thread, self.compute, jobs)
             except Exception as error:  # the jobs' callers get it; the worker goes on
                 answers = [error] * len(batch)
             took = time.monotonic() - started
-            self._busy_until = 0.0
-            self._spent = FADING * self._spent + took
-            self._done = FADING * self._done + len(batch)
+            self._busy_until = None
+            self._learn(jobs[0].kind, took / len(jobs))
             BATCH.observe(len(batch))
             for one, answer in zip(batch, answers, strict=True):
                 self._settle(one, answer, started, took, len(batch))
@@ -188,19 +209,27 @@ class Batcher:
                 return
 
     def _take(self) -> list[_Waiting]:
-        """The oldest job and the next ones of its group; the others keep their places."""
-        now = time.monotonic()
+        """The oldest job and the next ones of its group; the others keep their places.
+
+        As many as leave all of them in time: a late one helps nobody.
+        """
+        now, seconds, earliest = time.monotonic(), 0.0, math.inf
         batch: list[_Waiting] = []
         rest: list[_Waiting] = []
         while self._queue and len(batch) < self.max_batch:
             one = self._queue.popleft()
             if one.future.done() or one.deadline <= now:
                 continue
-            if not batch or one.job.group == batch[0].job.group:
-                batch.append(one)
-            else:
+            if batch and one.job.group != batch[0].job.group:
                 rest.append(one)
+                continue
+            seconds, earliest = seconds + self._cost(one.job), min(earliest, one.deadline)
+            if batch and now + MARGIN * seconds > earliest:
+                rest.append(one)
+                break
+            batch.append(one)
         self._queue.extendleft(reversed(rest))
+        self._waiting_s = sum(self._cost(one.job) for one in self._queue)
         return batch
 
     @staticmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,23 @@ class Engine:
         if STREAM in self.thinkers:
             self.thinkers[STREAM].join(item, tokens)
 
-    def warm_up(self, batch: int) -> None:
-        """Run the paths that queries take, so that the first ones find everything compiled."""
+    def warm_up(self, batch: int) -> dict[Hashable, float]:
+        """Run the paths that queries take, so that the first ones find everything compiled.
+
+        Returns:
+            seconds that a job of a full batch takes, by the job's kind.
+        """
         longest, base = self.split.history, self.catalogue.items.base
+        costs = {}
         for name, thinker in self.thinkers.items():
             for think in sorted({0, thinker.think}):
-                for size in sorted({1, batch}):
-                    rows = np.arange(size * longest).reshape(size, longest) % base
-                    self.recommend([self._trial(row, name, think, size == 1) for row in rows])
+                rows = np.arange(batch * longest).reshape(batch, longest) % base
+                self.recommend([self._trial(rows[0], name, think, explain=True)])
+                jobs = [self._trial(row, name, think, explain=False) for row in rows]
+                began = time.perf_counter()
+                self.recommend(jobs)
+                costs[jobs[0].kind] = (time.perf_counter() - began) / batch
+        return costs
 
     def _trial(self, history: np.ndarray, thinker: str, think: int, explain: bool) -> Job:
         none = np.empty(0, np.int64)

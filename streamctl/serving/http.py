@@ -71,11 +71,11 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _reader(request: Request, credentials: Credentials) -> None:
+async def _reader(request: Request, credentials: Credentials) -> None:
     _authorize(request, credentials, "read")
 
 
-def _writer(request: Request, credentials: Credentials) -> None:
+async def _writer(request: Request, credentials: Credentials) -> None:
     _authorize(request, credentials, "write")
 
 

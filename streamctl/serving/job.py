@@ -44,7 +44,12 @@ class Job:
     @property
     def group(self) -> Hashable:
         """Jobs that can share a batch: nothing in a batch may change another's answer."""
-        return id(self.engine), self.thinker, self.think, self.mode, self.beam
+        return id(self.engine), *self.kind
+
+    @property
+    def kind(self) -> tuple[Hashable, ...]:
+        """Jobs that take about equally long."""
+        return self.thinker, self.think, self.mode, self.beam, self.explain
 
     @property
     def model(self) -> dict[str, Any]:

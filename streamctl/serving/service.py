@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,11 +144,12 @@ class Service:
         return list(zip(jobs, answers, strict=True))
 
     async def overloaded(self) -> Problem | None:
-        """The refusal that every request for recommendations gets now, if the queue is full.
+        """The refusal that every request for recommendations gets now, if so many wait.
 
         Asked before a request is read: refusals must cost less than the answers they make room for.
         """
-        if self._batcher is None or not self._batcher.full:
+        deadline = time.monotonic() + self.settings.deadline_ms / 1000
+        if self._batcher is None or not self._batcher.crowded(deadline):
             return None
         return await self._refusal(self._batcher.refuse())
 
@@ -222,24 +223,29 @@ class Service:
 
     async def _swap(self, path: Path) -> None:
         try:
-            engine = await asyncio.to_thread(self._load, path)
+            engine, costs = await asyncio.to_thread(self._load, path)
         except StreamctlError as error:
             metrics.RELOADS.labels(outcome="failed").inc()
             raise Problem(409, str(error)) from error
-        self._engine = engine
-        metrics.ITEMS.set(len(engine.catalogue.items))
+        self._take_over(engine, costs)
         metrics.RELOADS.labels(outcome="done").inc()
         say(f"serving {engine.name} ({engine.stage.name}) from now on")
 
-    def _load(self, path: Path) -> Engine:
+    def _take_over(self, engine: Engine, costs: dict[Hashable, float]) -> None:
+        self._engine = engine
+        for kind, seconds in costs.items():
+            self._batcher.expect(kind, seconds)
+        metrics.ITEMS.set(len(engine.catalogue.items))
+
+    def _load(self, path: Path) -> tuple[Engine, dict[Hashable, float]]:
+        """An engine that is ready, and what its jobs take."""
         engine = Engine(
             RunDir(path),
             journal=self.settings.journal,
             device=self.settings.device,
             beam=self.settings.beam,
         )
-        engine.warm_up(self.settings.max_batch)
-        return engine
+        return engine, engine.warm_up(self.settings.max_batch)
 
     async def _load_first(self) -> None:
         import torch
@@ -251,16 +257,15 @@ class Service:
             name = announced_run(settings.journal, settings.server)
             while True:
                 path = self.siblings().get(name, settings.run)
-                engine = await asyncio.to_thread(self._load, path)
+                engine, costs = await asyncio.to_thread(self._load, path)
                 served, name = name, engine.catalogue.take_announced(settings.server, os.getpid())
                 if name in (None, served):
                     break
-            self._engine = engine
+            self._take_over(engine, costs)
         except Exception as error:  # reported by whoever started the server
             self.failure = error
             self.failed()
             return
-        metrics.ITEMS.set(len(engine.catalogue.items))
         say(f"ready: {engine.name} ({engine.stage.name}), {len(engine.catalogue.items):,} items")
 
     async def _watch(self) -> None:
