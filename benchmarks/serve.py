@@ -30,6 +30,7 @@ import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peers
@@ -42,6 +43,7 @@ THINK, BEAM, K, DEADLINE_MS = 4, 20, 10, 1000
 CONNECTIONS = 64
 LOAD = 0.25  # share of the capacity at which single requests are timed
 MORE = 4  # times the peer's requests a second
+SAMPLE_S = 10  # between two looks at the memory
 FLAT_MB = 10  # between the second fifth of the time and the last
 GOALS = {"latency/l0": (25, 80), "latency/l4": (45, 120)}  # p50 and p99 in ms
 
@@ -174,28 +176,36 @@ def drive(address: str, file: Path, seconds: float, *, rate: float | None, conne
 
 
 class Memory:
-    """Resident MB of a process, sampled twice a second."""
+    """Resident MB of a process, sampled every SAMPLE_S seconds."""
 
     def __init__(self, pid: int):
         import psutil
 
-        self.process, self.samples = psutil.Process(pid), []
+        self.process, self.curve = psutil.Process(pid), []
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
     def _watch(self) -> None:
-        while not self.stop.wait(0.5):
-            self.samples.append(self.process.memory_info().rss / 2**20)
+        while not self.stop.wait(SAMPLE_S):
+            self.curve.append(round(self.process.memory_info().rss / 2**20, 1))
 
-    def growth(self) -> dict[str, float]:
-        """Median of the second fifth of the time beside that of the last."""
+    def growth(self) -> dict[str, Any]:
+        """Median of the second fifth of the time beside that of the last, and the curve."""
         self.stop.set()
         self.thread.join()
-        fifth = max(1, len(self.samples) // 5)
-        early = statistics.median(self.samples[fifth : 2 * fifth])
-        late = statistics.median(self.samples[-fifth:])
-        return {"early_mb": early, "late_mb": late, "grown_mb": late - early}
+        fifth, half = max(1, len(self.curve) // 5), len(self.curve) // 2
+        early = statistics.median(self.curve[fifth : 2 * fifth])
+        late = statistics.median(self.curve[-fifth:])
+        slope = np.polyfit(np.arange(len(self.curve) - half), self.curve[half:], 1)[0]
+        return {
+            "early_mb": early,
+            "late_mb": late,
+            "grown_mb": late - early,
+            "mb_a_minute_in_second_half": round(slope * 60 / SAMPLE_S, 3),
+            "sample_s": SAMPLE_S,
+            "curve_mb": self.curve,
+        }
 
 
 def row(case: str, ours: float, unit: str, other: float | None, better: float | None, **more):
@@ -236,7 +246,8 @@ def measure(run: RunDir, folder: Path, seconds: float) -> list[dict]:
             better = other / alone["p50_ms"] if other else None  # both on one connection
             goals = dict(zip(("p50_ms", "p99_ms"), GOALS[case], strict=True))
             reached = not errors(found) and all(found[name] < goals[name] for name in goals)
-            more = {"wrk": found, "alone": alone, "rate": rate, "errors": errors(found)}
+            more = {"wrk": found, "alone": alone, "rate": rate, "load": LOAD}
+            more |= {"errors": errors(found)}
             more |= {"goals": goals, "reached": reached}
             rows.append(row(case, found["p50_ms"], "ms p50", other, better, **more))
         flat = drive(address, files[0], seconds, rate=None, connections=CONNECTIONS)
