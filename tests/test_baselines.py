@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from streamctl.baselines import objectives
-from streamctl.baselines.base import last_states, rank_scores, shifted_targets
+from streamctl.baselines.base import last_states, shifted_targets
 from streamctl.baselines.registry import BASELINES, baseline_class
 from streamctl.baselines.train import settle, train_baseline, whole_sequences
 from streamctl.config import BaselineConfig, DataConfig, TokenizeConfig
 from streamctl.data import Catalog, InteractionLog, Split, load_data
+from streamctl.decode.ranking import rank_scores
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation.evaluate import evaluate
 from streamctl.runs import RunDir

@@ -10,7 +10,7 @@ from torch import nn
 
 from streamctl.config import BaselineConfig, resolve
 from streamctl.data import Split, load_data
-from streamctl.decode.ranking import Ranking
+from streamctl.decode.ranking import Ranking, rank_scores
 
 if TYPE_CHECKING:
     from streamctl.runs import RunDir, Stage, StageWriter
@@ -95,26 +95,6 @@ class Baseline(nn.Module):
         device = next((tensor.device for tensor in self.state_dict().values()), None)
         known = None if users is None else torch.as_tensor(users, device=device)
         return rank_scores(self.score(history.to(device), known), k, exclude)
-
-
-def rank_scores(scores: torch.Tensor, k: int, exclude: list[np.ndarray] | None = None) -> Ranking:
-    """The k items of highest score, without those excluded.
-
-    Args:
-        scores: float (B, N).
-        exclude: for each user the items to leave out.
-
-    Returns:
-        items int64 and scores float32, both (B, min(k, N)); item -1 where too few were left.
-    """
-    if exclude is not None:
-        rows = np.repeat(np.arange(len(exclude)), [len(items) for items in exclude])
-        scores = scores.clone()
-        scores[torch.from_numpy(rows), torch.from_numpy(np.concatenate(exclude))] = -torch.inf
-    # A stable sort of all N would be exact about ties too; topk's order among equals is free,
-    # and item numbers are a random permutation, so no item gains from it.
-    best, items = scores.topk(min(k, scores.shape[1]), dim=1)
-    return Ranking(items.masked_fill(best == -torch.inf, -1), best.float())
 
 
 def last_states(states: torch.Tensor, history: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from streamctl.decode.questions import Asker, LookAlikes, ViewName, latest_first
-from streamctl.decode.ranking import Ranking
+from streamctl.decode.ranking import Ranking, rank_scores
 from streamctl.device import derive_seed
 from streamctl.model.ranker import StateRanker
 from streamctl.retrieval.baskets import Found
@@ -240,12 +240,7 @@ class EvidenceThinker:
         """The k best items of each history (`evaluation.evaluate.Recommender`)."""
         history = history.to(self.vectors.device)
         trace = self.think(self.ranker.states(history), history, users)
-        scores = self.log_scores(history, trace)
-        if exclude is not None:
-            rows = np.repeat(np.arange(len(exclude)), [len(items) for items in exclude])
-            scores[torch.from_numpy(rows), torch.from_numpy(np.concatenate(exclude))] = -torch.inf
-        best, items = scores.topk(min(k, scores.shape[1]), dim=1)
-        return Ranking(items.masked_fill(best == -torch.inf, -1), best)
+        return rank_scores(self.log_scores(history, trace), k, exclude)
 
     def reasons(self, look_up: LookUp, user: int, count: int = 3) -> list[tuple[list[int], int]]:
         """The heaviest rows of one user's look-up: (what those users had, what they took next)."""

@@ -11,6 +11,7 @@ import torch
 
 from streamctl.decode.evidence import EvidenceThinker, EvidenceTrace
 from streamctl.decode.questions import VIEWS
+from streamctl.decode.ranking import rank_scores
 from streamctl.device import resolve_device
 from streamctl.errors import StreamctlError
 from streamctl.runs import RunDir
@@ -131,7 +132,5 @@ class Evidence:
 
 def _best(scores: torch.Tensor, barred: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best items that are not barred, and their scores, both (B, k); item -1 for none."""
-    scores = scores.masked_fill(barred, -torch.inf)
-    best, items = scores.topk(min(k, scores.shape[1]), dim=1)
-    items = items.masked_fill(best == -torch.inf, -1)
-    return items.cpu().numpy(), best.cpu().numpy()
+    ranking = rank_scores(scores.masked_fill(barred, -torch.inf), k)
+    return ranking.items.cpu().numpy(), ranking.scores.cpu().numpy()
