@@ -126,6 +126,71 @@ def test_a_queue_that_cannot_meet_the_deadline_refuses_instead_of_answering_late
     asyncio.run(main())
 
 
+def test_at_four_times_what_can_be_computed_whoever_is_let_in_is_in_time():
+    class Slow(Model):
+        def __call__(self, jobs):
+            time.sleep(0.004 * len(jobs))
+            return super().__call__(jobs)
+
+    async def main():
+        model = Slow()
+        batcher = Batcher(model, max_batch=8, max_wait=0.0, capacity=1000)
+        calls = []
+        for number in range(800):
+            submit = batcher.submit([Number(number)], soon(0.4))
+            calls.append(asyncio.ensure_future(submit))
+            await asyncio.sleep(0.001)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        kinds = [type(one) for one in results]
+        assert kinds.count(Late) == 0
+        assert kinds.count(Busy) > 200
+        assert kinds.count(list) > 100  # and the model was never without work
+        assert max(len(batch) for batch in model.batches) > 4
+        await batcher.drain()
+
+    asyncio.run(main())
+
+
+def test_a_batch_takes_no_more_jobs_than_leave_the_oldest_in_time():
+    async def main():
+        model = Model()
+        model.gate.clear()
+        batcher = Batcher(model, max_batch=8, max_wait=0.0)
+        batcher.expect("a", 0.05)
+        first = asyncio.ensure_future(batcher.submit([Number(0)], soon()))
+        await asyncio.sleep(0.01)
+        waiting = [asyncio.ensure_future(batcher.submit([Number(n)], soon(n))) for n in (1, 8, 9)]
+        hurried = asyncio.ensure_future(batcher.submit([Number(4)], soon(0.9)))
+        await asyncio.sleep(0.7)
+        model.gate.set()
+        await asyncio.gather(first, *waiting, hurried)
+        assert model.batches[0] == [0] and len(model.batches) > 2
+        await batcher.drain()
+
+    asyncio.run(main())
+
+
+def test_a_crowd_is_refused_before_it_is_heard_and_a_kind_never_seen_counts_as_the_dearest():
+    async def main():
+        model = Model()
+        model.gate.clear()
+        batcher = Batcher(model, max_batch=8, max_wait=0.0, capacity=100)
+        batcher.expect("a", 0.02)
+        batcher.expect("b", 0.2)
+        calls = [asyncio.ensure_future(batcher.submit([Number(n)], soon())) for n in range(12)]
+        await asyncio.sleep(0.02)
+        assert batcher.crowded(soon(0.3)) and not batcher.crowded(soon(3.0))
+        with pytest.raises(Busy):
+            await batcher.submit([Number(1, kind="c")], soon(0.7))
+        calls.append(asyncio.ensure_future(batcher.submit([Number(1)], soon(0.7))))
+        await asyncio.sleep(0)
+        model.gate.set()
+        await asyncio.gather(*calls)
+        await batcher.drain()
+
+    asyncio.run(main())
+
+
 def test_a_deadline_that_passes_is_late_and_the_job_is_not_computed():
     async def main():
         model = Model()

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from streamctl.serving.metrics import BATCH, EXPIRED, QUEUE, REJECTED, WAIT
 
 MARGIN = 2.0  # of the expected seconds: a batch may take longer than any of the latest did
+CROWD = 0.25  # of a full batch: who waits behind fewer is heard before being refused
 FADING = 0.75  # weight of what is known of a job's cost against a batch that was faster
 
 
@@ -124,10 +125,11 @@ class Batcher:
                 one.future.cancel()
 
     def crowded(self, deadline: float) -> bool:
-        """Whether hardly anybody would be let in, whatever the job, who has this deadline."""
+        """Whether not even the cheapest job would be let in with this deadline."""
         if len(self) >= self.capacity:
             return True
-        return len(self) >= self.max_batch and not self._in_time(0.0, deadline)
+        cheapest = min(self._costs.values(), default=0.0)
+        return len(self) >= CROWD * self.max_batch and not self._in_time(cheapest, deadline)
 
     def refuse(self, count: int = 1) -> Busy:
         """What a request of so many jobs is told that is not let in."""
