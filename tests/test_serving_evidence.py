@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -169,3 +171,17 @@ def test_a_file_of_users_may_be_answered_by_evidence(run, engine, tmp_path):
     rows = pq.read_table(output).to_pylist()
     for row in rows[::7]:
         assert row["items"] == ids(ask(engine, user_id=row["user_id"], k=5))
+
+
+def test_an_engine_that_nobody_uses_any_more_gives_its_memory_back_at_once(run, tmp_path):
+    engine = Engine(run, journal=tmp_path / "items.jsonl", device="cpu")
+    engine.warm_up(2)
+    kept = [engine, engine.catalogue, *engine.thinkers.values()]
+    watched = [weakref.ref(one) for one in kept]
+    gc.collect()
+    gc.disable()
+    try:
+        del engine, kept
+        assert [one() for one in watched] == [None] * 4
+    finally:
+        gc.enable()

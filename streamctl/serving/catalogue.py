@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +80,9 @@ class LiveCatalogue:
         self._vocabulary, self._stage, self._joined = vocabulary, stage, joined
         self._dedup = ids.dedup
         self._tokenizer: Tokenizer | None = None
-        self._journal = Journal(journal, self._sound)
+        self._journal = Journal(
+            journal, partial(_sound, sizes=vocabulary.sizes, tokenizer=stage.hash)
+        )
         self._announced: dict[str, Any] | None = None
         self.problem: Exception | None = None
         self.refresh()
@@ -170,25 +173,6 @@ class LiveCatalogue:
             self.problem = None
         except (StreamctlError, OSError) as error:
             self.problem = error
-
-    def _sound(self, record: dict[str, Any]) -> bool:
-        """Whether a record of the journal can be applied."""
-        match record:
-            case {"op": "add", "id": str(), "title": str(), "text": str(), "tokenizer": str(maker),
-                  "fields": dict(fields), "codes": list(codes)}:  # fmt: skip
-                named = all(isinstance(value, str) for value in fields.values())
-                return named and (maker != self._stage.hash or self._are_codes(codes))
-            case {"op": "remove", "id": str()}:
-                return True
-            case {"op": "run", "name": str(), "process": int()}:
-                return True
-        return False
-
-    def _are_codes(self, codes: list[Any]) -> bool:
-        sizes = self._vocabulary.sizes
-        return len(codes) == len(sizes) and all(
-            type(code) is int and 0 <= code < size for code, size in zip(codes, sizes, strict=True)
-        )
 
     def _record(self, **record: Any) -> None:
         record["time"] = round(time.time(), 3)
@@ -297,3 +281,27 @@ class LiveCatalogue:
             "codes": list(self.items.codes[item]),
             "added": item >= self.items.base,
         }
+
+
+def _sound(record: dict[str, Any], sizes: Sequence[int], tokenizer: str) -> bool:
+    """Whether a record of the journal can be applied.
+
+    Args:
+        sizes: how many codes each level has. tokenizer: the hash of the stage that they are of.
+    """
+    match record:
+        case {"op": "add", "id": str(), "title": str(), "text": str(), "tokenizer": str(maker),
+              "fields": dict(fields), "codes": list(codes)}:  # fmt: skip
+            named = all(isinstance(value, str) for value in fields.values())
+            return named and (maker != tokenizer or _are_codes(codes, sizes))
+        case {"op": "remove", "id": str()}:
+            return True
+        case {"op": "run", "name": str(), "process": int()}:
+            return True
+    return False
+
+
+def _are_codes(codes: list[Any], sizes: Sequence[int]) -> bool:
+    return len(codes) == len(sizes) and all(
+        type(code) is int and 0 <= code < size for code, size in zip(codes, sizes, strict=True)
+    )

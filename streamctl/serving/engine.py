@@ -51,8 +51,10 @@ class Engine:
             self.thinkers[STREAM] = Stream(run, self.stage, ids, meanings, device)
         if run.stage(EVIDENCE).complete:
             self._load_evidence(meanings, device)
+        # Nothing below may refer to the engine: after a reload its memory must be free at once.
+        joined = self.thinkers[STREAM].join if STREAM in self.thinkers else _not_read
         self.catalogue = LiveCatalogue(
-            catalog, ids, ids.tokens(), run.stage("tokenizer"), journal, self._joined
+            catalog, ids, ids.tokens(), run.stage("tokenizer"), journal, joined
         )
         self._users = {user: index for index, user in enumerate(self.split.log.user_ids)}
         self._report: dict[str, Any] | None = None
@@ -71,10 +73,6 @@ class Engine:
             if not self.thinkers:
                 raise
             warn(f"served without its evidence: {error}")
-
-    def _joined(self, item: int, tokens: np.ndarray) -> None:
-        if STREAM in self.thinkers:
-            self.thinkers[STREAM].join(item, tokens)
 
     def warm_up(self, batch: int) -> dict[Hashable, float]:
         """Run the paths that queries take, so that the first ones find everything compiled.
@@ -255,3 +253,7 @@ class Engine:
         if self._report is None:
             self._report = run_report(self.run, self.name, self.stage.name)
         return self._report
+
+
+def _not_read(item: int, tokens: np.ndarray) -> None:
+    """What an added item means to thinkers that do not read it."""

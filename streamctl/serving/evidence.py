@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import torch
@@ -54,14 +53,15 @@ class Evidence:
                 where=stage.path,
                 run=f"{run.command('evidence')} --force",
             ) from error
-        self._asking = cache(self._asking)
+        self._askings: dict[int, EvidenceThinker] = {}
         self._meanings = meanings
 
     def _asking(self, count: int) -> EvidenceThinker:
         """The thinker with so many look-ups; weights and memory are shared."""
-        thinker = copy.copy(self._thinker)
-        thinker.look_ups = count
-        return thinker
+        if count not in self._askings:
+            self._askings[count] = copy.copy(self._thinker)
+            self._askings[count].look_ups = count
+        return self._askings[count]
 
     def readable(self, history: np.ndarray) -> np.ndarray:
         """The items of a history that were there when the evidence was gathered."""

@@ -41,8 +41,7 @@ class Settings:
         deadline_ms: for requests that name none.
         drain_s: seconds that a stopping server goes on answering, marked as not ready.
         server: a name that the workers of one server share, and no other server has.
-        threads: CPU threads of one worker's model. Matrices of one request are too small to share:
-            with two threads an answer takes twice as long, and a full batch hardly less.
+        threads: CPU threads of one worker's model. Matrices of one request are too small to share.
     """
 
     run: Path
