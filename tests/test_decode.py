@@ -10,6 +10,7 @@ from test_model import SIZES, encoder_inputs, histories, small_policy, transform
 from streamctl.decode import exact_top, recommend
 from streamctl.decode.retrieved import retrieved_codes
 from streamctl.errors import UsageError
+from streamctl.evaluation.generative import PolicyRecommender
 from streamctl.model import Policy
 from streamctl.tokenizer import PrefixTrie, Tokens
 
@@ -330,3 +331,11 @@ def test_early_exit_ends_a_thought_that_has_converged_and_no_other():
             policy, trie, past[row : row + 1], 5, thoughts=thought, beam=200, exact=True
         )
         assert torch.equal(found.items[row], alone.items[0])
+
+
+def test_a_narrow_beam_is_narrow_in_an_evaluation_too():
+    policy = distinct_policy()
+    past, trie = histories(40, [6, 3]), catalogue(policy)
+    found = PolicyRecommender(policy, trie, beam=5).rank(past, 9)
+    ranking, _ = recommend(policy, trie, past, 5, beam=5)
+    assert torch.equal(found.items[:, :5], ranking.items) and (found.items[:, 5:] == -1).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -188,8 +189,10 @@ def test_items_that_share_a_code_are_ordered_by_chance_and_only_one_is_credited(
     orders = set()
     for seed in range(12):
         policy.item_tokens = tokens
-        recommender = models.generative("pretrain", decoder="direct", seed=seed)
-        object.__setattr__(recommender, "trie", trie_of(tokens.numpy()))
+        recommender = replace(
+            models.generative("pretrain", decoder="direct", seed=seed),
+            trie=trie_of(tokens.numpy()), beam=N_ITEMS,
+        )  # fmt: skip
         items = recommender.rank(torch.tensor([[5, 6]]), N_ITEMS).items[0].tolist()
         assert sorted(items) == list(range(N_ITEMS))
         assert abs(items.index(0) - items.index(1)) == 1

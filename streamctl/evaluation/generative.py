@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from streamctl.decode.beam import recommend
 from streamctl.decode.ranking import Ranking
@@ -53,13 +54,16 @@ class PolicyRecommender:
         users: np.ndarray | None = None,
         exclude: list[np.ndarray] | None = None,
     ) -> Ranking:
-        """The k best items for each history; `users` is only needed for given thoughts."""
+        """The k best items for each history; `users` is only needed for given thoughts.
+
+        A beam narrower than k finds no more than its width; the rest are -1.
+        """
         history = history.to(self.policy.item_tokens.device)
         ranking, _ = recommend(
             self.policy,
             self.trie,
             history,
-            k,
+            min(k, self.beam),
             think=self.think,
             beam=self.beam,
             decoder=self.decoder,
@@ -70,7 +74,9 @@ class PolicyRecommender:
             margin=self.margin,
             exact=self.exact,
         )
-        return ranking
+        short = 0, k - ranking.items.shape[1]
+        items = F.pad(ranking.items, short, value=-1)
+        return Ranking(items, F.pad(ranking.scores, short, value=-torch.inf))
 
 
 def random_thoughts(tokens: Tokens, users: int, length: int, seed: int) -> Thoughts:
