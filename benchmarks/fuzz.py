@@ -39,6 +39,7 @@ import zstandard
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from streamctl import cli
 from streamctl.config import DataConfig
 from streamctl.data.prepare import build

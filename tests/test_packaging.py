@@ -24,7 +24,17 @@ LAYERS = (
     {"model"},
     {"tokenizer", "retrieval"},
     {"data"},
-    {"config", "runs", "device", "distributed", "errors", "files", "progress"},
+    {
+        "config",
+        "runs",
+        "stage",
+        "provenance",
+        "device",
+        "distributed",
+        "errors",
+        "files",
+        "progress",
+    },
 )
 
 

@@ -21,16 +21,16 @@ class Killer:
     def __call__(self) -> None:
         import torch
 
-        from streamctl import runs
+        from streamctl import stage as writing
         from streamctl.tokenizer import stage as tokenizer
         from streamctl.training import loop, rl
 
         loop.CHECKPOINT_EVERY_S = rl.CHECKPOINT_EVERY_S = tokenizer.CHECKPOINT_S = 0.0
         owner, name = {
-            "checkpoint": (runs.StageWriter, "save_checkpoint"),
+            "checkpoint": (writing.StageWriter, "save_checkpoint"),
             "step": (torch.optim.AdamW, "step"),
-            "publish": (runs, "file_hash"),
-            "artifact": (runs, "atomic_file"),
+            "publish": (writing, "file_hash"),
+            "artifact": (writing, "atomic_file"),
         }[self.where]
         original, calls = getattr(owner, name), 0
 

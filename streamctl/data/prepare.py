@@ -15,8 +15,9 @@ from streamctl.data.sources import read_source
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.statistics import describe, warn_about
 from streamctl.errors import StreamctlError, UsageError
+from streamctl.files import file_hash
 from streamctl.progress import say
-from streamctl.runs import RunDir, Stage, file_hash
+from streamctl.runs import RunDir, Stage
 
 CORE = 5  # the benchmarks' filter for logs with times
 
