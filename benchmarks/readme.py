@@ -170,7 +170,9 @@ def load(receipt: dict[str, Any]) -> str:
     for row in receipt["rows"]:
         found, goals = row["wrk"], row["goals"]
         measured = [f"{row['ours']:.1f} {row['unit']}"]
-        if row["unit"] != "MB grown":
+        if row["unit"] == "MB grown":
+            measured[0] += f" in {row['minutes']:.0f} minutes"
+        else:
             measured.append(f"p99 {found['p99_ms']:.0f} ms")
         measured.append(f"{row['errors']} errors in {found['ok'] + found['busy']:,} requests")
         alone = row.get("alone")

@@ -278,7 +278,8 @@ def remember(run: RunDir, folder: Path, minutes: float) -> list[dict]:
     goals = {"grown_mb": FLAT_MB, "errors": 0}
     reached = grown["grown_mb"] < FLAT_MB and not errors(found)
     more = {"wrk": found, "errors": errors(found), **grown, "goals": goals, "reached": reached}
-    more |= {"minutes": minutes, "load_after": os.getloadavg()[0]}
+    minutes = len(grown["curve_mb"]) * SAMPLE_S / 60  # a run may be stopped for a while
+    more |= {"minutes": round(minutes, 1), "load_after": os.getloadavg()[0]}
     return [row("memory", grown["grown_mb"], "MB grown", None, None, **more)]
 
 
