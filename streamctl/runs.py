@@ -146,12 +146,14 @@ class RunDir:
             and read_json(progress / "state.json") == json.loads(json.dumps(state))
         )
         if not same:
-            if writer.resumed and not writer.complete:
+            begun = writer.resumed and not writer.complete
+            kept = self._set_aside(writer.path)
+            if begun:
+                end = "is kept as" if kept else "is gone, for a whole stage is kept as"
                 warn(
                     f"{writer.name} was begun with other settings or parents: it begins anew, and "
-                    f"what was done is kept as {writer.name}.previous"
+                    f"what was done {end} {writer.name}.previous"
                 )
-            self._set_aside(writer.path)
             _write_config(writer.path / "config.toml", config)
             with atomic_file(progress / "state.json") as path:
                 path.write_text(json.dumps(state))
@@ -180,19 +182,24 @@ class RunDir:
             run=f"{self.command(stage.name)} --force (keeps the old one as {stage.name}.previous)",
         )
 
-    def _set_aside(self, folder: Path) -> None:
-        """Keep the folder as NAME.previous; but never half a stage in the place of a whole one."""
+    def _set_aside(self, folder: Path) -> bool:
+        """Keep the folder as NAME.previous; but never half a stage in the place of a whole one.
+
+        Returns:
+            whether it was kept.
+        """
         if not folder.exists():
-            return
+            return False
         files = [file.name for file in folder.rglob("*") if file.is_file()]
         if all(name == "config.toml" or name.endswith(".part") for name in files):
-            return  # of a process that was killed before it had begun
+            return False  # of a process that was killed before it had begun
         previous = folder.with_name(folder.name + ".previous")
         if (previous / MANIFEST).exists() and not (folder / MANIFEST).exists():
             shutil.rmtree(folder)
-            return
+            return False
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
+        return True
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
