@@ -102,7 +102,7 @@ def arithmetic(receipts: Mapping[str, Receipt]) -> str:
     rows = [["interactions, 16 bytes each (user, item, time)", f"{16 * sequences / 1e9:.0f} GB"]]
     for what, seconds in work:
         on_all = seconds / CORES / 60
-        rows.append([what, f"{seconds / 3600:,.0f} core-hours, {on_all:.1f} minutes on "
+        rows.append([what, f"{seconds / 3600:,.0f} core-hours, {on_all:.2g} minutes on "
                            f"{CORES:,} cores"])  # fmt: skip
     rows += [
         ["item vectors, 128 x float32", f"{ITEMS * 128 * 4 / 1e9:.0f} GB"],
