@@ -236,6 +236,10 @@ STAGES: tuple[type, ...] = (
 )
 
 
+# What a setting was before there was a setting: how older manifests and receipts are read.
+BEFORE = {"softmax": "vocabulary", "collaborative": 0.0}
+
+
 # The least value of a number; 0 for those not named, and nothing may be infinite.
 LEAST = {
     **dict.fromkeys(

@@ -13,7 +13,7 @@ from streamctl.config import DataConfig, TokenizeConfig
 from streamctl.data import load_data, prepare
 from streamctl.data.prepare import write_stage
 from streamctl.data.sinks import SINKS, export
-from streamctl.data.sources import SOURCES
+from streamctl.data.sources import SOURCES, find_source
 from streamctl.data.sources.raw import ItemTable, RawLog
 from streamctl.data.synthetic import generate_shop
 from streamctl.errors import StreamctlError, UsageError
@@ -116,6 +116,7 @@ def test_a_log_without_times_keeps_its_order(tmp_path, name):
         ("movielens", {"id": "é"}, "it is not ASCII"),
         ("movielens", {"title": "日本"}, "it is in Latin-1"),
         ("movielens", {"title": "One::Two"}, "'::' parts its columns"),
+        ("movielens", {"title": "Mission:"}, "'::' parts its columns"),
         ("sequences", {"id": "a b"}, r"id 'a b' \(blanks part ids\)"),
     ],
 )
@@ -167,6 +168,21 @@ def test_other_data_in_the_folder_is_spoken_of(strange, tmp_path, capsys):
     assert "also holds interactions.csv, which `data prepare` takes first" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_files_that_cannot_lie_side_by_side_are_spoken_of(strange, tmp_path, capsys):
+    export(strange, tmp_path / "toy", "recbole")
+    files = export(strange, tmp_path / "toy", "recbole", "gz")
+    assert all(file.is_file() for file in files)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "`data prepare` cannot read" in said and "2 logs" in said
+
+
+def test_an_amazon_folder_with_brackets_keeps_its_own_catalogue(strange, tmp_path):
+    folder = tmp_path / "Toys [x]"
+    _, meta = export(strange, folder, "amazon2018")
+    (folder / "meta_Other.json").write_text(meta.read_text())
+    assert find_source(folder)[1].items == meta
 
 
 def test_what_is_not_known_is_an_error(strange, tmp_path):

@@ -72,7 +72,8 @@ def check_receipt(run: RunDir, path: Path, *, device: str = "auto") -> dict[str,
         if name in recorded:
             say(f"check: {name}")
             make, cls = _MAKERS.get(name, _BASELINE)
-            make(work, configs.resolve(cls, base=recorded[name]["config"]), device=device)
+            known = {key: value for key, value in configs.BEFORE.items() if key in vars(cls)}
+            make(work, configs.resolve(cls, base=known | recorded[name]["config"]), device=device)
     result = read_result(evaluate_run(work, _evaluation(receipt), device=device))
     return compare(receipt, result, work)
 

@@ -305,7 +305,7 @@ class PackedTable:
             passes.product(*arrays, first, last, target)
 
         _over_rows(run, len(rows))
-        return out.view(*hidden.shape[:-1], -1)[..., : self.size]
+        return out.view(*hidden.shape[:-1], out.shape[1])[..., : self.size]
 
 
 def packed(module: nn.Module, kind: Callable[..., Any], x: torch.Tensor) -> Any:

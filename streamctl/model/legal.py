@@ -13,6 +13,7 @@ class LegalCodes:
     """The legal continuations of every prefix of every item.
 
     Attributes:
+        item_tokens: (N, m) int64, what it was made from.
         prefix: (N, m) int64, the row of `packed` for the prefix that each code of an item follows.
         last_choice: (N,) int64, the last level at which more codes than the item's own may follow.
         packed: (prefixes, ceil(K / 8)) uint8, bit c % 8 of byte c // 8: code c may follow.
@@ -20,6 +21,7 @@ class LegalCodes:
 
     def __init__(self, item_tokens: torch.Tensor, tokens: Tokens):
         """Args: item_tokens: (N, m) int64, the tokens of every item."""
+        self.item_tokens = item_tokens
         trie = PrefixTrie(item_tokens.cpu().numpy())
         path = [trie.parent[trie.leaf]]
         while len(path) < tokens.levels:

@@ -169,7 +169,7 @@ class Policy(nn.Module):
     @property
     def legal(self) -> LegalCodes:
         """The codes that continue each prefix of the catalogue, made when first asked for."""
-        if self._legal is None or self._legal.packed.device != self.device:
+        if self._legal is None or self._legal.item_tokens is not self.item_tokens:
             self._legal = LegalCodes(self.item_tokens, self.tokens)
         return self._legal
 

@@ -10,7 +10,7 @@ from streamctl.data.sinks import amazon, lcrec, movielens, recbole, sequences, t
 from streamctl.data.sinks.sink import Export, Sink
 from streamctl.data.sources import find_source
 from streamctl.data.sources.text import COMPRESSED
-from streamctl.errors import UsageError, close_matches
+from streamctl.errors import StreamctlError, UsageError, close_matches
 from streamctl.progress import warn
 from streamctl.runs import RunDir
 
@@ -70,7 +70,12 @@ def export(
             tokenizer.file("index.json") if tokenizer.complete else None,
         )
     )
-    _, read = find_source(folder)
-    if read.interactions not in files:
-        warn(f"{folder} also holds {read.interactions.name}, which `data prepare` takes first")
+    try:
+        _, read = find_source(folder)
+        taken = read.interactions in files
+        other = f"{folder} also holds {read.interactions.name}, which `data prepare` takes first"
+    except StreamctlError as error:  # what was written is whole; what lay there is in its way
+        taken, other = False, f"`data prepare` cannot read {folder} as it is now: {error}"
+    if not taken:
+        warn(other)
     return files

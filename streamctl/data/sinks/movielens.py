@@ -21,9 +21,10 @@ def _dat(export: Export) -> list[Path]:
     """Movies are in Latin-1, as the originals."""
     inter, item = export.path("ratings.dat"), export.path("movies.dat")
     export.check_ids(inter, ":", ascii_only=True)
-    movies = ["::".join(row) for row in _movies(export)]
-    for line in movies:
-        if line.count("::") != 2:
+    movies = []
+    for row in _movies(export):
+        movies.append(line := "::".join(row))
+        if line.split("::") != list(row):
             raise cannot_hold(f"{line!r} ('::' parts its columns)", item)
         if any(ord(character) > 255 for character in line):
             raise cannot_hold(f"{line!r} (it is in Latin-1)", item)

@@ -30,9 +30,7 @@ def _find(path: Path, *, patterns: tuple[str, ...], words: tuple[str, ...]) -> F
     found = only(logs, path)
     if found is None:
         return None
-    category = escape(
-        plain_name(found).rpartition(".")[0].removeprefix("reviews_").removesuffix("_5")
-    )
+    category = plain_name(found).rpartition(".")[0].removeprefix("reviews_").removesuffix("_5")
     kinds = ("jsonl", "json")
     return Files(
         found,
