@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from streamctl.config import to_dict
+from streamctl.config import BEFORE, to_dict
 from streamctl.distributed import SINGLE, ranks
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.files import atomic_file, disk_errors, read_json
@@ -165,6 +165,7 @@ class RunDir:
 
     def _check_same(self, stage: Stage, config: Any, hashes: Mapping[str, str]) -> None:
         old, new = stage.manifest["config"], json.loads(json.dumps(to_dict(config)))
+        old = {key: value for key, value in BEFORE.items() if key in new} | old
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         stale = [
             key for key, value in hashes.items() if stage.manifest["parents"].get(key) != value

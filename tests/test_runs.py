@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamctl.config import DataConfig, PretrainConfig, SftConfig, resolve
+from streamctl.config import DataConfig, PretrainConfig, SftConfig, TokenizeConfig, resolve
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
 
@@ -137,6 +137,22 @@ def test_a_checkpoint_comes_back_and_later_log_lines_go(tmp_path):
         assert meta == {"step": 1}
         records = (stage.path / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in records] == [1]
+
+
+def test_a_stage_made_before_a_setting_existed_has_what_it_was_then(tmp_path):
+    run = RunDir(tmp_path)
+    with run.begin("tokenizer", TokenizeConfig()) as stage:
+        stage.publish()
+    manifest = json.loads((stage.path / "manifest.json").read_text())
+    del manifest["config"]["collaborative"], manifest["seal"]
+    (stage.path / "manifest.json").write_text(json.dumps(manifest))
+    with run.begin("tokenizer", TokenizeConfig()) as again:
+        assert again is None
+    with (
+        pytest.raises(StreamctlError, match=r"collaborative 0\.0 -> 1\.0"),
+        run.begin("tokenizer", TokenizeConfig(collaborative=1.0)),
+    ):
+        pass
 
 
 def test_other_settings_do_not_continue_a_checkpoint(tmp_path):
