@@ -47,12 +47,12 @@ class Stage:
             StreamctlError: it is missing, no JSON, or not as it was written.
         """
         path = self.path / MANIFEST
-        manifest = read_json(path, run=f"{self.run.command(self.name)} --force")
+        manifest = read_json(path, run=self._again)
         if "seal" in manifest and manifest["seal"] != _seal(manifest):
             raise StreamctlError(
                 "the manifest is damaged (its seal differs from what it says)",
                 where=path,
-                run=f"{self.run.command(self.name)} --force",
+                run=self._again,
             )
         return manifest
 
@@ -77,18 +77,19 @@ class Stage:
         """
         if name not in self.manifest["artifacts"]:
             raise StreamctlError(
-                f"stage {self.name} has no artifact {name}",
-                where=self.path,
-                run=f"{self.run.command(self.name)} --force",
+                f"stage {self.name} has no artifact {name}", where=self.path, run=self._again
             )
         path = self.path / name
         if not path.is_file():
             raise self._artifact("is missing", path)
         return path
 
+    @property
+    def _again(self) -> str:
+        return f"{self.run.command(self.name)} --force"
+
     def _artifact(self, problem: str, path: Path) -> StreamctlError:
-        run = f"{self.run.command(self.name)} --force"
-        return StreamctlError(f"artifact {problem}", where=path, run=run)
+        return StreamctlError(f"artifact {problem}", where=path, run=self._again)
 
     def array(self, name: str) -> np.ndarray:
         """A `.npy` artifact."""

@@ -38,11 +38,10 @@ def pretrain_loss(
     """Eq. 10 for the slow decoder's long answer plus the direct decoder's cross-entropy."""
     encoded = policy.encode(batch.history)
     retrieved = retrieved_tokens(policy.item_tokens, look_alikes, batch.target)
-    inputs, labels = policy.target_inputs(batch.target, retrieved)
+    inputs, _ = policy.target_inputs(batch.target, retrieved)
     hidden = policy.decode(encoded, inputs)
-    length = retrieved.shape[1]
-    practice = policy.logits(hidden[:, :length])
-    slow = sequence_loss(practice, labels[:, :length], config.temperature)
+    practice = policy.logits(hidden[:, : retrieved.shape[1]])
+    slow = sequence_loss(practice, retrieved, config.temperature)
     slow = slow + answer_loss(policy, hidden, batch.target, config.temperature)
     direct = direct_loss(policy, batch, encoded, config.temperature)
     return slow + config.direct_weight * direct, {"slow": slow, "direct": direct}
@@ -65,6 +64,10 @@ def pretrain(
     The epoch of the best direct ndcg@10 on validation is kept: the encoder and the direct decoder
     are what later stages build on and compare with, while the long answers themselves are only
     practice. The slow path's figures are measured at the end.
+
+    One default departs from the paper's letter: the target's codes are normalised over the codes
+    that continue a prefix of the catalogue, which saves epochs of learning which codes spell an
+    item (docs/results.md); `softmax=vocabulary` is Eq. 11.
 
     Writes the policy and report.json.
     """
