@@ -6,6 +6,8 @@ import asyncio
 import json
 import multiprocessing
 import os
+import socket
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import pytest
 from streamctl.data import Catalog
 from streamctl.errors import StreamctlError
 from streamctl.serving.batcher import Batcher, Busy, Late
+from streamctl.serving.closing import begin_no_connection
 from streamctl.serving.items import LiveItems
 from streamctl.serving.journal import Journal
 from streamctl.serving.keys import KeyRing
@@ -414,3 +417,19 @@ def test_a_removed_item_is_gone_but_histories_may_hold_it_and_its_id_is_free(liv
     assert live.search("b") == [] and len(live) == 2
     assert live.add("b", "B again", {}, [0, 1]) == 3
     assert live.index("b") == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's socket filters")
+def test_before_the_socket_closes_connections_that_were_begun_are_kept_and_no_other_begins():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+        early = socket.create_connection(address, 10)
+        begin_no_connection(listening.fileno())
+        with pytest.raises(TimeoutError):
+            socket.create_connection(address, 0.3)
+        early.sendall(b"asked")
+        listening.settimeout(10)
+        accepted, _ = listening.accept()
+        assert accepted.recv(5) == b"asked"
+        accepted.close()
+        early.close()

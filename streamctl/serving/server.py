@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import os
@@ -20,7 +19,6 @@ from streamctl.serving.service import Settings
 
 HEALTH_CHECK_S = 60  # a worker that loads a model may be silent for this long
 SWITCH_S = 5e-5  # a model's thread that waits for the interpreter gets it after so long
-LAST_CALL_S = 0.2  # a connection made just before the end has so long to send its request
 KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they are the ones to close
 
 
@@ -40,6 +38,7 @@ def serve(settings: Settings) -> None:
             # prometheus-client adds the workers' metrics up through files in this folder; it
             # looks at the variable when it is imported.
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        from streamctl.serving.closing import PatientServer
         from streamctl.serving.http import create_app
 
         _check_address(settings)
@@ -67,25 +66,12 @@ def serve(settings: Settings) -> None:
         if settings.workers > 1:
             Multiprocess(config, sockets=[config.bind_socket()]).run()
             return
-        server = _patient(uvicorn.Server)(config)
+        server = PatientServer(config)
         service = config.app.state.service
         service.failed = lambda: setattr(server, "should_exit", True)
         server.run()
         if service.failure is not None:
             raise service.failure
-
-
-def _patient(server: type) -> type:
-    """uvicorn's server, which on stopping would reset connections whose request is on its way."""
-
-    class Patient(server):
-        async def shutdown(self, sockets=None) -> None:
-            for listening in self.servers:
-                listening.close()
-            await asyncio.sleep(LAST_CALL_S)
-            await super().shutdown(sockets)
-
-    return Patient
 
 
 def _check_address(settings: Settings) -> None:
