@@ -3,76 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from conftest import until
+from serving_process import SLOW_S, WRITE, Server, Traffic
 from serving_run import KEYS, THINK, make_run
 
-START = "import typer; from streamctl.commands.serve import command; typer.run(command)"
-READ = {"Authorization": f"Bearer {KEYS['read']}"}
-WRITE = {"Authorization": f"Bearer {KEYS['write']}"}
 pytestmark = pytest.mark.xdist_group("serving")
-
-
-class Server:
-    """`streamctl serve` in a process of its own."""
-
-    def __init__(self, run: Path, *options: object, keys: Path | None = None):
-        self.run = run
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        words = ["--run", run, "--port", self.port, *options]
-        if keys:
-            words += ["--keys", keys]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START, *map(str, words)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(base_url=self.url, headers=READ, timeout=30)
-
-    def wait(self, seconds: float = 300) -> Server:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                raise AssertionError(self.process.stderr.read())
-            try:
-                if self.client.get("/readyz").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        raise AssertionError("not ready in time")
-
-    def recommend(self, **query) -> dict:
-        answer = self.client.post("/v1/recommend", json=query)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def ids(self, **query) -> list[str]:
-        return [item["id"] for item in self.recommend(**query)["items"]]
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +36,7 @@ def own(runs, tmp_path):
 
 @pytest.fixture(scope="module")
 def server(runs):
-    server = Server(
-        runs / "first", "--deadline-ms", 20000, "--items", runs / "x.jsonl", keys=runs / "keys"
-    )
+    server = Server(runs / "first", "--items", runs / "x.jsonl", keys=runs / "keys")
     yield server.wait()
     server.kill()
 
@@ -355,20 +296,16 @@ def test_without_keys_reading_works_from_loopback_only_and_writing_not_at_all(ru
 
 def test_a_public_address_without_keys_is_refused(runs):
     server = Server(runs / "first", "--host", "0.0.0.0")
-    _, errors = server.process.communicate(timeout=60)
-    assert server.process.returncode != 0
-    assert "no API key is set" in errors
+    assert server.process.wait(SLOW_S) == 1
+    assert "no API key is set" in server.errors
 
 
 def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(runs):
-    with socket.socket() as taken:
-        server = Server(runs / "first")
-        taken.bind(("127.0.0.1", server.port))
-        taken.listen()
-        _, errors = server.process.communicate(timeout=60)
-    assert server.process.returncode == 1
-    assert "cannot listen there: Address already in use" in errors
-    assert "loading" not in errors
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = Server(runs / "first", "--port", taken.getsockname()[1])
+        assert server.process.wait(SLOW_S) == 1
+    assert "cannot listen there: Address already in use" in server.errors
+    assert "loading" not in server.errors
 
 
 @pytest.mark.parametrize(
@@ -413,7 +350,7 @@ def test_overload_gives_429_with_retry_after_and_no_other_error(own):
     try:
         with ThreadPoolExecutor(24) as pool:
             call = lambda n: server.client.post(  # noqa: E731
-                "/v1/recommend", json={"user_id": f"u{n % 100:03}", "deadline_ms": 20000}
+                "/v1/recommend", json={"user_id": f"u{n % 100:03}"}
             )
             answers = list(pool.map(call, range(240)))
         statuses = {answer.status_code for answer in answers}
@@ -427,49 +364,15 @@ def test_overload_gives_429_with_retry_after_and_no_other_error(own):
         server.kill()
 
 
-class Traffic:
-    """Requests from several threads until told to stop; each must get its full answer."""
-
-    def __init__(self, server: Server, threads: int = 4):
-        self.server, self.done = server, threading.Event()
-        self.answers: list[dict] = []
-        self.failures: list[str] = []
-        self.refused = 0
-        self.threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
-        for thread in self.threads:
-            thread.start()
-
-    def _run(self, number: int) -> None:
-        client = httpx.Client(base_url=self.server.url, headers=READ, timeout=30)
-        while not self.done.is_set():
-            body = {"user_id": f"u{number:03}", "k": 5, "think": number % 2, "deadline_ms": 20000}
-            try:
-                answer = client.post("/v1/recommend", json=body)
-            except httpx.ConnectError:
-                self.refused += 1  # nobody listens any more: the request was never sent
-                return
-            except httpx.HTTPError as error:
-                self.failures.append(repr(error))
-                return
-            if answer.status_code != 200:
-                self.failures.append(answer.text)
-                return
-            self.answers.append({"user": number, **answer.json()})
-
-    def stop(self) -> None:
-        self.done.set()
-        for thread in self.threads:
-            thread.join(60)
-
-
 def test_requests_during_a_reload_all_succeed_and_each_is_of_one_model(own):
     server = Server(own / "first", keys=own / "keys").wait()
     try:
         traffic = Traffic(server)
+        until(lambda: traffic.answers or traffic.failures)
         for name in ("second", "first", "second"):
             answer = server.client.post("/v1/reload", json={"run": name}, headers=WRITE)
             assert answer.status_code == 200 and answer.json()["model"]["run"] == name
-        time.sleep(0.3)
+        until(lambda: traffic.failures or traffic.answers[-1]["model"]["run"] == "second")
         traffic.stop()
         assert not traffic.failures
         lists = {}
@@ -493,22 +396,21 @@ def test_requests_during_additions_all_succeed_and_additions_show_at_once(own):
             new = {"id": f"new-{number}", "title": f"Harbour black ink {number}"}
             assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
             assert server.ids(user_id="u017", allow=[f"new-{number}"]) == [f"new-{number}"]
+        until(lambda: traffic.failures or len(traffic.answers) > 20)
         traffic.stop()
-        assert not traffic.failures and len(traffic.answers) > 20
+        assert not traffic.failures
     finally:
         server.kill()
 
 
 def test_sigterm_under_load_loses_no_request_that_was_accepted(own):
-    server = Server(own / "first", "--drain-seconds", 1.0, keys=own / "keys").wait()
+    server = Server(own / "first", "--drain-seconds", 3.0, keys=own / "keys").wait()
     traffic = Traffic(server, threads=6)
-    time.sleep(1.0)
-    before = len(traffic.answers)
+    until(lambda: len({answer["user"] for answer in traffic.answers}) == 6 or traffic.failures)
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.4)
-    draining = httpx.get(f"{server.url}/readyz")
-    assert draining.status_code == 503
-    code = server.process.wait(60)
+    until(lambda: server.client.get("/readyz").status_code == 503)
+    before = len(traffic.answers)
+    code = server.process.wait(SLOW_S)
     traffic.stop()
     assert not traffic.failures
     assert traffic.refused == 6
@@ -547,18 +449,15 @@ def test_a_damaged_journal_stops_changes_but_no_answers_and_no_start_hides_it(ow
         assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
         with open(journal, "a") as handle:
             handle.write('[1, 2]\n{"op": "remove", "id": "new-1"}\n')
-        time.sleep(1.2)  # the idle worker has looked at it, too
+        until(lambda: "items.jsonl:2" in server.errors)  # the idle worker has looked at it, too
         assert server.ids(user_id="u017", allow=["new-1"]) == ["new-1"]
         refused = server.client.delete("/v1/items/new-1", headers=WRITE)
         assert refused.status_code == 507 and "damaged" in refused.json()["detail"]
         assert journal.read_text().count("\n") == 3
-        server.stop()
-        assert "items.jsonl:2" in server.process.stderr.read()
     finally:
         server.kill()
     again = Server(own / "first", keys=own / "keys")
-    _, errors = again.process.communicate(timeout=60)
-    assert again.process.returncode != 0 and "items.jsonl:2" in errors
+    assert again.process.wait(SLOW_S) != 0 and "items.jsonl:2" in again.errors
 
 
 def test_added_items_follow_to_a_run_with_other_codes(own):
@@ -574,41 +473,41 @@ def test_added_items_follow_to_a_run_with_other_codes(own):
 
 
 def test_two_workers_agree_on_items_and_follow_a_reload(own):
-    server = Server(own / "first", "--workers", 2, "--threads", 1, keys=own / "keys").wait()
+    server = Server(own / "first", "--workers", 2, keys=own / "keys").wait()
     try:
-        time.sleep(1.0)
 
-        def everywhere(check) -> bool:
+        def everywhere(check) -> None:
             """Each call on a connection of its own, so that both workers are met."""
-            for _ in range(16):
-                with httpx.Client(base_url=server.url, headers=READ, timeout=90) as client:
-                    while client.get("/readyz").status_code != 200:
-                        time.sleep(0.1)
-                    if not check(client):
-                        return False
-            return True
+
+            def holds() -> bool:
+                for _ in range(16):
+                    with server.connect() as client:
+                        if client.get("/readyz").status_code != 200 or not check(client):
+                            return False
+                return True
+
+            until(holds)
+
+        def has_it(client) -> bool:
+            answer = client.post("/v1/recommend", json={"user_id": "u017", "allow": ["new-1"]})
+            return answer.is_success and answer.json()["items"][0]["id"] == "new-1"
+
+        def is_second(client) -> bool:
+            return client.get("/readyz").json()["model"]["run"] == "second"
 
         new = {"id": "new-1", "title": "Quillon layout paper"}
         assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
-        body = {"user_id": "u017", "allow": ["new-1"], "deadline_ms": 20000}
-        time.sleep(1.2)
-        assert everywhere(
-            lambda client: (
-                client.post("/v1/recommend", json=body).json()["items"][0]["id"] == "new-1"
-            )
-        )
+        everywhere(has_it)
         server.client.post("/v1/reload", json={"run": "second"}, headers=WRITE)
-        end = time.monotonic() + 30
-        while time.monotonic() < end and not everywhere(
-            lambda client: client.get("/readyz").json()["model"]["run"] == "second"
-        ):
-            time.sleep(0.2)
-        assert everywhere(lambda client: client.get("/readyz").json()["model"]["run"] == "second")
+        everywhere(is_second)
         # Workers that take the place of killed ones serve what these served.
         for child in psutil.Process(server.process.pid).children():
             if "spawn_main" in " ".join(child.cmdline()):
                 child.kill()
-        assert everywhere(lambda client: client.get("/readyz").json()["model"]["run"] == "second")
+        for _ in range(16):
+            with server.connect() as client:
+                until(lambda client=client: client.get("/readyz").status_code == 200)
+                assert is_second(client)
         metrics = server.client.get("/metrics").text
         assert "streamctl_recommend_seconds_count" in metrics
         assert server.stop() == 0

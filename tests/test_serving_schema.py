@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from serving_process import Server
 from serving_run import KEYS, make_run
-from test_serving_http import Server
 
 schemathesis = pytest.importorskip("schemathesis")
 EXAMPLES = int(os.environ.get("STREAMCTL_SCHEMA_EXAMPLES", "20"))
@@ -42,7 +42,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("schema")
     make_run(folder / "run", evidence=True)
     (folder / "keys").write_text(f"read {KEYS['read']}\nwrite {KEYS['write']}\n")
-    server = Server(folder / "run", "--deadline-ms", 60000, keys=folder / "keys").wait()
+    server = Server(folder / "run", keys=folder / "keys").wait()
     yield server
     server.kill()
 

@@ -14,7 +14,7 @@ def command(
     run: Run,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: a free one.")
     ] = 8000,
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes; each holds its own model.")

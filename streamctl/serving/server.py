@@ -42,7 +42,7 @@ def serve(settings: Settings) -> None:
         from streamctl.serving.http import create_app
 
         _check_address(settings)
-        _check_port(settings)
+        listening = _bind(settings)
         settings = dataclasses.replace(settings, server=uuid.uuid4().hex)
         # The model asks for it after every operation: thousands of refusals must not hold it up.
         sys.setswitchinterval(SWITCH_S)
@@ -50,8 +50,6 @@ def serve(settings: Settings) -> None:
         config = uvicorn.Config(
             factory() if settings.workers == 1 else factory,
             factory=settings.workers > 1,
-            host=settings.host,
-            port=settings.port,
             workers=settings.workers,
             log_level="warning",
             access_log=False,
@@ -59,17 +57,17 @@ def serve(settings: Settings) -> None:
             timeout_worker_healthcheck=HEALTH_CHECK_S,
             timeout_keep_alive=KEEP_ALIVE_S,
         )
-        say(f"loading {settings.run} ({stage.name}) for http://{settings.host}:{settings.port}")
+        say(f"loading {settings.run} ({stage.name}) for {_address(settings.host, listening)}")
         # uvicorn raises the signal again when it has stopped: by then there is nothing to end.
         for sign in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sign, lambda *_: None)
         if settings.workers > 1:
-            Multiprocess(config, sockets=[config.bind_socket()]).run()
+            Multiprocess(config, sockets=[listening]).run()
             return
         server = PatientServer(config)
         service = config.app.state.service
         service.failed = lambda: setattr(server, "should_exit", True)
-        server.run()
+        server.run([listening])
         if service.failure is not None:
             raise service.failure
 
@@ -89,16 +87,24 @@ def _check_address(settings: Settings) -> None:
     warn("everyone who reaches this address can read recommendations and histories")
 
 
-def _check_port(settings: Settings) -> None:
-    """Refuse a port that is taken before a model is loaded for it."""
+def _bind(settings: Settings) -> socket.socket:
+    """The socket to listen on: a port that is taken is refused before a model is loaded for it."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind((settings.host, settings.port))
-        except OSError as error:
-            raise StreamctlError(
-                f"cannot listen there: {error.strerror or error}",
-                where=f"{settings.host}:{settings.port}",
-                run="--port with another number, or --host with an address of this machine",
-            ) from error
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except OSError as error:
+        listening.close()
+        raise StreamctlError(
+            f"cannot listen there: {error.strerror or error}",
+            where=f"{settings.host}:{settings.port}",
+            run="--port with another number, or --host with an address of this machine",
+        ) from error
+    return listening
+
+
+def _address(host: str, listening: socket.socket) -> str:
+    """The server's URL, with the port that the system chose if it was left to it."""
+    port = listening.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
