@@ -100,11 +100,13 @@ def job(
 ) -> tuple[list[Answer], list[float]]:
     """Run a command in `count` processes; how each ended, and the losses that rank 0 saw."""
     with socket.socket() as free:
+        # Held until the end, so that no one else is given the port; rank 0 may listen on it too.
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    members = [Rank(rank, count, port, losses, **kill) for rank in range(count)]
-    processes = [commands.start(words, each, f"rank-{each.rank}") for each in members]
-    answers = [commands.wait(process, f"rank-{number}") for number, process in enumerate(processes)]
+        members = [Rank(rank, count, port, losses, **kill) for rank in range(count)]
+        processes = [commands.start(words, each, f"rank-{each.rank}") for each in members]
+        answers = [commands.wait(one, f"rank-{number}") for number, one in enumerate(processes)]
     recorded = losses.with_suffix(".0").exists()
     return answers, members[0].recorded() if recorded else []
 

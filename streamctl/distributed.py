@@ -1,6 +1,6 @@
 """One job in several processes: torchrun starts them, Hugging Face Accelerate joins them.
 
-    torchrun --nproc-per-node 2 -m -- streamctl pretrain --run RUN
+    torchrun --standalone --nproc-per-node 2 -m -- streamctl pretrain --run RUN
 
 Every process (a "rank") reads the same run and works on its share: of the rows of a training
 batch, or of the batches where nothing is trained. Gradients and figures are summed over the ranks,

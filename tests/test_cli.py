@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.main import get_command
@@ -29,14 +29,20 @@ def commands():
 
 def test_help_answers_in_half_a_second():
     times = [1.0]
-    # The fastest of many: what the program needs, not what a busy machine adds.
+    # The fastest of many, and processor time: what the program needs, not what a busy machine adds.
     while min(times) >= 0.5 and len(times) <= 20:
-        start = time.perf_counter()
+        before = processor_seconds()
         subprocess.run(
             [sys.executable, "-m", "streamctl", "--help"], check=True, capture_output=True
         )
-        times.append(time.perf_counter() - start)
+        times.append(processor_seconds() - before)
     assert min(times) < 0.5, times
+
+
+def processor_seconds() -> float:
+    """What the processes that this one has started and that have ended used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_help_loads_nothing_heavy():

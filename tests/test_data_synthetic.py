@@ -128,10 +128,10 @@ def test_ids_do_not_betray_the_order_of_a_project(shop):
 
 
 def test_a_million_interactions_take_seconds():
-    start = time.perf_counter()
+    start = time.process_time()  # a busy machine makes it later, not longer
     shop = generate_shop(111_000, 20_000, 1)
     assert len(shop.item) > 950_000
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
 
 
 def test_a_shop_too_small_is_a_usage_error(tmp_path):

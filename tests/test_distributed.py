@@ -175,9 +175,10 @@ def test_torchrun_runs_a_stage_and_refuses_what_one_process_makes(shop, tmp_path
     shutil.copytree(run, copy)
 
     def torchrun(*words):
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        start += ["--nproc-per-node", "2", "-m", "--", "streamctl"]
         return subprocess.run(
-            [*start, "--", "streamctl", *words, "--run", str(copy), *options],
+            [*start, *words, "--run", str(copy), *options],
             capture_output=True,
             text=True,
             cwd=ROOT,

@@ -7,9 +7,12 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from conftest import until
 
 from benchmarks.forks import SETTINGS, SHOP, Commands, hashes
 from streamctl.runs import RunDir
@@ -257,14 +260,33 @@ def test_half_a_stage_never_takes_the_place_of_a_whole_one(tmp_path):
     assert run.stage("data.previous").array("x.npy")[0] == 1
 
 
+@dataclass(frozen=True)
+class HoldUp:
+    """The command's process waits before its first checkpoint until a file is there."""
+
+    file: Path
+
+    def __call__(self) -> None:
+        from streamctl.runs import StageWriter
+
+        save = StageWriter.save_checkpoint
+
+        def held_up(*arguments):
+            while not self.file.exists():
+                time.sleep(0.02)
+            save(*arguments)
+
+        StageWriter.save_checkpoint = held_up
+
+
 def test_two_runs_of_everything_at_once_end_in_one_and_a_refusal(shop, tmp_path):
     commands, settings, clean = shop
-    copy = before(clean, "pretrain", tmp_path / "run")
+    copy, go_on = before(clean, "pretrain", tmp_path / "run"), tmp_path / "go-on"
     words = words_of("pretrain", copy, settings)
-    first = commands.start(words, output="first")
-    while not (copy / "pretrain" / "config.toml").exists() and first.is_alive():
-        first.join(0.01)
+    first = commands.start(words, HoldUp(go_on), output="first")
+    until(lambda: (copy / "pretrain" / "config.toml").exists() or not first.is_alive())
     second = commands.run(words)
     assert "another process works on stage pretrain" in error_line(second)
+    go_on.touch()
     assert commands.wait(first, "first").returncode == 0
     assert hashes(RunDir(copy))["pretrain"] == hashes(RunDir(clean))["pretrain"]

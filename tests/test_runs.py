@@ -167,7 +167,7 @@ def test_other_settings_do_not_continue_a_checkpoint(tmp_path):
 def _hold(path, ready, done):
     with RunDir(path).begin("data", DataConfig()):
         ready.set()
-        done.wait(30)
+        done.wait()
 
 
 def test_two_processes_on_one_stage_are_refused(tmp_path):
@@ -176,7 +176,7 @@ def test_two_processes_on_one_stage_are_refused(tmp_path):
     process = context.Process(target=_hold, args=(tmp_path, ready, done))
     process.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(300)
         with (
             pytest.raises(StreamctlError, match="another process works on stage data"),
             RunDir(tmp_path).begin("data", DataConfig()),

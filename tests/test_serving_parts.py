@@ -34,7 +34,7 @@ class Number:
     kind: str = "a"
 
 
-def soon(seconds: float = 5.0) -> float:
+def soon(seconds: float = 60.0) -> float:
     return time.monotonic() + seconds
 
 
@@ -48,10 +48,17 @@ class Model:
         self.gate.set()
 
     def __call__(self, jobs):
-        self.gate.wait(10)
+        self.gate.wait()
         time.sleep(self.seconds)
         self.batches.append([job.value for job in jobs])
         return [2 * job.value for job in jobs]
+
+
+async def picked_up(batcher: Batcher) -> None:
+    """Until the worker has what was submitted so far, and nothing waits."""
+    await asyncio.sleep(0)  # the submissions
+    while len(batcher):
+        await asyncio.sleep(0.001)
 
 
 def test_jobs_that_arrive_together_share_a_batch_and_get_their_own_answers():
@@ -83,10 +90,12 @@ def test_jobs_of_different_groups_never_share_a_batch_and_none_is_forgotten():
 def test_a_lone_job_waits_no_longer_than_the_bound():
     async def main():
         batcher = Batcher(Model(), max_batch=64, max_wait=0.03)
-        began = time.monotonic()
-        [timed] = await batcher.submit([Number(1)], soon())
-        assert timed.queue_s < 0.03 + 0.1
-        assert time.monotonic() - began < 0.3
+        waits = [1.0]
+        # The shortest of many: what the batcher waits, not what a busy machine adds.
+        while min(waits) >= 0.06 and len(waits) < 100:
+            [timed] = await batcher.submit([Number(1)], soon())
+            waits.append(timed.queue_s)
+        assert min(waits) < 0.06
         await batcher.drain()
 
     asyncio.run(main())
@@ -98,9 +107,9 @@ def test_beyond_the_capacity_a_job_is_refused_and_the_others_are_answered():
         model.gate.clear()
         batcher = Batcher(model, max_batch=2, max_wait=0.0, capacity=4)
         first = [asyncio.ensure_future(batcher.submit([Number(n)], soon())) for n in range(2)]
-        await asyncio.sleep(0.05)
+        await picked_up(batcher)
         waiting = [asyncio.ensure_future(batcher.submit([Number(n)], soon())) for n in range(2, 6)]
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         with pytest.raises(Busy) as error:
             await batcher.submit([Number(9)], soon())
         assert error.value.seconds >= 0
@@ -114,15 +123,16 @@ def test_beyond_the_capacity_a_job_is_refused_and_the_others_are_answered():
 
 def test_a_queue_that_cannot_meet_the_deadline_refuses_instead_of_answering_late():
     async def main():
-        model = Model(seconds=0.05)
+        model = Model(seconds=0.2)
         batcher = Batcher(model, max_batch=1, max_wait=0.0, capacity=1000)
         await batcher.submit([Number(0)], soon())  # teaches the batcher what a job costs
-        calls = (batcher.submit([Number(n)], soon(0.3)) for n in range(40))
+        model.seconds = 0.0
+        calls = (batcher.submit([Number(n)], soon(4.0)) for n in range(40))
         results = await asyncio.gather(*calls, return_exceptions=True)
         refused = [one for one in results if isinstance(one, Busy)]
-        late = [one for one in results if isinstance(one, Late)]
-        assert len(refused) >= 30
-        assert not late
+        assert len(refused) >= 30  # four seconds hold 20 jobs, ten with the margin
+        assert all(isinstance(one, Busy | list) for one in results)
+        assert isinstance(results[0], list) and isinstance(results[-1], Busy)
         assert all(one.seconds > 0 for one in refused)
         await batcher.drain()
 
@@ -132,17 +142,18 @@ def test_a_queue_that_cannot_meet_the_deadline_refuses_instead_of_answering_late
 def test_at_four_times_what_can_be_computed_whoever_is_let_in_is_in_time():
     class Slow(Model):
         def __call__(self, jobs):
-            time.sleep(0.004 * len(jobs))
+            time.sleep(0.02 * len(jobs))
             return super().__call__(jobs)
 
     async def main():
         model = Slow()
         batcher = Batcher(model, max_batch=8, max_wait=0.0, capacity=1000)
         calls = []
-        for number in range(800):
-            submit = batcher.submit([Number(number)], soon(0.4))
+        for number in range(600):
+            # Long beside the pauses of a busy machine: a job computed late was let in wrongly.
+            submit = batcher.submit([Number(number)], soon(2.0))
             calls.append(asyncio.ensure_future(submit))
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.005)
         results = await asyncio.gather(*calls, return_exceptions=True)
         kinds = [type(one) for one in results]
         assert kinds.count(Late) == 0
@@ -161,10 +172,11 @@ def test_a_batch_takes_no_more_jobs_than_leave_the_oldest_in_time():
         batcher = Batcher(model, max_batch=8, max_wait=0.0)
         batcher.expect("a", 0.05)
         first = asyncio.ensure_future(batcher.submit([Number(0)], soon()))
-        await asyncio.sleep(0.01)
-        waiting = [asyncio.ensure_future(batcher.submit([Number(n)], soon(n))) for n in (1, 8, 9)]
-        hurried = asyncio.ensure_future(batcher.submit([Number(4)], soon(0.9)))
-        await asyncio.sleep(0.7)
+        await picked_up(batcher)
+        waiting = [asyncio.ensure_future(batcher.submit([Number(n)], soon())) for n in (1, 2, 3)]
+        hurried = asyncio.ensure_future(batcher.submit([Number(4)], soon(4.0)))
+        # The first job takes ten times what was expected: four of them would be too much.
+        await asyncio.sleep(0.6)
         model.gate.set()
         await asyncio.gather(first, *waiting, hurried)
         assert model.batches[0] == [0] and len(model.batches) > 2
@@ -178,14 +190,14 @@ def test_a_crowd_is_refused_before_it_is_heard_and_a_kind_never_seen_counts_as_t
         model = Model()
         model.gate.clear()
         batcher = Batcher(model, max_batch=8, max_wait=0.0, capacity=100)
-        batcher.expect("a", 0.02)
-        batcher.expect("b", 0.2)
+        batcher.expect("a", 0.2)
+        batcher.expect("b", 2.0)
         calls = [asyncio.ensure_future(batcher.submit([Number(n)], soon())) for n in range(12)]
         await asyncio.sleep(0.02)
-        assert batcher.crowded(soon(0.3)) and not batcher.crowded(soon(3.0))
+        assert batcher.crowded(soon(3.0)) and not batcher.crowded(soon(30.0))
         with pytest.raises(Busy):
-            await batcher.submit([Number(1, kind="c")], soon(0.7))
-        calls.append(asyncio.ensure_future(batcher.submit([Number(1)], soon(0.7))))
+            await batcher.submit([Number(1, kind="c")], soon(7.0))
+        calls.append(asyncio.ensure_future(batcher.submit([Number(1)], soon(7.0))))
         await asyncio.sleep(0)
         model.gate.set()
         await asyncio.gather(*calls)
@@ -200,7 +212,7 @@ def test_a_deadline_that_passes_is_late_and_the_job_is_not_computed():
         model.gate.clear()
         batcher = Batcher(model, max_batch=1, max_wait=0.0)
         blocked = asyncio.ensure_future(batcher.submit([Number(1)], soon()))
-        await asyncio.sleep(0.02)
+        await picked_up(batcher)
         with pytest.raises(Late):
             await batcher.submit([Number(2)], soon(0.05))
         model.gate.set()
@@ -235,7 +247,7 @@ def test_draining_answers_everything_that_waits():
         waiting = [asyncio.ensure_future(batcher.submit([Number(n)], soon())) for n in range(10)]
         await asyncio.sleep(0)
         await batcher.drain()
-        answers = await asyncio.wait_for(asyncio.gather(*waiting), 0.1)
+        answers = await asyncio.wait_for(asyncio.gather(*waiting), 30)
         assert [one[0].answer for one in answers] == [2 * n for n in range(10)]
 
     asyncio.run(main())
@@ -296,7 +308,7 @@ def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join()
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for name in "ab":
         assert [one["number"] for one in records if one["who"] == name] == list(range(30))

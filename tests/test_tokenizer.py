@@ -296,7 +296,7 @@ def test_an_unreachable_encoder_fails_fast_and_names_the_ways_out(name, monkeypa
     start = time.monotonic()
     with pytest.raises(StreamctlError, match=r"--encoder tfidf.*FOLDER"):
         find_model(name)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 120
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
