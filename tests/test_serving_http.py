@@ -403,8 +403,11 @@ def test_requests_during_additions_all_succeed_and_additions_show_at_once(own):
         server.kill()
 
 
-def test_sigterm_under_load_loses_no_request_that_was_accepted(own):
-    server = Server(own / "first", "--drain-seconds", 3.0, keys=own / "keys").wait()
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_under_load_loses_no_request_that_was_accepted(own, workers):
+    options = ["--drain-seconds", 3.0, "--workers", workers]
+    server = Server(own / "first", *options, keys=own / "keys").wait()
+    until(lambda: server.errors.count("ready:") == workers)
     traffic = Traffic(server, threads=6)
     until(lambda: len({answer["user"] for answer in traffic.answers}) == 6 or traffic.failures)
     server.process.send_signal(signal.SIGTERM)

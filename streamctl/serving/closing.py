@@ -11,6 +11,7 @@ import sys
 import time
 
 import uvicorn
+from uvicorn.supervisors import Multiprocess
 
 LAST_CALL_S = 0.2  # connections made just before the end are accepted for so long
 FIRST_REQUEST_S = 2.0  # and have so long, at most, to send their first request
@@ -46,6 +47,31 @@ class PatientServer(uvicorn.Server):
         while any(map(_silent, self.server_state.connections)) and time.monotonic() < end:
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
+
+
+class PatientWorkers(Multiprocess):
+    """uvicorn's parent of several workers, which listen on one socket.
+
+    On SIGTERM the workers go on answering and say that they are not ready; then no further
+    connection is begun, those that were get their answers, and only then do the workers stop.
+
+    Args:
+        config: the workers' configuration.
+        sockets: what they listen on.
+        drain_s: seconds that they go on for.
+    """
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], drain_s: float):
+        super().__init__(config, sockets)
+        self.drain_s = drain_s
+
+    def terminate_all(self) -> None:
+        super().terminate_all()
+        time.sleep(self.drain_s)
+        for listening in self.sockets:
+            begin_no_connection(listening.fileno())
+        time.sleep(LAST_CALL_S + FIRST_REQUEST_S)
+        super().terminate_all()  # a worker that is told twice stops
 
 
 def _silent(connection: asyncio.Protocol) -> bool:

@@ -25,6 +25,7 @@ from streamctl.serving.limits import Limits
 from streamctl.serving.problems import Problem, described
 from streamctl.serving.service import Service, Settings
 
+ORPHAN_S = 10  # a worker that nobody tells to stop goes on for so much longer
 PAGE = Path(__file__).parent / "page"
 _bearer = HTTPBearer(auto_error=False, description="An API key.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
@@ -320,7 +321,11 @@ def _describe(app: FastAPI) -> None:
 
 @contextlib.contextmanager
 def _draining(service: Service) -> Iterator[None]:
-    """On SIGTERM or SIGINT go on answering for `drain_s`, not ready, then let the server stop."""
+    """On SIGTERM or SIGINT go on answering for `drain_s`, not ready, then let the server stop.
+
+    One of several workers goes on for longer: it is its parent that says when all stop, and it
+    stops by itself only if the parent is gone.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -331,7 +336,9 @@ def _draining(service: Service) -> Iterator[None]:
             stops[sign](sign, frame)
             return
         service.draining = True
-        timer = threading.Timer(service.settings.drain_s, os.kill, (os.getpid(), sign))
+        settings = service.settings
+        seconds = settings.drain_s + (ORPHAN_S if settings.workers > 1 else 0)
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), sign))
         timer.daemon = True
         timer.start()
 

@@ -30,7 +30,6 @@ def serve(settings: Settings) -> None:
             address that others can reach would be open to all.
     """
     import uvicorn
-    from uvicorn.supervisors import Multiprocess
 
     stage = servable(RunDir(settings.run))
     with tempfile.TemporaryDirectory(prefix="streamctl-metrics-") as folder:
@@ -38,7 +37,7 @@ def serve(settings: Settings) -> None:
             # prometheus-client adds the workers' metrics up through files in this folder; it
             # looks at the variable when it is imported.
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        from streamctl.serving.closing import PatientServer
+        from streamctl.serving.closing import PatientServer, PatientWorkers
         from streamctl.serving.http import create_app
 
         _check_address(settings)
@@ -62,7 +61,7 @@ def serve(settings: Settings) -> None:
         for sign in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sign, lambda *_: None)
         if settings.workers > 1:
-            Multiprocess(config, sockets=[listening]).run()
+            PatientWorkers(config, [listening], settings.drain_s).run()
             return
         server = PatientServer(config)
         service = config.app.state.service
