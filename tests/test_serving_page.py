@@ -22,6 +22,56 @@ expect = playwright.expect
 SLOW_MS = 120_000  # a busy machine takes its time
 
 
+# Every piece of text that is seen, with its contrast (WCAG 2) against all that lies behind its
+# ends: bars and washes, too.
+CONTRASTS = """() => {
+  const rgba = (text) => {
+    const [r, g, b, a = 1] = text.match(/^rgba?\\((.*)\\)$/)[1].split(/[,/ ]+/).map(Number);
+    return [r, g, b, a];
+  };
+  const over = (top, below) => top.slice(0, 3)
+    .map((value, n) => value * top[3] + below[n] * (1 - top[3])).concat(1);
+  const light = ([r, g, b]) => [r, g, b].map((value) => value / 255)
+    .map((value) => value <= .04045 ? value / 12.92 : ((value + .055) / 1.055) ** 2.4)
+    .reduce((sum, value, n) => sum + value * [.2126, .7152, .0722][n], 0);
+  const ratio = (one, other) => {
+    const [low, high] = [light(one), light(other)].sort((a, b) => a - b);
+    return (high + .05) / (low + .05);
+  };
+  const behind = (element, x, y) => {
+    const stack = document.elementsFromPoint(x, y);
+    const own = stack.indexOf(element);
+    return stack.slice(Math.max(own, 0)).reverse().filter((one) => !one.closest("svg"))
+      .map((one) => rgba(getComputedStyle(one).backgroundColor))
+      .reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+  };
+  const found = [];
+  const measure = (element, text, colour, box) => {
+    for (const x of [box.left + 2, box.right - 2]) {
+      const ground = behind(element, x, (box.top + box.bottom) / 2);
+      const ink = over(rgba(colour), ground);
+      found.push({ text: text.trim().slice(0, 40), ratio: ratio(ink, ground), ink, ground });
+    }
+  };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    const element = node.parentElement;
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    const box = range.getBoundingClientRect();
+    if (!node.data.trim() || box.width < 5 || box.right < 0 || !element.checkVisibility()) continue;
+    const style = getComputedStyle(element);
+    measure(element, node.data, element.closest("svg") ? style.fill : style.color, box);
+  }
+  for (const input of document.querySelectorAll("input[placeholder]")) {
+    if (!input.checkVisibility()) continue;
+    const style = getComputedStyle(input, "::placeholder");
+    measure(input, input.placeholder, style.color, input.getBoundingClientRect());
+  }
+  return found;
+}"""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("page") / "run", evidence=True)
@@ -177,6 +227,43 @@ def test_nothing_runs_off_the_side(page, width):
         page.get_by_role("link", name=link).click()
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_stands_out_from_its_ground_in_both_themes(page, theme):
+    page.emulate_media(color_scheme=theme)
+    page.set_viewport_size({"width": 1280, "height": 6000})  # all of it is seen, and measured
+    seen = {}
+
+    def measure(name):
+        seen[name] = page.evaluate(CONTRASTS)
+        faint = [one for one in seen[name] if one["ratio"] < 4.5]
+        assert not faint, f"{name}, {theme}: {faint}"
+
+    page.get_by_role("button", name="A real user").click()
+    expect(page.locator("#slow li[data-id]")).to_have_count(10)
+    measure("tokens")
+    page.get_by_label("evidence: what others took").check()
+    expect(page.get_by_role("list", name="Evidence")).to_contain_text("A user who had")
+    measure("evidence")
+    page.get_by_role("combobox").fill("a")
+    expect(page.get_by_role("option").first).to_be_visible()
+    measure("search")
+    page.keyboard.press("Escape")
+    page.route("**/v1/recommend", lambda route: route.abort())
+    page.get_by_role("button", name="A real user").click()
+    expect(page.get_by_role("alert")).not_to_be_empty()
+    measure("error")
+    page.get_by_role("link", name="This run").click()
+    expect(page.locator("#metrics table")).to_have_count(2)
+    measure("run")
+    page.get_by_role("link", name="API").click()
+    expect(page.get_by_text("/v1/recommend/batch")).to_be_visible()
+    measure("API")
+    texts = {one["text"] for found in seen.values() for one in found}
+    assert {"The thought", "Metrics", "A real user", "Type a word of the title"} <= texts
+    (ground,) = {tuple(one["ground"]) for one in seen["tokens"] if one["text"] == "The thought"}
+    assert (sum(ground[:3]) > 3 * 128) == (theme == "light")
 
 
 def test_every_control_has_a_name(page):
