@@ -1,4 +1,4 @@
-"""Tables of the README and of docs/, generated from the receipts below results/.
+"""Tables of the README and of docs/, generated from the receipts below results/ and the settings.
 
 python benchmarks/readme.py          rewrites the blocks between <!-- NAME --> and <!-- /NAME -->
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import scale_tables
+from benchmarks import scale_tables, settings_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/scale.md")
+PAGES = ("README.md", "docs/results.md", "docs/scale.md", "docs/config.md")
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 
 
@@ -230,7 +230,7 @@ BLOCKS = {
 
 
 def render() -> dict[str, str]:
-    """Block name -> markdown, for every receipt that is there."""
+    """Block name -> markdown, for every receipt that is there, and for the settings."""
     blocks, receipts = {}, {}
     for path in sorted(RESULTS.glob("*.json")):
         receipt = receipts[path.stem] = json.loads(path.read_text())
@@ -241,7 +241,8 @@ def render() -> dict[str, str]:
             blocks[f"{path.stem}-minutes"] = minutes(receipt)
         elif "rows" in receipt and "ratio" in receipt["rows"][0]:
             blocks[path.stem] = speed(receipt)
-    return blocks | {"arithmetic": scale_tables.arithmetic(receipts)}
+    others = {"arithmetic": scale_tables.arithmetic(receipts), "settings": settings_table.tables()}
+    return blocks | others
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from streamctl.distributed import world_size
+from streamctl.distributed import told_cpu, world_size
 from streamctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def resolve_device(name: str = "auto") -> torch.device:
     """`auto` (CUDA if there is one, else CPU), `cpu`, `cuda` or `cuda:N`.
 
-    Under torchrun `auto` and `cuda` are this process's own GPU.
+    Under `accelerate launch --cpu` `auto` is the CPU. Under torchrun `auto` and `cuda` are this
+    process's own GPU.
 
     Raises:
         UsageError: the name is unknown, or this machine has no such device.
@@ -25,7 +26,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     import torch
 
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and not told_cpu() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -35,6 +35,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def told_cpu() -> bool:
+    """Whether the work is to stay on CPUs: `--device cpu`, or `accelerate launch --cpu`."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
 def joined() -> bool:
     """Whether this process has met the others: until then all of them do and say the same."""
     return ranks.cache_info().currsize > 0
@@ -177,8 +182,7 @@ def ranks() -> Ranks:
         ) from error
     signal.signal(signal.SIGTERM, _ended)
     rank = int(os.environ["RANK"])
-    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    gpu = torch.cuda.is_available() and not told_cpu
+    gpu = torch.cuda.is_available() and not told_cpu()
     with _contact(rank):
         state = PartialState(cpu=not gpu, backend="nccl" if gpu else "gloo", timeout=LONGEST_WAIT)
     return Ranks(state.process_index, state.num_processes)

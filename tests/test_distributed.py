@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from benchmarks.forks import SETTINGS, SHOP, Commands
 from benchmarks.ranks import job
+from streamctl.device import resolve_device
 from streamctl.distributed import Ranks, Share
 from streamctl.runs import RunDir
 from streamctl.training.losses import state_target_loss
@@ -88,6 +89,14 @@ def test_on_a_machine_with_a_gpu_the_device_asked_for_decides_what_joins_the_pro
     finally:
         distributed.ranks.cache_clear()
     assert asked == [joined_over]
+
+
+@pytest.mark.parametrize(("told", "chosen"), [("true", "cpu"), ("false", "cuda"), ("", "cuda")])
+def test_accelerate_launch_cpu_keeps_auto_off_the_gpu(monkeypatch, told, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", told)
+    assert resolve_device("auto").type == chosen
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 64])

@@ -18,7 +18,7 @@ Config = Annotated[
 ]
 Sets = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", help="key=value or stage.key=value; may be repeated."),
+    typer.Option("--set", help="key=value or stage.key=value, as in docs/config.md; repeatable."),
 ]
 Seed = Annotated[
     Optional[int],  # noqa: UP045

@@ -49,6 +49,11 @@ def command(
 ) -> None:
     """Train and evaluate every method with every seed, and print the table.
 
+    A method is what is trained, a row what is measured (`eval --methods` takes rows): sasrec_bce
+    and sasrec_ce are `eval`'s row sasrec with either loss, tiger_vocabulary and tiger_long its row
+    tiger; stream gives stream_pt, stream_sft, stream_rl and their controls, stream_plain_rl gives
+    stream_rl without the rewards of Eqs. 25-27, evidence gives stream_evidence and its controls.
+
     Interrupt it at any time: the same command continues, job by job. With `--check RECEIPT` that
     receipt's stages are made again in RUN/check and every figure is compared.
 

@@ -179,7 +179,7 @@ def known_rows(run: RunDir) -> dict[str, Row]:
                 EVIDENCE,
                 lambda models, count=count: models.evidence(count),
                 control=True,
-                note=f"the same model and settings with {count} look-ups",
+                note=f"the same model and settings with {count} look-up{'s' * (count != 1)}",
             )
             for count in EVIDENCE_COUNTS
         ),

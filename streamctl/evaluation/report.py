@@ -24,7 +24,7 @@ TITLES = {
     "stream_sft": "STREAM-Rec SFT",
     "stream_rl": "STREAM-Rec RL",
     "stream_evidence": "STREAM-Rec evidence",
-    **{f"evidence_l{count}": f"evidence, {count} look-ups" for count in range(5)},
+    **{f"evidence_l{n}": f"evidence, {n} look-up{'s' * (n != 1)}" for n in range(5)},
     "random_evidence": "random evidence",
     "wide_evidence": "one wide look-up",
     "no_thinking": "no thinking, as long",
