@@ -21,9 +21,7 @@ def command(
     ] = None,
     methods: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(
-            "--methods", help="Rows of the table, comma-separated; default: all."
-        ),
+        typer.Option("--methods", help="Rows of the table, comma-separated; default: all."),
     ] = None,
     beam: Annotated[
         Optional[int],  # noqa: UP045
