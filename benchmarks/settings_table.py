@@ -22,7 +22,8 @@ def comments(cls: type) -> dict[str, str]:
     found, above = {}, 0
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign):
-            behind = said.get(node.lineno, "")
+            lines = range(node.lineno, node.end_lineno + 1)
+            behind = " ".join(said[line] for line in lines if line in said)
             first = node.lineno
             while first - 1 > above and first - 1 in said:
                 first -= 1

@@ -144,8 +144,9 @@ class RlConfig:
     kl_weight: float = 1e-3  # beta of Eq. 20 (k3 estimator)
     ratio: Literal["sequence", "token"] = "sequence"  # Eq. 20's letter, or a ratio for each token
     updates: int = 1  # gradient steps on one batch of rollouts
-    # Cross-entropy of the target kept beside GRPO; 0 is the paper's letter
-    anchor_weight: float = 0.1
+    anchor_weight: float = (
+        0.1  # cross-entropy of the target kept beside GRPO; 0 is the paper's letter
+    )
     format_weight: float = 1.0
     exact_weight: float = 1.0
     similarity_weight: float = 1.0
