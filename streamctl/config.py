@@ -169,6 +169,7 @@ class EvidenceConfig:
     look_ups: int = 4  # the most questions of a thought; validation says how many help
     neighbours: int = 20  # rows that one look-up finds
     index: Literal["flat", "ivf", "hnsw"] = "flat"  # exact, or faster on millions of rows
+    reader: bool = True  # learn on validation users how evidence is read, and keep it if it helps
     dropout: float = 0.3
     input_dropout: float = 0.3
     epochs: int = 10
@@ -237,7 +238,7 @@ STAGES: tuple[type, ...] = (
 
 
 # What a setting was before there was a setting: how older manifests and receipts are read.
-BEFORE = {"softmax": "vocabulary", "collaborative": 0.0}
+BEFORE = {"softmax": "vocabulary", "collaborative": 0.0, "reader": False}
 
 
 # The least value of a number; 0 for those not named, and nothing may be infinite.

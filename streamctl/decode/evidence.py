@@ -13,6 +13,7 @@ import torch
 
 from streamctl.decode.questions import Asker, LookAlikes, ViewName, latest_first
 from streamctl.decode.ranking import Ranking, rank_scores
+from streamctl.decode.reader import CANDIDATES, Clues, Reader
 from streamctl.device import derive_seed
 from streamctl.model.ranker import StateRanker
 from streamctl.retrieval.baskets import Found
@@ -128,7 +129,8 @@ class EvidenceThinker:
         score(item) = log softmax(s_0 . v) + repeat (item in history) + log(1 + sum over i w_i E_i)
 
     where E_i(item) sums the weights of the rows of look-up i whose users took the item. A row is
-    found once: every look-up brings new evidence.
+    found once: every look-up brings new evidence. This is the summed score; where there is a
+    reader, it corrects that of the best `CANDIDATES` items, and the others come after them.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class EvidenceThinker:
         *,
         look_ups: int | None = None,
         random: int | None = None,
+        reader: Reader | None = None,
     ):
         """A recommender.
 
@@ -149,7 +152,9 @@ class EvidenceThinker:
             look_alikes: of the catalogue, for the view `alike`.
             look_ups: l, the first questions to ask; None for all, 0 answers from the state alone.
             random: a seed, to weigh rows drawn at random like the ones found: the control.
+            reader: of as many look-ups as there are questions, or more.
         """
+        self.reader = reader
         self.ranker, self.memory, self.settings = ranker, memory, settings
         self.look_alikes = look_alikes
         self.look_ups = len(settings.questions) if look_ups is None else look_ups
@@ -199,19 +204,26 @@ class EvidenceThinker:
             rows[self.memory.users[rows] == users[:, None]] = -1
         return rows
 
-    def evidence(self, look_up: LookUp) -> torch.Tensor:
-        """E (B, N) float32: what the users of the rows took next, and less what they took later."""
+    def taken(self, look_up: LookUp, shares: Sequence[float]) -> torch.Tensor:
+        """(B, N) float32: the weights of the rows whose users took an item.
+
+        Args:
+            shares: of a row's weight, for the item taken next, the one after that, and so on.
+        """
         found = look_up.weights.new_zeros(len(look_up.weights), len(self.vectors))
-        share = 1.0
-        for after in range(self.memory.taken.shape[1]):
+        for after, share in zip(range(self.memory.taken.shape[1]), shares, strict=False):
+            if not share:
+                continue
             items = self.memory.taken[look_up.rows, after].astype(np.int64)
             there = torch.from_numpy((items >= 0) & (look_up.rows >= 0)).to(found.device)
             chosen = torch.from_numpy(items.clip(min=0)).to(found.device)
             found.scatter_add_(1, chosen, share * look_up.weights * there)
-            share *= look_up.question.decay
-            if not share:
-                break
         return found
+
+    def evidence(self, look_up: LookUp) -> torch.Tensor:
+        """E (B, N) float32: what the users of the rows took next, and less what they took later."""
+        decay = look_up.question.decay
+        return self.taken(look_up, [decay**after for after in range(self.memory.taken.shape[1])])
 
     def total(self, look_ups: Sequence[LookUp]) -> torch.Tensor:
         """Sum of w_i E_i (B, N) over one look-up or more."""
@@ -223,10 +235,51 @@ class EvidenceThinker:
         Args:
             history: (B, H) int64, -1 on the right.
         """
-        scores = self.ranker.opinion(trace.state, self.vectors, history)
-        if trace.look_ups:
-            scores = scores + torch.log1p(self.total(trace.look_ups))
-        return repeats(scores, history, self.settings.repeat)
+        if self.reader is None:
+            opinion = self.ranker.opinion(trace.state, self.vectors, history)
+            total = self.total(trace.look_ups) if trace.look_ups else torch.zeros_like(opinion)
+            return self._summed(opinion, total, history)
+        clues, scores = self._clues(self.reader, history, trace)
+        read = self.reader(clues)
+        unread = scores.scatter(1, clues.items, -torch.inf)
+        lowest, best = read.amin(1, keepdim=True), unread.amax(1, keepdim=True)
+        return (scores - best + lowest - 1).scatter(1, clues.items, read)
+
+    def _summed(
+        self, opinion: torch.Tensor, total: torch.Tensor, history: torch.Tensor
+    ) -> torch.Tensor:
+        """Summed scores (B, N) of the state's opinion and the look-ups' total, both (B, N)."""
+        return repeats(opinion + torch.log1p(total), history, self.settings.repeat)
+
+    def clues(self, reader: Reader, history: torch.Tensor, trace: EvidenceTrace) -> Clues:
+        """What the reader is told about each user's candidates.
+
+        Args:
+            history: (B, H) int64, -1 on the right.
+        """
+        return self._clues(reader, history, trace)[0]
+
+    def _clues(
+        self, reader: Reader, history: torch.Tensor, trace: EvidenceTrace
+    ) -> tuple[Clues, torch.Tensor]:
+        """The clues, and the summed scores (B, N) of all items after the last look-up."""
+        opinion = self.ranker.opinion(trace.state, self.vectors, history)
+        totals = [torch.zeros_like(opinion)]
+        for look_up in trace.look_ups:
+            totals.append(totals[-1] + self.total([look_up]))
+        last = self._summed(opinion, totals[-1], history)
+        items = last.topk(min(CANDIDATES, last.shape[1]), dim=1).indices
+        summed = [self._summed(opinion, total, history).gather(1, items) for total in totals]
+        later = [0.0] + [1.0] * (self.memory.taken.shape[1] - 1) if trace.look_ups else []
+        found = [
+            self.taken(look_up, shares).gather(1, items)
+            for look_up in trace.look_ups
+            for shares in ([1.0], later)
+        ]
+        own = reader.own(items, opinion.gather(1, items), self.vectors, history)
+        shape = (*items.shape, len(trace.look_ups), 2)
+        pairs = torch.stack(found, 2).reshape(shape) if found else own.new_zeros(shape)
+        return Clues(items, torch.stack(summed, 2), own, pairs), last
 
     @torch.no_grad()
     def rank(

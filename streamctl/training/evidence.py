@@ -2,7 +2,8 @@
 
 The ranker is trained by full-catalogue cross-entropy after every item of a sequence (Eq. 14 with
 the whole catalogue as candidates). The memory holds one row a training prefix. What is asked of it
-is the choice of validation users (`thought.py`).
+is the choice of validation users (`thought.py`), who also train the reader of what is found
+(`reading.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from streamctl.config import EvidenceConfig, resolve, to_dict
 from streamctl.data import Examples, Split
 from streamctl.decode.evidence import EvidenceSettings, EvidenceThinker, Question
 from streamctl.decode.questions import LookAlikes
+from streamctl.decode.reader import Reader
 from streamctl.device import derive_seed, resolve_device
 from streamctl.evaluation.evaluate import evaluate, sample_users
 from streamctl.model.policy import SIZES
@@ -31,15 +33,19 @@ from streamctl.retrieval.memory import Memory
 from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.training.loop import Batch, fit
 from streamctl.training.material import Material
-from streamctl.training.thought import Chooser, choose
+from streamctl.training.reading import Reading, learn
+from streamctl.training.thought import Chooser, choose, sure_look_ups, surely
 
 WEIGHTS = "model.safetensors"
+READER, WIDE_READER = "reader.safetensors", "wide_reader.safetensors"  # where readers help
+TEXTS = "item_vectors.npy"  # of the tokenizer stage
 AFTER = 4  # items kept of what a prefix's user took next
 RECENT = 20  # items kept of the prefix itself
 VALIDATION_USERS = 2000  # that pick the epoch
 CHOOSING_USERS = 10_000  # that choose the thought
+READING_USERS = 25_000  # that train the reader
 LOOK_ALIKES = 10  # items that a question takes an item to be like
-OF_THE_THOUGHT = ("look_ups", "neighbours", "index")  # settings that no weight depends on
+OF_THE_THOUGHT = ("look_ups", "neighbours", "index", "reader")  # settings that no weight depends on
 _TIMED = 32  # users of the latency
 
 
@@ -135,8 +141,10 @@ def evidence(
 ) -> Stage:
     """Train the ranker, fill the memory, and choose on validation how evidence is weighed.
 
-    Writes the weights, the memory's arrays and report.json: the settings, validation ndcg@10 for
-    0..look_ups look-ups and the best number of them, and the memory's size and latency. Made again
+    Writes the weights, the memory's arrays, the reader if it helps, and report.json: the settings,
+    validation ndcg@10 for 0..look_ups look-ups and the best number of them (with a reader those of
+    users that it was not trained on, and `summed` those without it), and the memory's size and
+    latency. Made again
     (`force`) with other settings of the thought alone, it does not train again.
     """
     trained = Trained.found(run, config)
@@ -187,14 +195,17 @@ def evidence(
             neighbours=config.neighbours, look_ups=config.look_ups,
         )  # fmt: skip
         settings, chosen = choose(chooser)
+        if config.reader:
+            thinker = EvidenceThinker(ranker, memory, settings, chooser.thinker.look_alikes)
+            texts = run.stage("tokenizer").array(TEXTS)
+            chosen |= _read(stage, thinker, split, texts, chosen["wide"], config.seed)
         report = {
             **epochs,
             "settings": asdict(settings),
             **chosen,
             "memory": {"rows": len(memory), "bytes": memory.bytes, "index": memory.kind},
         }
-        weights = {name: tensor.cpu() for name, tensor in ranker.state_dict().items()}
-        stage.save_tensors(WEIGHTS, weights)
+        stage.save_tensors(WEIGHTS, _parameters(ranker))
         for name, array in memory.arrays().items():
             stage.save_array(f"{name}.npy", array)
         stage.save_json("report.json", report)
@@ -202,6 +213,49 @@ def evidence(
         shown = ", ".join(f"{name} {row['ndcg@10']:.4f}" for name, row in chosen["valid"].items())
         say(f"evidence: ndcg@10 on validation users: {shown}")
     return run.stage("evidence")
+
+
+def _read(
+    stage: StageWriter,
+    thinker: EvidenceThinker,
+    split: Split,
+    texts: np.ndarray,
+    wide: dict[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """Train the readers of the thought and of the wide look-up; save both if the thought's helps.
+
+    Returns:
+        what changes in the report by them.
+    """
+    users = sample_users(split.valid, READING_USERS, seed)
+
+    def reading_of(settings: EvidenceSettings) -> Reading:
+        own = EvidenceThinker(thinker.ranker, thinker.memory, settings, thinker.look_alikes)
+        return learn(own, users, texts, split.popularity(), seed)
+
+    reading = reading_of(thinker.settings)
+    read, summed = (
+        {f"{count} look-ups": {"ndcg@10": float(row.mean())} for count, row in enumerate(gained)}
+        for gained in (reading.gained, reading.summed)
+    )
+    if surely(reading.gained[-1] - reading.summed[-1]) <= 0:
+        return {"valid": summed, "read": read}
+    one = replace(thinker.settings, questions=(Question(**wide["question"]),))
+    of_the_wide = reading_of(one)
+    stage.save_tensors(READER, _parameters(reading.reader))
+    stage.save_tensors(WIDE_READER, _parameters(of_the_wide.reader))
+    steps = [surely(step) for step in np.diff(reading.gained, axis=0)]
+    return {
+        "valid": read,
+        "summed": summed,
+        "look_ups": sure_look_ups(steps),
+        "wide": wide | {"ndcg@10": float(of_the_wide.gained[-1].mean())},
+    }
+
+
+def _parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in module.state_dict().items()}
 
 
 def load_thinker(
@@ -233,9 +287,16 @@ def load_thinker(
         settings = replace(settings, questions=(Question(**report["wide"]["question"]),))
     elif look_ups is None:
         look_ups = report["look_ups"]
+    reader = None
+    if (stage.path / READER).exists():
+        texts = torch.from_numpy(run.stage("tokenizer").array(TEXTS))
+        popularity = torch.from_numpy(material.split.popularity())
+        reader = Reader(len(settings.questions), texts, popularity)
+        reader.load_state_dict(load_file(stage.file(WIDE_READER if wide else READER)))
+        reader.to(device).eval()
     return EvidenceThinker(
         ranker.to(device).eval(), Memory.load(stage.path, config.index), settings,
-        look_alikes(material), look_ups=look_ups, random=random,
+        look_alikes(material), look_ups=look_ups, random=random, reader=reader,
     )  # fmt: skip
 
 

@@ -183,7 +183,7 @@ class Chooser:
                     arrays, top, self.targets[part], rows, weights, decay
                 )
         old = gains(ranks_before, _DEPTH)
-        gained = np.array([[_surely(gains(row, _DEPTH) - old) for row in way] for way in ranks])
+        gained = np.array([[surely(gains(row, _DEPTH) - old) for row in way] for way in ranks])
         trials = []
         for name in answers:
             own = [number for number, way in enumerate(ways) if way[0] == name]
@@ -248,18 +248,23 @@ def choose(chooser: Chooser) -> tuple[EvidenceSettings, dict[str, Any]]:
         ranks = chosen.ranks
         valid[f"{number} look-ups"] = {"ndcg@10": chosen.ndcg}
         tried.append({trial.question.view: trial.gain for trial in trials})
-    sure = [max(step.values()) > 0 for step in tried]
     questions = tuple(look_up.question for look_up in found)
     wide = chooser.best(chooser.wide(), (), repeat, alone)[0]
     return EvidenceSettings(questions, repeat), {
-        "look_ups": max(1, sure.index(False) if False in sure else len(sure)),
+        "look_ups": sure_look_ups([max(step.values()) for step in tried]),
         "valid": valid,
         "tried": tried,
         "wide": {"question": asdict(wide.question), "ndcg@10": wide.ndcg},
     }
 
 
-def _surely(gain: np.ndarray) -> float:
+def sure_look_ups(steps: Sequence[float]) -> int:
+    """How many look-ups come before the first without a sure gain; one at least."""
+    unsure = [number for number, gain in enumerate(steps) if gain <= 0]
+    return max(1, unsure[0] if unsure else len(steps))
+
+
+def surely(gain: np.ndarray) -> float:
     """The mean of paired gains (U,) less its standard error."""
     return float(gain.mean() - gain.std() / len(gain) ** 0.5)
 
