@@ -3,10 +3,11 @@
     python benchmarks/aids.py RUN --methods sasrec_ce,tiger --json --save
 
 after `streamctl reproduce RUN`. A baseline is put in the ranker's place: its own states fill the
-memory, its own validation users choose the repeat term and the questions (`training/thought.py`).
+memory, its own validation users choose the repeat term and the questions (`training/thought.py`)
+and train the reader of what is found (`training/reading.py`).
 SASRec ranks by products of its state, as the ranker does. TIGER asks by the mean of its encoder's
 states (d_0) and ranks by its beam; an item outside of it counts as the last one inside. Rows: the
-baseline as it is, with the repeat term, with each number of look-ups; paired intervals over the
+baseline as it is, read without look-ups, read with each number of them; paired intervals over the
 test users of every row less the row before it.
 """
 
@@ -33,8 +34,15 @@ from streamctl.evaluation.jobs import job_path
 from streamctl.evaluation.metrics import gains
 from streamctl.model.ranker import StateRanker
 from streamctl.runs import RunDir, provenance
-from streamctl.training.evidence import CHOOSING_USERS, build_memory, look_alikes
+from streamctl.training.evidence import (
+    CHOOSING_USERS,
+    READING_USERS,
+    TEXTS,
+    build_memory,
+    look_alikes,
+)
 from streamctl.training.material import Material
+from streamctl.training.reading import learn
 from streamctl.training.thought import Chooser, choose
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,10 +123,14 @@ def measure(run: RunDir, method: str, seed: int) -> dict[str, dict[str, object]]
         ranker, memory, alike, sample, neighbours=config.neighbours, look_ups=config.look_ups
     )
     settings, _ = choose(chooser)
+    users = sample_users(split.valid, READING_USERS, seed)
+    thinker = EvidenceThinker(ranker, memory, settings, alike)
+    texts = run.stage("tokenizer").array(TEXTS)
+    reader = learn(thinker, users, texts, split.popularity(), seed).reader
     rows = {method: EvidenceThinker(ranker, memory, EvidenceSettings(), alike)}
     for count in range(config.look_ups + 1):
         rows[f"{method}_l{count}"] = EvidenceThinker(
-            ranker, memory, settings, alike, look_ups=count
+            ranker, memory, settings, alike, look_ups=count, reader=reader
         )
     found = {}
     for row, thinker in rows.items():

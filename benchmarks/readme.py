@@ -116,21 +116,39 @@ def thoughts(receipt: dict[str, Any]) -> str:
     """The questions of each seed's thought, and what every view would have gained instead."""
     rows = []
     for found in receipt["seeds"]:
-        before = found["valid"]["0 look-ups"]["ndcg@10"]
-        rows.append([str(found["seed"]), "0", "", f"{before:.4f}", "", ""])
+        seed = str(found["seed"])
+        summed, read = found.get("summed", found["valid"]), found.get("read", found["valid"])
+        figures = [
+            [f"{way[name]['ndcg@10']:.4f}" for way in (summed, read)] for name in found["valid"]
+        ]
+        rows.append([seed, "0", "", *figures[0], "", ""])
         steps = zip(found["settings"]["questions"], found["tried"], strict=True)
         for number, (question, tried) in enumerate(steps, 1):
-            asked = [f"{view} {1e4 * gain:+.1f}" for view, gain in tried.items()]
+            gained = [f"{view} {1e4 * gain:+.1f}" for view, gain in tried.items()]
             rows.append([
-                str(found["seed"]), str(number), question["view"],
-                f"{found['valid'][f'{number} look-ups']['ndcg@10']:.4f}",
-                ", ".join(asked), "yes" if number <= found["look_ups"] else "no",
+                seed, str(number), question["view"], *figures[number], ", ".join(gained),
+                "yes" if number <= found["look_ups"] else "no",
             ])  # fmt: skip
         wide = found["wide"]
         name = f"one wide look-up: {wide['question']['view']}"
-        rows.append([str(found["seed"]), "", name, f"{wide['ndcg@10']:.4f}", "", ""])
-    head = ["seed", "look-up", "view", "valid ndcg@10", "gain less its error, 1e-4", "asked"]
+        rows.append([seed, "", name, "", f"{wide['ndcg@10']:.4f}", "", ""])
+    head = [
+        "seed", "look-up", "view", "valid ndcg@10, summed", "read",
+        "gain of the sum less its error, 1e-4", "asked",
+    ]  # fmt: skip
     return markdown(head, rows)
+
+
+def fetching(receipt: dict[str, Any]) -> str:
+    """Ways to choose a question for each user."""
+    rows = [
+        [
+            row["choice"], f"{row['ndcg@10']:.4f}", _interval(row["less_best"]),
+            ", ".join(f"{name} {share:.0%}" for name, share in row["asked"].items() if share),
+        ]
+        for row in receipt["rows"]
+    ]  # fmt: skip
+    return markdown(["choice", "valid ndcg@10", "less the best for all", "asked"], rows)
 
 
 def aids(receipt: dict[str, Any]) -> str:
@@ -222,6 +240,7 @@ BLOCKS = {
     "ablations": ablations,
     "thoughts": thoughts,
     "aids": aids,
+    "fetching": fetching,
     "memory": memory,
     "serve": load,
     "histories": histories,

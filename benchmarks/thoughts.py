@@ -18,6 +18,7 @@ from streamctl.runs import RunDir, provenance
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = ("look_ups", "settings", "valid", "tried", "wide", "memory", "epochs", "best_epoch")
+OPTIONAL = ("summed", "read")  # one of them, where a reader was trained
 
 
 def gather(run: RunDir) -> list[dict[str, object]]:
@@ -29,6 +30,7 @@ def gather(run: RunDir) -> list[dict[str, object]]:
         stage = job_path(run, "evidence", int(seed)).require("evidence")
         report, manifest = stage.json("report.json"), stage.manifest
         row = {"seed": int(seed)} | {key: report[key] for key in KEYS}
+        row |= {key: report[key] for key in OPTIONAL if key in report}
         found.append(row | {key: manifest[key] for key in ("search_ms", "wall_s", "git", "config")})
     return found
 
