@@ -329,10 +329,14 @@ def packed(module: nn.Module, kind: Callable[..., Any], x: torch.Tensor) -> Any:
         weights, version, ready = kept[dtype]
         if _versions(weights) == version:
             return ready
+        del ready
+        kept[dtype] = [], None, None  # the old ones go before the new ones take as much memory
     weights = list(module.parameters())
+    version = _versions(weights)
     with torch.autocast("cpu", enabled=False):
-        kept[dtype] = weights, _versions(weights), kind(module, dtype)
-    return kept[dtype][2]
+        ready = kind(module, dtype)
+    kept[dtype] = weights, version, ready
+    return ready
 
 
 class _Steps:

@@ -120,10 +120,12 @@ def norm_backward(
 @numba.njit(**_OPTIONS)
 def drop(x, seed, threshold, scale, first, last, out):
     """out = dropout(x) over the flat elements first..last."""
-    for i in range(first, last):
-        kept = _hash(i, seed) >= threshold
-        value = widen(x[i]) * scale if kept else np.float32(0)
-        out[i] = narrow(value, out[i])
+    # Counted from zero in 32 bits, which vectorizes; positions are those of the whole array.
+    base, source, target = np.uint32(first), x[first:last], out[first:last]
+    for i in range(last - first):
+        kept = _hash(base + np.uint32(i), seed) >= threshold
+        value = widen(source[i]) * scale if kept else np.float32(0)
+        target[i] = narrow(value, target[i])
 
 
 @intrinsic

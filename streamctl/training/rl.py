@@ -163,6 +163,7 @@ class Trainer:
         share = ranks().share(len(targets))
         history, target = share.of(history), share.of(targets)
         policy.eval()
+        self.optimizer.zero_grad(set_to_none=True)  # their memory serves the rollouts
         rollouts = rollout(
             policy, history, group=config.group, think=self.think,
             temperature=config.temperature, seed=derive_seed(seed, "rollout"), bf16=False,
@@ -176,6 +177,8 @@ class Trainer:
             )  # fmt: skip
         metrics: dict[str, torch.Tensor] = {}
         for update in range(config.updates):
+            if update:
+                self.optimizer.zero_grad(set_to_none=True)
             encoded = policy.encode(history)
             logprobs, hidden = rollout_logprobs(
                 policy, encoded, rollouts, temperature=config.temperature
@@ -198,7 +201,6 @@ class Trainer:
                     _check_first(logprobs, rollouts.logprobs, found)
             anchor = -policy.target_logprob(encoded, target, rollouts.think[:, 0]).mean()
             metrics |= {"anchor": anchor.detach(), "loss": loss.detach()}
-            self.optimizer.zero_grad(set_to_none=True)
             # A batch that came out smaller counts by its size.
             scale = share.weight / config.batch
             ((loss + config.anchor_weight * anchor) * scale).backward()
