@@ -146,9 +146,11 @@ def product_flops(policy: Policy, positions: int, tokens: int) -> int:
     """Floating point operations of the weights' products in one pass forward.
 
     Args:
-        positions: encoder positions of all users. tokens: decoder tokens, each with its logits.
+        positions: encoder positions of all users. tokens: decoder tokens, each with its logits:
+            of the vocabulary, or of its level's codes where the softmax is the catalogue's.
     """
-    on_positions, on_tokens = 0, policy.shared.weight.numel()
+    scored = CODES if policy.config.softmax == "catalogue" else policy.tokens.size
+    on_positions, on_tokens = 0, scored * policy.config.d_model
     for stack in (policy.encoder, policy.decoder):
         for name, weight in stack.named_parameters():
             if weight.ndim != 2 or "relative" in name:

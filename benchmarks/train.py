@@ -4,9 +4,11 @@
 
 A step is forward, backward, gradient clipping and fused AdamW at batch 256 under bf16 autocast,
 with dropout. `step/padded`: the peer pads random batches to their longest history, we take
-exact-length batches; `step/bucketed`: both take the same exact-length batches. transformers drops
-out in more places (attention weights, inside the feed-forward): it runs as it is and with dropout
-only where ours is, and the ratio is to the faster. The RL cases are in rl_step.py.
+exact-length batches; `step/bucketed`: both take the same exact-length batches; `step/catalogue`:
+the same, our codes normalised over the catalogue as is our default, the peer's over the vocabulary
+still. transformers drops out in more places (attention weights, inside the feed-forward): it runs
+as it is and with dropout only where ours is, and the ratio is to the faster. The RL cases are in
+rl_step.py.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import nn
 from streamctl.model import Policy
 from streamctl.training import checkpoint
 from streamctl.training.loop import CLIP_NORM, batches
-from streamctl.training.losses import sequence_loss
+from streamctl.training.losses import answer_loss
 
 BATCH = 256
 
@@ -53,9 +55,8 @@ def our_step(policy: Policy, device: str):
     policy.thinker.requires_grad_(False)
 
     def loss(history, target):
-        inputs, labels = policy.target_inputs(target)
-        hidden = policy.decode(policy.encode(history), inputs)
-        return sequence_loss(policy.logits(hidden), labels)
+        inputs, _ = policy.target_inputs(target)
+        return answer_loss(policy, policy.decode(policy.encode(history), inputs), target)
 
     return learner(policy.train(), loss, device)
 
@@ -92,7 +93,8 @@ def step_rows(device: str, repeats: int, only: str, now, count: int, limits) -> 
         peer: their_step(policy, device, same_dropout=False),
         f"{peer}, our dropout": their_step(policy, device, same_dropout=True),
     }
-    ours = our_step(policy, device)
+    default = peers.paper_policy(device, softmax="catalogue")
+    ours = {model: our_step(model, device) for model in (policy, default)}
 
     def over(step, data):
         return lambda: [step(*batch) for batch in data]
@@ -100,13 +102,14 @@ def step_rows(device: str, repeats: int, only: str, now, count: int, limits) -> 
     done = {name: sum(len(target) for _, target in data) for name, data in (
         ("exact", exact), ("mixed", mixed))}  # fmt: skip
     found = []
-    for case, theirs, work in (
-        ("step/padded", mixed, done["mixed"]),
-        ("step/bucketed", exact, done["exact"]),
+    for case, model, theirs, work in (
+        ("step/padded", policy, mixed, done["mixed"]),
+        ("step/bucketed", policy, exact, done["exact"]),
+        ("step/catalogue", default, exact, done["exact"]),
     ):
         if not case.startswith(only):
             continue
-        turns = {"streamctl": over(ours, exact)}
+        turns = {"streamctl": over(ours[model], exact)}
         turns |= {name: over(step, theirs) for name, step in steps.items()}
         seconds = peers.take_turns(turns, repeats, now)
         spent = seconds["streamctl"]
@@ -114,7 +117,7 @@ def step_rows(device: str, repeats: int, only: str, now, count: int, limits) -> 
         line = peers.row(case, seconds, work, "sequences/s", batches=count)
         line |= {"peak_mb": peers.peak_mb(turns), "profile": peers.profile(turns["streamctl"])}
         positions = sum(history.numel() for history, _ in exact) * peers.LEVELS
-        flops = 3 * peers.product_flops(policy, positions, done["exact"] * peers.LEVELS)
+        flops = 3 * peers.product_flops(model, positions, done["exact"] * peers.LEVELS)
         found.append(peers.against_ceiling(line, flops, limits, spent))
     return found
 
