@@ -87,7 +87,8 @@ class Ranked(BaseModel):
     title: str
     score: float = Field(
         description="Log-probability of the item given history and thought; of evidence: that of "
-        "the state, raised by log(1 + weighted evidence)."
+        "the state, raised by log(1 + weighted evidence), and corrected where the run has a "
+        "reader; only its order within one answer has a meaning."
     )
 
 
