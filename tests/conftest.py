@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -73,3 +74,21 @@ def clean(tmp_path_factory, commands):
         answer = call(commands, folder / "run", stage, settings)
         assert answer.returncode == 0, f"{stage}: {answer.stderr}"
     return folder / "run", settings
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs to serve, side by side, `first` and `second`, with different weights."""
+    from serving_run import KEYS, make_run
+
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "first", seed=0, evidence=True)
+    make_run(folder / "second", seed=1)
+    (folder / "keys").write_text(f"read {KEYS['read']}\nwrite {KEYS['write']}\n")
+    return folder
+
+
+@pytest.fixture
+def own(runs, tmp_path):
+    """A copy of the runs that a test may change."""
+    return shutil.copytree(runs, tmp_path / "runs")

@@ -91,7 +91,11 @@ def test_the_clues_are_those_of_the_history_and_the_catalogue(run, plain, asked)
     texts = torch.from_numpy(run.stage("tokenizer").array("item_vectors.npy"))
     taken = torch.from_numpy(load_data(run)[1].popularity())
     reader = Reader(CONFIG.look_ups, texts, taken)
-    clues = plain.clues(reader, history, trace)
+    clues, scores = plain.clues(reader, history, trace)
+    torch.testing.assert_close(scores, plain.log_scores(history, trace))
+    for count in range(CONFIG.look_ups + 1):
+        expected = plain.log_scores(history, trace.first(count)).gather(1, clues.items)
+        torch.testing.assert_close(clues.summed[:, :, count], expected)
     opinion = plain.ranker.opinion(trace.state, plain.vectors, history)
     unit = torch.nn.functional.normalize(texts, dim=1)
     for user in range(0, len(history), 7):

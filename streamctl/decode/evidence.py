@@ -239,7 +239,7 @@ class EvidenceThinker:
             opinion = self.ranker.opinion(trace.state, self.vectors, history)
             total = self.total(trace.look_ups) if trace.look_ups else torch.zeros_like(opinion)
             return self._summed(opinion, total, history)
-        clues, scores = self._clues(self.reader, history, trace)
+        clues, scores = self.clues(self.reader, history, trace)
         read = self.reader(clues)
         unread = scores.scatter(1, clues.items, -torch.inf)
         lowest, best = read.amin(1, keepdim=True), unread.amax(1, keepdim=True)
@@ -251,32 +251,35 @@ class EvidenceThinker:
         """Summed scores (B, N) of the state's opinion and the look-ups' total, both (B, N)."""
         return repeats(opinion + torch.log1p(total), history, self.settings.repeat)
 
-    def clues(self, reader: Reader, history: torch.Tensor, trace: EvidenceTrace) -> Clues:
+    def clues(
+        self, reader: Reader, history: torch.Tensor, trace: EvidenceTrace
+    ) -> tuple[Clues, torch.Tensor]:
         """What the reader is told about each user's candidates.
 
         Args:
             history: (B, H) int64, -1 on the right.
-        """
-        return self._clues(reader, history, trace)[0]
 
-    def _clues(
-        self, reader: Reader, history: torch.Tensor, trace: EvidenceTrace
-    ) -> tuple[Clues, torch.Tensor]:
-        """The clues, and the summed scores (B, N) of all items after the last look-up."""
+        Returns:
+            the clues, and the summed scores (B, N) of all items after the last look-up.
+        """
         opinion = self.ranker.opinion(trace.state, self.vectors, history)
         totals = [torch.zeros_like(opinion)]
         for look_up in trace.look_ups:
             totals.append(totals[-1] + self.total([look_up]))
         last = self._summed(opinion, totals[-1], history)
         items = last.topk(min(CANDIDATES, last.shape[1]), dim=1).indices
-        summed = [self._summed(opinion, total, history).gather(1, items) for total in totals]
+        own = reader.own(items, opinion.gather(1, items), self.vectors, history)
+        said, seen = own[:, :, 0], own[:, :, 1]
+        summed = [
+            said + torch.log1p(total.gather(1, items)) + self.settings.repeat * seen
+            for total in totals
+        ]
         later = [0.0] + [1.0] * (self.memory.taken.shape[1] - 1) if trace.look_ups else []
         found = [
             self.taken(look_up, shares).gather(1, items)
             for look_up in trace.look_ups
             for shares in ([1.0], later)
         ]
-        own = reader.own(items, opinion.gather(1, items), self.vectors, history)
         shape = (*items.shape, len(trace.look_ups), 2)
         pairs = torch.stack(found, 2).reshape(shape) if found else own.new_zeros(shape)
         return Clues(items, torch.stack(summed, 2), own, pairs), last

@@ -33,7 +33,7 @@ class Clues:
     own: torch.Tensor
     found: torch.Tensor
 
-    def row(self, rows: torch.Tensor) -> Clues:
+    def rows(self, rows: torch.Tensor) -> Clues:
         """Those of some users."""
         return Clues(self.items[rows], self.summed[rows], self.own[rows], self.found[rows])
 

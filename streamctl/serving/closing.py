@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import socket
@@ -83,7 +84,7 @@ def begin_no_connection(listening: int) -> None:
     """Let the kernel drop new connections to a listening socket, and keep those it has begun.
 
     To a client it looks as if the first packet were lost: it tries again, and finds the socket
-    closed. Where the system has no such filter (other than Linux) nothing is done.
+    closed. Where the system has no such filter (other than Linux), or refuses it, nothing is done.
 
     Args:
         listening: the socket's file descriptor.
@@ -92,5 +93,5 @@ def begin_no_connection(listening: int) -> None:
         return
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _NO_SYN))
     program = struct.pack("HP", len(_NO_SYN), ctypes.addressof(code))
-    with socket.socket(fileno=os.dup(listening)) as same:
+    with socket.socket(fileno=os.dup(listening)) as same, contextlib.suppress(OSError):
         same.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

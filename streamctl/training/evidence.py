@@ -144,8 +144,7 @@ def evidence(
     Writes the weights, the memory's arrays, the reader if it helps, and report.json: the settings,
     validation ndcg@10 for 0..look_ups look-ups and the best number of them (with a reader those of
     users that it was not trained on, and `summed` those without it), and the memory's size and
-    latency. Made again
-    (`force`) with other settings of the thought alone, it does not train again.
+    latency. Made again (`force`) with other settings of the thought alone, it does not train again.
     """
     trained = Trained.found(run, config)
     with run.begin("evidence", config, ["data", "tokenizer"], force=force) as stage:
@@ -289,7 +288,7 @@ def load_thinker(
     elif look_ups is None:
         look_ups = report["look_ups"]
     reader = None
-    if (stage.path / READER).exists():
+    if READER in stage.manifest["artifacts"]:
         texts = torch.from_numpy(run.stage("tokenizer").array(TEXTS))
         popularity = torch.from_numpy(material.split.popularity())
         reader = Reader(len(settings.questions), texts, popularity)

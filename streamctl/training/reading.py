@@ -43,7 +43,7 @@ class Lesson:
     hit: torch.Tensor
 
     def rows(self, rows: torch.Tensor) -> Lesson:
-        return Lesson(self.clues.row(rows), self.hit[rows])
+        return Lesson(self.clues.rows(rows), self.hit[rows])
 
     def ranks(self, scores: torch.Tensor) -> np.ndarray:
         """(U,) int64 ranks of the targets by scores (U, C); C where no candidate is the target."""
@@ -61,7 +61,7 @@ def gather(thinker: EvidenceThinker, reader: Reader, examples: Examples) -> Less
         part = examples.subset(np.arange(start, min(start + _USERS, len(examples))))
         history = torch.from_numpy(part.histories(np.arange(len(part)))).to(device)
         trace = thinker.think(thinker.ranker.states(history), history, part.users)
-        parts.append(thinker.clues(reader, history, trace))
+        parts.append(thinker.clues(reader, history, trace)[0])
         targets = torch.from_numpy(part.targets).to(device)
         hits.append(parts[-1].items == targets[:, None])
     names = ("items", "summed", "own", "found")

@@ -163,7 +163,6 @@ class Trainer:
         share = ranks().share(len(targets))
         history, target = share.of(history), share.of(targets)
         policy.eval()
-        self.optimizer.zero_grad(set_to_none=True)  # their memory serves the rollouts
         rollouts = rollout(
             policy, history, group=config.group, think=self.think,
             temperature=config.temperature, seed=derive_seed(seed, "rollout"), bf16=False,
@@ -177,8 +176,6 @@ class Trainer:
             )  # fmt: skip
         metrics: dict[str, torch.Tensor] = {}
         for update in range(config.updates):
-            if update:
-                self.optimizer.zero_grad(set_to_none=True)
             encoded = policy.encode(history)
             logprobs, hidden = rollout_logprobs(
                 policy, encoded, rollouts, temperature=config.temperature
@@ -208,6 +205,7 @@ class Trainer:
             ranks().sum_gradients(trained)
             nn.utils.clip_grad_norm_(trained, CLIP_NORM)
             self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)  # their memory serves the next rollouts
         self.progress.step += 1
         return {name: float(value) for name, value in ranks().mean(metrics, share).items()}
 
