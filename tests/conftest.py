@@ -35,6 +35,16 @@ def real_data(name: str) -> Path:
     return base / name
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_reading():
+    """Readers of evidence train for few steps here: how good they get is not what is tested."""
+    from streamctl.training import reading
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "STEPS", 60)
+        yield
+
+
 @pytest.fixture(scope="session")
 def streamctl():
     """Run the console command: `streamctl("data", "synth", ...)` -> CompletedProcess."""

@@ -65,7 +65,8 @@ def test_before_training_the_reader_repeats_the_summed_scores():
         torch.testing.assert_close(blank()(clues, count), clues.summed[:, :, count])
 
 
-def test_the_reader_learns_which_look_up_to_trust():
+def test_the_reader_learns_which_look_up_to_trust(monkeypatch):
+    monkeypatch.setattr("streamctl.training.reading.STEPS", 400)
     reader = train(blank(), lesson(2000, 0), seed=0)
     held_out = lesson(500, 1)
     with torch.no_grad():
@@ -124,7 +125,7 @@ def test_items_that_are_not_read_come_after_those_that_are(plain, asked, monkeyp
     monkeypatch.setattr("streamctl.decode.evidence.CANDIDATES", 5)
     texts = torch.from_numpy(run.stage("tokenizer").array("item_vectors.npy"))
     reader = Reader(CONFIG.look_ups, texts, torch.ones(len(texts)))
-    torch.nn.init.normal_(reader.straight.weight)
+    torch.nn.init.normal_(reader.networks[-1].straight.weight)
     read = EvidenceThinker(
         plain.ranker, plain.memory, plain.settings, plain.look_alikes, reader=reader
     )

@@ -38,14 +38,31 @@ class Clues:
         return Clues(self.items[rows], self.summed[rows], self.own[rows], self.found[rows])
 
 
-class Reader(nn.Module):
-    """Clues -> scores: the summed score and a correction that is nothing before training.
+class Network(nn.Module):
+    """Clues of a candidate (..., width) -> a correction of its score, nothing before training."""
 
-    One reader serves a thought of any length up to its own: look-ups that have not been asked are
-    marked as such.
+    def __init__(self, width: int):
+        super().__init__()
+        self.hidden = nn.Linear(width, HIDDEN)
+        self.out = nn.Linear(HIDDEN, 1, bias=False)
+        self.straight = nn.Linear(width, 1, bias=False)
+        for layer in (self.out, self.straight):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(...) of x (..., width)."""
+        return (self.out(F.gelu(self.hidden(x))) + self.straight(x))[..., 0]
+
+
+class Reader(nn.Module):
+    """Clues -> scores: the summed score, corrected by a network for every length of a thought.
+
+    Each length has a network of its own, so that a short thought, or none, is read as well as it
+    can be: one network for all lengths reads each of them worse.
 
     Attributes:
         look_ups: the most that it can read.
+        networks: one for 0, 1, ..., l look-ups.
         texts: (N, e) float32 buffer, text vectors of length 1.
         popularity: (N,) float32 buffer, log(1 + interactions in training).
     """
@@ -63,12 +80,9 @@ class Reader(nn.Module):
         super().__init__()
         self.look_ups = look_ups
         found = _FOUND * len(_SCALES)
-        width = _OWN + look_ups * (found + 1)
-        self.hidden = nn.Linear(width, HIDDEN)
-        self.out = nn.Linear(HIDDEN, 1, bias=False)
-        self.straight = nn.Linear(width, 1, bias=False)
-        for layer in (self.out, self.straight):
-            nn.init.zeros_(layer.weight)
+        self.networks = nn.ModuleList(
+            Network(_OWN + count * found) for count in range(look_ups + 1)
+        )
         self.register_buffer("own_mean", torch.zeros(_OWN))
         self.register_buffer("own_std", torch.ones(_OWN))
         self.register_buffer("found_std", torch.ones(look_ups, found))
@@ -118,12 +132,8 @@ class Reader(nn.Module):
         asked = clues.found.shape[2] if look_ups is None else look_ups
         own = (clues.own - self.own_mean) / self.own_std
         found = _logarithms(clues.found[:, :, :asked]) / self.found_std[:asked]
-        missing = self.look_ups - asked
-        found = F.pad(found, (0, 1), value=1.0)  # asked
-        found = F.pad(found, (0, 0, 0, missing))  # not asked
-        x = torch.cat([own, found.flatten(2)], 2)
-        said = self.out(F.gelu(self.hidden(x))) + self.straight(x)
-        return clues.summed[:, :, asked] + said[:, :, 0]
+        said = self.networks[asked](torch.cat([own, found.flatten(2)], 2))
+        return clues.summed[:, :, asked] + said
 
 
 def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -77,14 +77,21 @@ def smooth_ndcg(scores: torch.Tensor, hit: torch.Tensor) -> torch.Tensor:
 
 
 def train(reader: Reader, lesson: Lesson, seed: int) -> Reader:
-    """Train on the users whose target is a candidate, thoughts cut at random lengths."""
+    """Train the network of every length on the users whose target is a candidate."""
     lesson = lesson.rows(lesson.hit.any(1).nonzero()[:, 0])
-    draws = torch.Generator().manual_seed(derive_seed(seed, "reader"))
+    if len(lesson.hit):
+        reader.fit_scale(lesson.clues)
+        for asked in range(reader.look_ups + 1):
+            _train_one(reader, asked, lesson, derive_seed(seed, "reader", asked))
+    return reader.eval()
+
+
+def _train_one(reader: Reader, asked: int, lesson: Lesson, seed: int) -> None:
+    """Train the network that reads `asked` look-ups."""
+    draws = torch.Generator().manual_seed(seed)
     users = len(lesson.hit)
-    if not users:
-        return reader
-    reader.fit_scale(lesson.clues)
-    optimiser = torch.optim.AdamW(reader.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    weights = reader.networks[asked].parameters()
+    optimiser = torch.optim.AdamW(weights, lr=LR, weight_decay=WEIGHT_DECAY)
 
     def rate(step: int) -> float:
         return min((step + 1) / WARMUP_STEPS, 1 - step / STEPS)
@@ -92,14 +99,12 @@ def train(reader: Reader, lesson: Lesson, seed: int) -> Reader:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     for _ in range(STEPS):
         rows = torch.randint(users, (min(BATCH, users),), generator=draws)
-        asked = int(torch.randint(reader.look_ups + 1, (1,), generator=draws))
         part = lesson.rows(rows.to(lesson.hit.device))
         loss = -smooth_ndcg(reader(part.clues, asked), part.hit)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-    return reader.eval()
 
 
 @dataclass(frozen=True)
