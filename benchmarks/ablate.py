@@ -1,4 +1,4 @@
-"""Ablations of the slow thinker on validation, a line each, with paired intervals.
+"""Ablations of the slow thinkers on validation, a line each, with paired intervals.
 
     python benchmarks/ablate.py RUN                      every line; or name them with --lines
     python benchmarks/ablate.py RUN --lines "no L_DPO,l = 2"
@@ -24,15 +24,16 @@ import numpy as np
 from streamctl import config as configs
 from streamctl.data import load_data
 from streamctl.evaluation.compare import bootstrap_mean
-from streamctl.evaluation.evaluate import evaluate
+from streamctl.evaluation.evaluate import Recommender, evaluate
 from streamctl.evaluation.methods import Models
 from streamctl.evaluation.metrics import gains
 from streamctl.runs import RunDir, provenance
 from streamctl.tokenizer.stage import tokenize
 from streamctl.training.annotate import annotate
+from streamctl.training.evidence import evidence
 from streamctl.training.pretrain import pretrain
 from streamctl.training.rl import rl
-from streamctl.training.sft import sft
+from streamctl.training.sft import TWIN, sft
 
 RESULTS = Path(__file__).parent / "results"
 STAGES: dict[str, tuple[type, Callable[..., Any]]] = {
@@ -41,6 +42,21 @@ STAGES: dict[str, tuple[type, Callable[..., Any]]] = {
     "annotate": (configs.AnnotateConfig, annotate),
     "sft": (configs.SftConfig, sft),
     "rl": (configs.RlConfig, rl),
+    TWIN: (configs.SftConfig, partial(sft, twin=True)),
+    # With other settings of the thought alone, the ranker is not trained again.
+    "evidence": (configs.EvidenceConfig, partial(evidence, force=True)),
+}
+PATHS = {  # the stages up to a last one
+    "sft": ("data", "tokenizer", "pretrain", "annotate", "sft"),
+    "rl": ("data", "tokenizer", "pretrain", "annotate", "sft", "rl"),
+    TWIN: ("data", "tokenizer", "pretrain", TWIN),
+    "evidence": ("data", "tokenizer", "evidence"),
+}
+REFERENCES = {  # the line that those of the same last stage are compared with
+    "sft": "SFT as configured",
+    TWIN: "SFT as configured",
+    "rl": "RL as configured",
+    "evidence": "evidence by the sum",
 }
 
 
@@ -50,7 +66,7 @@ class Line:
 
     Attributes:
         sets: `stage.key=value`; empty for the run as it is.
-        first, last: stages; the last one's policy is evaluated, thinking greedily.
+        first, last: stages; the last one's model is evaluated, a policy thinking greedily.
         mode: decoding of the evaluated policy.
     """
 
@@ -68,6 +84,11 @@ def _reward(name: str) -> Line:
     return Line((f"rl.{name}_weight=0",), "rl", "rl")
 
 
+def _evidence(setting: str) -> Line:
+    """By the sum: the reader learns from the users that these lines are judged by."""
+    return Line(("evidence.reader=false", f"evidence.{setting}"), "evidence", "evidence")
+
+
 LINES = {
     "SFT as configured": Line(),
     "joint beam over thoughts and codes": Line(mode="joint"),
@@ -76,6 +97,7 @@ LINES = {
     "no L_Quant": _sft("quant_weight"),
     "no L_State": _sft("state_weight"),
     "no corrupted thoughts": _sft("corrupt"),
+    "l = 0": Line((), TWIN, TWIN),
     **{
         f"l = {length}": Line((f"annotate.length={length}",), "annotate") for length in (1, 2, 6, 8)
     },
@@ -95,23 +117,34 @@ LINES = {
     "3 levels and a dedup digit": Line(
         ("tokenize.levels=3", "tokenize.collisions=dedup"), "tokenizer"
     ),
+    "evidence by the sum": Line(("evidence.reader=false",), "evidence", "evidence"),
+    **{f"at most {count} look-ups": _evidence(f"look_ups={count}") for count in (1, 2, 8)},
+    **{f"{count} rows a look-up": _evidence(f"neighbours={count}") for count in (5, 10, 50, 100)},
 }
 
 
 def _train(run: RunDir, line: Line, folder: Path) -> RunDir:
     """A run with the line's change, finished up to its last stage."""
     job = RunDir(folder)
-    names = ["data", *STAGES]
-    fresh = names.index(line.first) if line.first else len(names)
-    for place, name in enumerate(names[: names.index(line.last) + 1]):
+    path = PATHS[line.last]
+    fresh = path.index(line.first) if line.first else len(path)
+    for place, name in enumerate(path):
         own = run.stage(name)
-        if place < fresh:
-            if not job.stage(name).complete:
-                shutil.copytree(own.path, job.stage(name).path, dirs_exist_ok=True)
-        else:
+        if own.complete and not job.stage(name).complete and (place < fresh or name == "evidence"):
+            shutil.copytree(own.path, job.stage(name).path, dirs_exist_ok=True)
+        if place >= fresh:
             cls, function = STAGES[name]
-            function(job, configs.resolve(cls, base=own.manifest["config"], sets=line.sets))
+            base = (run.stage("sft") if name == TWIN else own).manifest["config"]
+            function(job, configs.resolve(cls, base=base, sets=line.sets))
     return job
+
+
+def _recommender(models: Models, line: Line) -> Recommender:
+    if line.last == "evidence":
+        return models.evidence()
+    if line.last == TWIN:
+        return models.generative(TWIN)
+    return replace(models.thinking(line.last), mode=line.mode)
 
 
 def measure(run: RunDir, name: str, users: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -123,14 +156,16 @@ def measure(run: RunDir, name: str, users: int) -> tuple[dict[str, Any], np.ndar
     split = load_data(job)[1]
     examples = split.valid.subset(np.arange(min(users or len(split.valid), len(split.valid))))
     models = Models(job, configs.EvalConfig(split="valid"), examples, "auto")
-    recommender = replace(models.thinking(line.last), mode=line.mode)
+    recommender = _recommender(models, line)
     found = evaluate(recommender, examples, n_items=split.n_items, masked=False, title=name)
-    manifest = job.stage(line.last).manifest
+    stage = job.stage(line.last)
     figures = {key: found.metrics[key] for key in ("recall@10", "ndcg@10")}
     row = {"line": name, "sets": list(line.sets), "stage": line.last, "mode": line.mode, **figures}
+    if line.last == "rl":  # the kept step is often the first one: what training did shows here
+        row["validations"] = stage.json("report.json")["validations"]
     return row | {
         "ms_per_user": found.ms_per_user,
-        "wall_s": manifest["wall_s"] if line.first else None,
+        "wall_s": stage.manifest["wall_s"] if line.first else None,
     }, gains(found.ranks, 10)
 
 
@@ -149,7 +184,7 @@ def main() -> None:
         if name in [row["line"] for row in rows]:
             continue
         row, gain = base(name)
-        reference = "RL as configured" if LINES[name].last == "rl" else "SFT as configured"
+        reference = REFERENCES[LINES[name].last]
         if reference not in gained:
             gained[reference] = gain if name == reference else base(reference)[1]
         interval = bootstrap_mean(gain - gained[reference])
