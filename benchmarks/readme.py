@@ -54,12 +54,13 @@ def table(receipt: dict[str, Any]) -> str:
                 f"{row['ndcg@10_masked']:.4f}",
                 _interval(row["vs_tiger"]),
                 _interval(row["vs_sasrec_ce"]),
+                _interval(row["vs_twin"]),
                 "" if seconds is None else f"{seconds / 60:.1f}",
                 f"{row['ms_per_user']:.2f}",
             ]
         )
     head = ["method", "seeds", "published recall@10 / ndcg@10", *METRICS, "ndcg@10, seen masked"]
-    head += ["less TIGER", "less SASRec-CE", "minutes of training", "ms a user"]
+    head += ["less TIGER", "less SASRec-CE", "less no thought", "minutes of training", "ms a user"]
     return markdown(head, rows)
 
 

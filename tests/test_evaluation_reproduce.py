@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_baselines import write_cycle
@@ -169,3 +170,12 @@ def test_the_budget_stops_before_the_next_job(run, plan, table, monkeypatch):
     spent = Plan(METHODS, (0, 1), "tiny", SETS, budget=0.1, device="cpu")
     found = reproduce(run, spent)
     assert {row["method"]: row["seeds"] for row in found["rows"]}["popularity"] == 1
+
+
+def test_a_thinker_is_compared_with_the_same_model_without_its_thought():
+    figures = dict.fromkeys((*COLUMNS, "ms_per_user", "train_s"), 0.5)
+    entry = figures | {"masked": {"ndcg@10": 0.5}}
+    gained = {"stream_evidence": [np.full(50, 0.5)], "evidence_l0": [np.full(50, 0.2)]}
+    rows = {name: module._row(name, [entry], gained, None) for name in gained}
+    assert rows["stream_evidence"]["vs_twin"] == pytest.approx([0.3, 0.3])
+    assert rows["evidence_l0"]["vs_twin"] is None

@@ -42,6 +42,16 @@ PUBLISHED = {
 }
 COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 REFERENCES = ("tiger", "sasrec_ce")  # what every row is compared with
+TWINS = {  # the same model without its thought
+    "evidence_l0": (
+        "stream_evidence", "evidence_l1", "evidence_l2", "evidence_l3", "evidence_l4",
+        "random_evidence", "wide_evidence",
+    ),
+    "no_thinking": (
+        "stream_sft", "stream_rl", "stream_plain_rl", "random_thinking", "random_thinking_rl",
+        "oracle_thinking", "wide_beam",
+    ),
+}  # fmt: skip
 
 
 def reproduce(run: RunDir, plan: Plan, *, force: bool = False) -> dict[str, Any]:
@@ -261,10 +271,12 @@ def _row(
     spent = [entry["train_s"] for entry in entries if entry["train_s"] is not None]
     row["train_s"] = statistics.fmean(spent) if spent else None
     row["published"] = dict(zip(COLUMNS, published, strict=True)) if published else None
-    for other in REFERENCES:
-        row[f"vs_{other}"] = None
+    twin = next((twin for twin, rows in TWINS.items() if name in rows), None)
+    compared = {other: other for other in REFERENCES} | {"twin": twin}
+    for key, other in compared.items():
+        row[f"vs_{key}"] = None
         if name != other and name in gained and other in gained:
-            own, theirs = (np.mean(gained[key], axis=0) for key in (name, other))
+            own, theirs = (np.mean(gained[method], axis=0) for method in (name, other))
             interval = bootstrap_mean(own - theirs)
-            row[f"vs_{other}"] = [interval.low, interval.high]
+            row[f"vs_{key}"] = [interval.low, interval.high]
     return row
