@@ -34,7 +34,7 @@ from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.training.loop import Batch, fit
 from streamctl.training.material import Material
 from streamctl.training.reading import Reading, learn
-from streamctl.training.thought import Chooser, choose, sure_look_ups, surely
+from streamctl.training.thought import Chooser, best_length, choose, surely
 
 WEIGHTS = "model.safetensors"
 READER, WIDE_READER = "reader.safetensors", "wide_reader.safetensors"  # where readers help
@@ -239,17 +239,17 @@ def _read(
         {f"{count} look-ups": {"ndcg@10": float(row.mean())} for count, row in enumerate(gained)}
         for gained in (reading.gained, reading.summed)
     )
-    if surely(reading.gained[-1] - reading.summed[-1]) <= 0:
+    length = best_length(reading.gained)
+    if surely(reading.gained[length] - reading.summed[length]) <= 0:
         return {"valid": summed, "read": read}
     one = replace(thinker.settings, questions=(Question(**wide["question"]),))
     of_the_wide = reading_of(one)
     stage.save_tensors(READER, _parameters(reading.reader))
     stage.save_tensors(WIDE_READER, _parameters(of_the_wide.reader))
-    steps = [surely(step) for step in np.diff(reading.gained, axis=0)]
     return {
         "valid": read,
         "summed": summed,
-        "look_ups": sure_look_ups(steps),
+        "look_ups": length,
         "wide": wide | {"ndcg@10": float(of_the_wide.gained[-1].mean())},
     }
 
@@ -270,7 +270,7 @@ def load_thinker(
     """The thinker of a complete `evidence` stage.
 
     Args:
-        look_ups: l; None for as many, one or more, as surely helped on validation.
+        look_ups: l; None for as many, one or more, as were chosen on validation.
         random: see `EvidenceThinker`.
         wide: one look-up with the rows of all: the control.
     """

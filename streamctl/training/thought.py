@@ -1,8 +1,8 @@
 """Choosing a thought: which questions to ask, in which order, by forward selection on validation.
 
 The next question is the one whose gain in ndcg@10 over the thought so far, less its standard error
-over users, is highest: a gain that a few users make is no gain. A question whose gain is within its
-standard error ends the thought.
+over users, is highest: a gain that a few users make is no gain. In the same way the thought is as
+long as its gain over no look-up is surest.
 """
 
 from __future__ import annotations
@@ -231,12 +231,12 @@ def choose(chooser: Chooser) -> tuple[EvidenceSettings, dict[str, Any]]:
 
     Returns:
         settings with as many questions as a thought may have; and the report: `look_ups`, how
-        many of them have a sure gain (one at least is asked); `valid`, ndcg@10 after 0, 1, ...
-        look-ups; `tried`, what each view would have gained at each step, less its standard error;
-        `wide`, the control: the best single look-up of as many rows as all of them.
+        many of them are asked (`best_length`); `valid`, ndcg@10 after 0, 1, ... look-ups; `tried`,
+        what each view would have gained at each step, less its standard error; `wide`, the control:
+        the best single look-up of as many rows as all of them.
     """
     repeat, ranks = chooser.repeat()
-    alone = ranks
+    after = [ranks]
     valid = {"0 look-ups": {"ndcg@10": float(gains(ranks, _DEPTH).mean())}}
     found: list[LookUp] = []
     tried: list[dict[str, float]] = []
@@ -246,22 +246,26 @@ def choose(chooser: Chooser) -> tuple[EvidenceSettings, dict[str, Any]]:
         chosen = trials[0]
         found.append(chooser.look_up(chosen, answers[chosen.question.view]))
         ranks = chosen.ranks
+        after.append(ranks)
         valid[f"{number} look-ups"] = {"ndcg@10": chosen.ndcg}
         tried.append({trial.question.view: trial.gain for trial in trials})
     questions = tuple(look_up.question for look_up in found)
-    wide = chooser.best(chooser.wide(), (), repeat, alone)[0]
+    wide = chooser.best(chooser.wide(), (), repeat, after[0])[0]
     return EvidenceSettings(questions, repeat), {
-        "look_ups": sure_look_ups([max(step.values()) for step in tried]),
+        "look_ups": best_length(gains(np.array(after), _DEPTH)),
         "valid": valid,
         "tried": tried,
         "wide": {"question": asdict(wide.question), "ndcg@10": wide.ndcg},
     }
 
 
-def sure_look_ups(steps: Sequence[float]) -> int:
-    """How many look-ups come before the first without a sure gain; one at least."""
-    unsure = [number for number, gain in enumerate(steps) if gain <= 0]
-    return max(1, unsure[0] if unsure else len(steps))
+def best_length(gained: np.ndarray) -> int:
+    """The number of look-ups, one or more, whose gain over none is surest.
+
+    Args:
+        gained: (l + 1, U) ndcg@10 of every user after 0, 1, ..., l look-ups.
+    """
+    return 1 + int(np.argmax([surely(after - gained[0]) for after in gained[1:]]))
 
 
 def surely(gain: np.ndarray) -> float:
