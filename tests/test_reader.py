@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_evidence import CONFIG, CPU, run  # noqa: F401
 
+from streamctl.config import EvalConfig
 from streamctl.data import load_data
 from streamctl.decode.evidence import EvidenceThinker
 from streamctl.decode.reader import Clues, Reader
+from streamctl.errors import StreamctlError
+from streamctl.evaluation.methods import Models
+from streamctl.files import file_hash
 from streamctl.runs import RunDir
 from streamctl.training import evidence as stages
 from streamctl.training.evidence import READER, evidence, load_thinker
-from streamctl.training.reading import Lesson, learn, smooth_ndcg, train
+from streamctl.training.reading import Lesson, gather, learn, smooth_ndcg, train
 
 ITEMS, LOOK_UPS = 12, 2
 
@@ -136,11 +142,49 @@ def test_items_that_are_not_read_come_after_those_that_are(plain, asked, monkeyp
     torch.testing.assert_close(after.argsort(1, descending=True)[:, 5:], rest)
 
 
-def test_a_reader_is_judged_by_users_that_it_was_not_trained_on(run, plain):  # noqa: F811
+def test_a_reader_is_judged_by_users_that_it_was_not_trained_on(run, plain, monkeypatch):  # noqa: F811
+    """Of each fold's reader, and of the one that is kept: whom it learned from."""
     split = load_data(run)[1]
     texts = run.stage("tokenizer").array("item_vectors.npy")
-    reading = learn(plain, split.valid, texts, split.popularity(), 0)
-    again = learn(plain, split.valid, texts, split.popularity(), 0)
+    learned, judged = [], []
+
+    class Noted(Lesson):
+        def rows(self, rows):
+            return Noted(self.clues.rows(rows), self.hit[rows])
+
+        def ranks(self, scores):
+            judged.append(self.clues.own)
+            return super().ranks(scores)
+
+    def gathered(thinker, reader, examples):
+        lesson = gather(thinker, reader, examples)
+        # Every user's clues are marked by their number.
+        mark = torch.arange(len(lesson.hit)).float()[:, None, None].expand(lesson.clues.own.shape)
+        return Noted(replace(lesson.clues, own=mark), lesson.hit)
+
+    def noted(reader, lesson, seed):
+        learned.append(lesson.clues.own)
+        return reader
+
+    monkeypatch.setattr("streamctl.training.reading.gather", gathered)
+    monkeypatch.setattr("streamctl.training.reading.train", noted)
+    learn(plain, split.valid, texts, split.popularity(), 0)
+    whom = [set(own[:, 0, 0].int().tolist()) for own in learned]
+    everyone = set(range(len(split.valid)))
+    *folds, kept = whom
+    lengths = CONFIG.look_ups + 1
+    held_out = [
+        set(own[:, 0, 0].int().tolist()) for own in judged[: len(folds) * lengths : lengths]
+    ]
+    assert kept == everyone == set.union(*held_out)
+    for trained, scored in zip(folds, held_out, strict=True):
+        assert trained == everyone - scored and scored
+
+
+def test_the_same_seed_trains_the_same_reader(run, plain):  # noqa: F811
+    split = load_data(run)[1]
+    texts = run.stage("tokenizer").array("item_vectors.npy")
+    reading, again = (learn(plain, split.valid, texts, split.popularity(), 0) for _ in range(2))
     np.testing.assert_array_equal(reading.gained, again.gained)
     shape = CONFIG.look_ups + 1, len(split.valid)
     assert reading.gained.shape == reading.summed.shape == shape
@@ -148,15 +192,11 @@ def test_a_reader_is_judged_by_users_that_it_was_not_trained_on(run, plain):  # 
         assert torch.equal(tensor, again.reader.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("helps", [True, False])
-def test_the_stage_keeps_a_reader_only_if_it_surely_helps(run, tmp_path, monkeypatch, helps):  # noqa: F811
-    other = RunDir(tmp_path / "run")
+def judged_as(run, folder, monkeypatch, gained, summed) -> RunDir:  # noqa: F811
+    """A copy of the run whose thought was chosen again, its reader found to be worth so much."""
+    other = RunDir(folder)
     for name in ("data", "tokenizer", "evidence"):
         shutil.copytree(run.path / name, other.path / name)
-    users = len(load_data(run)[1].valid)
-    gained = np.tile([[0.1], [0.3], [0.2]], users) if helps else np.zeros((3, users))
-    gained += np.random.default_rng(0).normal(0, 1e-3, gained.shape)
-    summed = np.full_like(gained, 0.1)
     honest = learn
 
     def told(*args):
@@ -164,6 +204,16 @@ def test_the_stage_keeps_a_reader_only_if_it_surely_helps(run, tmp_path, monkeyp
 
     monkeypatch.setattr(stages, "learn", told)
     evidence(other, CONFIG, device="cpu", force=True)
+    return other
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_the_stage_keeps_a_reader_only_if_it_surely_helps(run, tmp_path, monkeypatch, helps):  # noqa: F811
+    users = len(load_data(run)[1].valid)
+    gained = np.tile([[0.1], [0.3], [0.2]], users) if helps else np.zeros((3, users))
+    gained += np.random.default_rng(0).normal(0, 1e-3, gained.shape)
+    summed = np.full_like(gained, 0.1)
+    other = judged_as(run, tmp_path / "run", monkeypatch, gained, summed)
     stage = other.stage("evidence")
     report, thinker = stage.json("report.json"), load_thinker(other, CPU)
     assert (stage.path / READER).exists() == helps == (thinker.reader is not None)
@@ -173,3 +223,25 @@ def test_the_stage_keeps_a_reader_only_if_it_surely_helps(run, tmp_path, monkeyp
         assert shown == pytest.approx(expected[count].mean())
     if helps:
         assert report["look_ups"] == thinker.look_ups == 1
+
+
+def test_a_kept_reader_ranks_no_validation_user_and_one_of_another_shape_is_refused(
+    run,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    users = len(load_data(run)[1].valid)
+    gained = np.tile([[0.1], [0.3], [0.2]], users)
+    other = judged_as(run, tmp_path / "run", monkeypatch, gained, gained * 0)
+    for split, reads in (("test", True), ("valid", False)):
+        models = Models(other, EvalConfig(split=split), load_data(run)[1].valid, "cpu")
+        assert (models.evidence().reader is not None) == reads
+    stage = other.stage("evidence")
+    tensors, manifest = load_file(stage.file(READER)), stage.manifest
+    tensors["of_before"] = tensors.pop("own_mean")
+    save_file(tensors, stage.file(READER))
+    manifest["artifacts"][READER] = file_hash(stage.file(READER))
+    del manifest["seal"]
+    (stage.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StreamctlError, match=r"not those of this version.*evidence .*--force"):
+        load_thinker(other, CPU)

@@ -71,14 +71,17 @@ def test_requests_during_additions_all_succeed_and_additions_show_at_once(own):
         server.kill()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_sigterm_under_load_loses_no_request_that_was_accepted(own, workers):
+@pytest.mark.parametrize(("workers", "group"), [(1, False), (2, False), (2, True)])
+def test_sigterm_under_load_loses_no_request_that_was_accepted(own, workers, group):
+    """To the server alone, or to its whole process group, as a terminal's Ctrl-C is."""
     options = ["--drain-seconds", 3.0, "--workers", workers]
     server = Server(own / "first", *options, keys=own / "keys").wait()
     until(lambda: server.errors.count("ready:") == workers)
     traffic = Traffic(server, threads=6)
     until(lambda: len({answer["user"] for answer in traffic.answers}) == 6 or traffic.failures)
-    server.process.send_signal(signal.SIGTERM)
+    parent = psutil.Process(server.process.pid)
+    for process in (*(parent.children() if group else ()), parent):
+        process.send_signal(signal.SIGTERM)
     until(lambda: server.client.get("/readyz").status_code == 503)
     before = len(traffic.answers)
     code = server.process.wait(SLOW_S)

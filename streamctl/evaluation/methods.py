@@ -20,6 +20,7 @@ from streamctl.errors import UsageError, close_matches
 from streamctl.evaluation.evaluate import Recommender
 from streamctl.evaluation.generative import PolicyRecommender, random_thoughts
 from streamctl.model.policy import Policy
+from streamctl.progress import say
 from streamctl.runs import RunDir
 from streamctl.training.annotate import label
 from streamctl.training.evidence import load_thinker
@@ -44,6 +45,7 @@ class Models:
         self.run, self.config, self.examples = run, config, examples
         self.device = resolve_device(device)
         self.policy = cache(self._policy)
+        self._say_once = cache(say)
         self.memo = Memo()
 
     @cached_property
@@ -101,11 +103,17 @@ class Models:
         return self.generative(stage, thoughts=thoughts)
 
     def evidence(self, look_ups: int | None = None, **options: Any) -> EvidenceThinker:
-        """The evidence thinker; as many look-ups as help on validation if not told."""
+        """The evidence thinker; as many look-ups as were chosen on validation if not told.
+
+        Validation users trained its reader, so that they cannot judge it: for them it sums.
+        """
         thinker = load_thinker(
             self.run, self.device, look_ups=look_ups, material=self.material, **options
         )
         thinker.memo = self.memo
+        if self.config.split == "valid" and thinker.reader is not None:
+            thinker.reader = None
+            self._say_once("evidence: by the sum, since validation users trained its reader")
         return thinker
 
     def baseline(self, name: str) -> Recommender:

@@ -93,5 +93,5 @@ def begin_no_connection(listening: int) -> None:
         return
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _NO_SYN))
     program = struct.pack("HP", len(_NO_SYN), ctypes.addressof(code))
-    with socket.socket(fileno=os.dup(listening)) as same, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(listening)) as same:
         same.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

@@ -12,7 +12,6 @@ from streamctl.decode.evidence import EvidenceThinker, EvidenceTrace
 from streamctl.decode.questions import VIEWS
 from streamctl.decode.ranking import rank_scores
 from streamctl.device import resolve_device
-from streamctl.errors import StreamctlError
 from streamctl.runs import RunDir
 from streamctl.serving.explain import EXAMPLES, Explained, Meaning, Meanings, Reason, ThoughtStep
 from streamctl.serving.job import Job, Reply, padded
@@ -45,14 +44,7 @@ class Evidence:
         self.model = model_name(run, stage)
         self.think = stage.json("report.json")["look_ups"]
         self.most = stage.manifest["config"]["look_ups"]
-        try:
-            self._thinker = load_thinker(run, resolve_device(device), look_ups=self.most)
-        except RuntimeError as error:  # torch's, where tensors have other names or shapes
-            raise StreamctlError(
-                "the weights are not those of this version's thinker",
-                where=stage.path,
-                run=f"{run.command('evidence')} --force",
-            ) from error
+        self._thinker = load_thinker(run, resolve_device(device), look_ups=self.most)
         self._askings: dict[int, EvidenceThinker] = {}
         self._meanings = meanings
 

@@ -21,6 +21,7 @@ from fastapi.staticfiles import StaticFiles
 
 from streamctl import __version__
 from streamctl.serving import metrics, problems, schemas
+from streamctl.serving.closing import FIRST_REQUEST_S
 from streamctl.serving.limits import Limits
 from streamctl.serving.problems import Problem, described
 from streamctl.serving.service import Service, Settings
@@ -324,20 +325,26 @@ def _draining(service: Service) -> Iterator[None]:
     """On SIGTERM or SIGINT go on answering for `drain_s`, not ready, then let the server stop.
 
     One of several workers goes on for longer: it is its parent that says when all stop, and it
-    stops by itself only if the parent is gone.
+    stops by itself only if the parent is gone. A signal to the whole process group reaches it and
+    its parent, which passes it on: what comes before the parent can mean the end is no second word.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     stops = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
+    several = service.settings.workers > 1
+    earliest = 0.0  # that the parent can mean the end
 
     def drain(sign: int, frame: Any) -> None:
+        nonlocal earliest
         if service.draining or not service.ready:
-            stops[sign](sign, frame)
+            if time.monotonic() >= earliest:
+                stops[sign](sign, frame)
             return
         service.draining = True
-        settings = service.settings
-        seconds = settings.drain_s + (ORPHAN_S if settings.workers > 1 else 0)
+        seconds = service.settings.drain_s + (ORPHAN_S if several else 0)
+        if several:
+            earliest = time.monotonic() + service.settings.drain_s + FIRST_REQUEST_S / 2
         timer = threading.Timer(seconds, os.kill, (os.getpid(), sign))
         timer.daemon = True
         timer.start()

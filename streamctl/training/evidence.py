@@ -25,6 +25,7 @@ from streamctl.decode.evidence import EvidenceSettings, EvidenceThinker, Questio
 from streamctl.decode.questions import LookAlikes
 from streamctl.decode.reader import Reader
 from streamctl.device import derive_seed, resolve_device
+from streamctl.errors import StreamctlError
 from streamctl.evaluation.evaluate import evaluate, sample_users
 from streamctl.model.policy import SIZES
 from streamctl.model.ranker import RankerShape, StateRanker, states_of
@@ -96,7 +97,7 @@ class Trained:
 
     @classmethod
     def found(cls, run: RunDir, config: EvidenceConfig) -> Trained | None:
-        """Of a complete stage that was trained with these settings on this data."""
+        """Of a complete, undamaged stage that was trained with these settings on this data."""
         from safetensors.torch import load_file
 
         stage = run.stage("evidence")
@@ -104,6 +105,10 @@ class Trained:
             return None
         old, new = stage.manifest["config"], json.loads(json.dumps(to_dict(config)))
         if any(old.get(key) != value for key, value in new.items() if key not in OF_THE_THOUGHT):
+            return None
+        try:
+            stage.verify()
+        except StreamctlError:
             return None
         lines = (stage.path / "metrics.jsonl").read_text().splitlines()
         return cls(
@@ -273,14 +278,15 @@ def load_thinker(
         look_ups: l; None for as many, one or more, as were chosen on validation.
         random: see `EvidenceThinker`.
         wide: one look-up with the rows of all: the control.
-    """
-    from safetensors.torch import load_file
 
+    Raises:
+        StreamctlError: the stage is missing, stale or damaged, or another version's.
+    """
     stage = run.require("evidence")
     config = resolve(EvidenceConfig, base=stage.manifest["config"])
     material = material or Material.load(run)
     ranker = StateRanker(ranker_shape(config, material.ids.tokens().size), material.item_tokens)
-    ranker.load_state_dict(load_file(stage.file(WEIGHTS)))
+    _load(ranker, stage, WEIGHTS)
     report = stage.json("report.json")
     settings = EvidenceSettings.of(report["settings"])
     if wide:
@@ -292,12 +298,25 @@ def load_thinker(
         texts = torch.from_numpy(run.stage("tokenizer").array(TEXTS))
         popularity = torch.from_numpy(material.split.popularity())
         reader = Reader(len(settings.questions), texts, popularity)
-        reader.load_state_dict(load_file(stage.file(WIDE_READER if wide else READER)))
+        _load(reader, stage, WIDE_READER if wide else READER)
         reader.to(device).eval()
     return EvidenceThinker(
         ranker.to(device).eval(), Memory.load(stage.path, config.index), settings,
         look_alikes(material), look_ups=look_ups, random=random, reader=reader,
     )  # fmt: skip
+
+
+def _load(module: torch.nn.Module, stage: Stage, name: str) -> None:
+    from safetensors.torch import load_file
+
+    try:
+        module.load_state_dict(load_file(stage.file(name)))
+    except RuntimeError as error:  # torch's, where tensors have other names or shapes
+        raise StreamctlError(
+            "the weights are not those of this version's thinker",
+            where=stage.file(name),
+            run=f"{stage.run.command('evidence')} --force",
+        ) from error
 
 
 def _latency(thinker: EvidenceThinker, settings: EvidenceSettings, examples: Examples) -> float:
