@@ -82,7 +82,8 @@ def search(receipt: dict[str, Any]) -> str:
 
 
 def ablations(receipt: dict[str, Any]) -> str:
-    """One change a line, on validation."""
+    """One change a line, on validation; lines of one reference together."""
+    references = list(dict.fromkeys(row["reference"] for row in receipt["rows"]))
     rows = [
         [
             row["line"],
@@ -91,7 +92,7 @@ def ablations(receipt: dict[str, Any]) -> str:
             _interval(row["difference"]) if row["line"] != row["reference"] else "",
             ", ".join(f"{v['ndcg@10']:.4f}" for v in row.get("validations", [])),
         ]
-        for row in receipt["rows"]
+        for row in sorted(receipt["rows"], key=lambda row: references.index(row["reference"]))
     ]
     head = ["line", "valid recall@10", "valid ndcg@10", "less the line as configured"]
     return markdown([*head, "ndcg@10 while RL trained"], rows)

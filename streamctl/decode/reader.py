@@ -57,8 +57,7 @@ class Network(nn.Module):
 class Reader(nn.Module):
     """Clues -> scores: the summed score, corrected by a network for every length of a thought.
 
-    Each length has a network of its own, so that a short thought, or none, is read as well as it
-    can be: one network for all lengths reads each of them worse.
+    Each length has a network of its own: one network for all lengths reads each of them worse.
 
     Attributes:
         look_ups: the most that it can read.

@@ -42,7 +42,7 @@ PUBLISHED = {
 }
 COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 REFERENCES = ("tiger", "sasrec_ce")  # what every row is compared with
-TWINS = {  # the same model without its thought
+TWINS = {  # what a thought is measured by: the answer without one (RL's is the twin of SFT)
     "evidence_l0": (
         "stream_evidence", "evidence_l1", "evidence_l2", "evidence_l3", "evidence_l4",
         "random_evidence", "wide_evidence",

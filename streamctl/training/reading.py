@@ -113,7 +113,8 @@ class Reading:
 
     Attributes:
         reader: trained on all users.
-        gained: (l + 1, U) each user's ndcg@10 after 0, 1, ..., l look-ups, cross-validated.
+        gained: (l + 1, U) each user's ndcg@10 after 0, 1, ..., l look-ups, cross-validated, among
+            the candidates of the whole thought.
         summed: (l + 1, U) the same by the summed scores.
     """
 
