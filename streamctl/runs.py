@@ -70,12 +70,21 @@ class RunDir:
         """A stage, complete or not."""
         return Stage(self, name)
 
+    def _check_folder(self) -> None:
+        """Refuse a run whose path is, or goes through, a file."""
+        for path in (self.path, *self.path.parents):
+            if path.is_file():
+                raise StreamctlError(
+                    "this is a file, and a run is a folder", where=path, run="another --run"
+                )
+
     def require(self, name: str) -> Stage:
         """A complete, undamaged stage whose parents have not changed since.
 
         Raises:
             StreamctlError: no such run, stage missing, damaged or stale; names the command to run.
         """
+        self._check_folder()
         if not self.path.is_dir():
             raise StreamctlError(
                 "no such run", where=self.path, run=f"{self.command('data')} (makes it)"
@@ -114,6 +123,7 @@ class RunDir:
             StreamctlError: a parent is missing or stale, the stage is complete with other
                 settings or parents, or another process works on it.
         """
+        self._check_folder()
         hashes = {parent: self.require(parent).hash for parent in parents}
         writer = StageWriter(self, name, config, hashes)
         job = ranks()

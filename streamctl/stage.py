@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+_ESSENTIAL = {"hash", "artifacts", "parents", "config"}  # of a manifest of any version
 
 
 class Stage:
@@ -48,6 +49,10 @@ class Stage:
         """
         path = self.path / MANIFEST
         manifest = read_json(path, run=self._again)
+        if not isinstance(manifest, dict) or not manifest.keys() >= _ESSENTIAL:
+            raise StreamctlError(
+                "the manifest is damaged (it is not one of a stage)", where=path, run=self._again
+            )
         if "seal" in manifest and manifest["seal"] != _seal(manifest):
             raise StreamctlError(
                 "the manifest is damaged (its seal differs from what it says)",

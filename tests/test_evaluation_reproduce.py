@@ -179,3 +179,11 @@ def test_a_thinker_is_compared_with_the_same_model_without_its_thought():
     rows = {name: module._row(name, [entry], gained, None) for name in gained}
     assert rows["stream_evidence"]["vs_twin"] == pytest.approx([0.3, 0.3])
     assert rows["evidence_l0"]["vs_twin"] is None
+
+
+def test_a_setting_of_no_stage_and_no_method_is_refused_before_anything_is_done(run, plan, table):
+    before = {path: path.read_bytes() for path in (run.path / "reproduce").rglob("*.json")}
+    other = Plan(("sasrec_bce",), (0,), "tiny", ("sasrec_bcee.epochs=2",), device="cpu")
+    with pytest.raises(UsageError, match="no stage or method 'sasrec_bcee'; did you mean sasrec_b"):
+        reproduce(run, other, force=True)
+    assert {path: path.read_bytes() for path in before} == before

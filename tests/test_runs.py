@@ -123,6 +123,25 @@ def test_a_flipped_byte_is_named(tmp_path):
         run.require("data")
 
 
+@pytest.mark.parametrize("text", ['{"a": 1}', "[]", "null", '{"hash": "0"}'])
+def test_a_manifest_that_is_none_of_a_stage_is_damaged(tmp_path, text):
+    run = RunDir(tmp_path)
+    make(run, "data", 1)
+    (tmp_path / "data" / "manifest.json").write_text(text)
+    with pytest.raises(StreamctlError, match=r"manifest is damaged.*data prepare SOURCE.*--force"):
+        run.require("data")
+    with pytest.raises(StreamctlError, match="manifest is damaged"):
+        make(run, "data", 1)
+
+
+def test_a_run_that_is_a_file_or_below_one_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        for work in (lambda run: run.require("data"), lambda run: make(run, "data", 1)):
+            with pytest.raises(StreamctlError, match=r"file: this is a file.*another --run"):
+                work(RunDir(path))
+
+
 def test_a_checkpoint_comes_back_and_later_log_lines_go(tmp_path):
     run = RunDir(tmp_path)
     with pytest.raises(RuntimeError), run.begin("data", DataConfig()) as stage:

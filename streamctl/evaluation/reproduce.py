@@ -67,13 +67,19 @@ def reproduce(run: RunDir, plan: Plan, *, force: bool = False) -> dict[str, Any]
         the table, also written to RUN/reproduce/table.json.
 
     Raises:
-        UsageError: an unknown method.
+        UsageError: an unknown method, in the plan's methods or its settings.
         StreamctlError: a job is there that was made by another plan, data or tokenizer are missing
             or stale, or what a stage raises.
     """
     for name in plan.methods:
         if name not in JOBS:
             raise UsageError(f"unknown method {name!r}; {close_matches(name, JOBS)}")
+    owners = {stage.section for stage in configs.STAGES} | JOBS.keys()
+    for text in plan.sets:
+        owner, dot, _ = text.partition("=")[0].partition(".")
+        if dot and owner not in owners:
+            known = close_matches(owner, owners)
+            raise UsageError(f"--set {text}: no stage or method {owner!r}; {known}")
     for stage in dict.fromkeys(stage for name in plan.methods for stage in JOBS[name].stages):
         if stage in ("data", "tokenizer"):
             run.require(stage)
