@@ -84,8 +84,8 @@ class RunDir:
         Raises:
             StreamctlError: no such run, stage missing, damaged or stale; names the command to run.
         """
-        self._check_folder()
         if not self.path.is_dir():
+            self._check_folder()
             raise StreamctlError(
                 "no such run", where=self.path, run=f"{self.command('data')} (makes it)"
             )

@@ -251,6 +251,19 @@ def test_random_evidence_is_fixed_for_a_user_whatever_the_batch(run):
     assert len({tuple(row) for row in together}) == 4
 
 
+def test_damaged_weights_are_not_taken_over(run, tmp_path):
+    other = RunDir(tmp_path / "run")
+    for name in ("data", "tokenizer", "evidence"):
+        shutil.copytree(run.path / name, other.path / name)
+    weights = other.stage("evidence").path / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-3] ^= 0x40
+    weights.write_bytes(damaged)
+    evidence(other, replace(CONFIG, look_ups=1), device="cpu", force=True)
+    anew = other.require("evidence").file("model.safetensors")
+    assert anew.read_bytes() == run.stage("evidence").file("model.safetensors").read_bytes()
+
+
 def test_a_stage_that_was_interrupted_ends_with_the_same_weights(run, tmp_path, monkeypatch):
     from streamctl.training import loop
 

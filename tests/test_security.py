@@ -102,7 +102,8 @@ def test_an_array_that_holds_pickled_objects_is_refused(tmp_path):
     stage = tmp_path / "tokenizer"
     stage.mkdir()
     np.save(stage / "x.npy", np.array([{"a": 1}], dtype=object))
-    (stage / "manifest.json").write_text(json.dumps({"artifacts": {"x.npy": ""}}))
+    manifest = {"hash": "", "artifacts": {"x.npy": ""}, "parents": {}, "config": {}}
+    (stage / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises((ValueError, StreamctlError), match="allow_pickle"):
         run.stage("tokenizer").array("x.npy")
 

@@ -57,11 +57,11 @@ class Network(nn.Module):
 class Reader(nn.Module):
     """Clues -> scores: the summed score, corrected by a network for every length of a thought.
 
-    Each length has a network of its own: one network for all lengths reads each of them worse.
+    Each length has a network of its own: one network for all lengths reads most of them worse, and
+    a thought of no look-up most of all.
 
     Attributes:
-        look_ups: the most that it can read.
-        networks: one for 0, 1, ..., l look-ups.
+        networks: one for 0, 1, ..., l look-ups, the most that it can read.
         texts: (N, e) float32 buffer, text vectors of length 1.
         popularity: (N,) float32 buffer, log(1 + interactions in training).
     """
@@ -73,11 +73,11 @@ class Reader(nn.Module):
         """An untrained reader, its weights drawn from torch's global generator.
 
         Args:
+            look_ups: l.
             texts: (N, e) text vectors of any length.
             popularity: (N,) interactions in training.
         """
         super().__init__()
-        self.look_ups = look_ups
         found = _FOUND * len(_SCALES)
         self.networks = nn.ModuleList(
             Network(_OWN + count * found) for count in range(look_ups + 1)

@@ -23,6 +23,7 @@ from streamctl.evaluation.jobs import (
     identity,
     job_path,
 )
+from streamctl.evaluation.methods import EVIDENCE_COUNTS
 from streamctl.evaluation.metrics import gains
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
 from streamctl.progress import say
@@ -44,7 +45,7 @@ COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 REFERENCES = ("tiger", "sasrec_ce")  # what every row is compared with
 TWINS = {  # what a thought is measured by: the answer without one (RL's is the twin of SFT)
     "evidence_l0": (
-        "stream_evidence", "evidence_l1", "evidence_l2", "evidence_l3", "evidence_l4",
+        "stream_evidence", *(f"evidence_l{count}" for count in EVIDENCE_COUNTS if count),
         "random_evidence", "wide_evidence",
     ),
     "no_thinking": (

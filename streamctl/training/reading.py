@@ -81,7 +81,7 @@ def train(reader: Reader, lesson: Lesson, seed: int) -> Reader:
     lesson = lesson.rows(lesson.hit.any(1).nonzero()[:, 0])
     if len(lesson.hit):
         reader.fit_scale(lesson.clues)
-        for asked in range(reader.look_ups + 1):
+        for asked in range(len(reader.networks)):
             _train_one(reader, asked, lesson, derive_seed(seed, "reader", asked))
     return reader.eval()
 
