@@ -57,8 +57,7 @@ class Network(nn.Module):
 class Reader(nn.Module):
     """Clues -> scores: the summed score, corrected by a network for every length of a thought.
 
-    Each length has a network of its own: one network for all lengths reads most of them worse, and
-    a thought of no look-up most of all.
+    Each length has a network of its own: one network for all lengths reads most of them worse.
 
     Attributes:
         networks: one for 0, 1, ..., l look-ups, the most that it can read.
