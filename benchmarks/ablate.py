@@ -99,7 +99,8 @@ LINES = {
     "no corrupted thoughts": _sft("corrupt"),
     "l = 0": Line((), TWIN, TWIN),
     **{
-        f"l = {length}": Line((f"annotate.length={length}",), "annotate") for length in (1, 2, 6, 8)
+        f"l = {length}": Line((f"annotate.length={length}",), "annotate")
+        for length in (1, 2, 3, 5, 6, 7, 8)
     },
     "literal annotation": Line(("annotate.mode=literal",), "annotate"),
     "1 round": Line(("sft.rounds=1", "sft.epochs=12"), "sft"),
