@@ -253,11 +253,17 @@ LEAST = {
 }  # fmt: skip
 
 
+ABOVE_ZERO = ("lr", "temperature", "state_temperature")  # nothing would move, or a division by 0
+
+
 def _check_range(name: str, value: Any, where: str) -> None:
     """Refuse a number that no stage can work with."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    least = LEAST.get(name.rpartition(".")[2], 0)
+    key = name.rpartition(".")[2]
+    least = LEAST.get(key, 0)
+    if key in ABOVE_ZERO and value == 0:
+        raise UsageError(f"{name} is {value}; it must be more than 0", where=where)
     if not math.isfinite(value) or value < least:
         raise UsageError(f"{name} is {value}; it must be {least} or more", where=where)
 

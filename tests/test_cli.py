@@ -11,6 +11,7 @@ import pytest
 from typer.main import get_command
 
 from streamctl.cli import build_app
+from streamctl.commands.options import print_table
 
 
 def commands():
@@ -77,6 +78,7 @@ def test_every_command_says_what_it_reads_writes_and_what_comes_next(words, comm
         (["run", "--run", "none", "--set", "epochs=2"], 2, "stage.key=value"),
         (["rl", "--run", "none", "--set", "group=1"], 2, "must be 2 or more"),
         (["sft", "--run", "none", "--set", "lr=nan"], 2, "must be 0 or more"),
+        (["tokenize", "--run", "none", "--set", "lr=0"], 2, "tokenize.lr is 0.0; it must be more"),
         (["pretrain", "--run", "none", "--size", "huge"], 2, "tiny, small, paper"),
         (["pretrain", "--run", "none", "--sise", "tiny"], 2, "No such option"),
         (["pretrian"], 2, "No such command"),
@@ -113,6 +115,20 @@ def test_a_missing_stage_names_the_command_that_makes_it(streamctl, shop):
     answer = streamctl("pretrain", "--run", shop)
     assert answer.returncode == 1
     assert f"streamctl tokenize --run {shop}" in answer.stderr
+
+
+def test_evidence_that_is_not_there_names_its_own_command(streamctl, shop):
+    answer = streamctl("recommend", "--run", shop, "--user", "u001", "--evidence")
+    assert answer.returncode == 1
+    assert f"streamctl evidence --run {shop}" in answer.stderr
+
+
+def test_a_table_in_a_narrow_terminal_breaks_its_cells_and_loses_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table("t", ["", "first", "second"], [["random_thinking_rl", "+0.123 +0.456", "x" * 30]])
+    said = capsys.readouterr().out
+    assert "random_thinking_rl" in said and "…" not in said
+    assert said.count("x") == 30 and "+0.123" in said and "+0.456" in said
 
 
 def test_an_unreachable_encoder_names_the_ways_out(streamctl, shop):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from serving_run import LOOK_UPS, make_run
 
+from streamctl.commands.recommend import ask as command_ask
 from streamctl.runs import RunDir
 from streamctl.serving.bulk import recommend_file
 from streamctl.serving.catalogue import Refused
@@ -88,6 +89,15 @@ def test_what_the_reasons_say_happened_in_the_training_log(engine):
 def test_more_look_ups_than_it_was_trained_with_are_not_made(engine):
     assert engine.prepare(Query(user_id="u017", thinker="evidence", think=8)).think == LOOK_UPS
     assert engine.prepare(Query(user_id="u017", thinker="stream", think=8)).think == 8
+
+
+def test_fewer_steps_than_asked_for_are_spoken_of(run, capsys):
+    query = {"user_id": "u017", "thinker": "evidence", "k": 5, "think": 8}
+    assert len(command_ask(run, query, "cpu")["explain"]["steps"]) == LOOK_UPS
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--think 8: evidence thinks in {LOOK_UPS} steps at most" in said
+    command_ask(run, query | {"think": LOOK_UPS}, "cpu")
+    assert "--think" not in capsys.readouterr().err
 
 
 def test_wishes_and_removals_are_obeyed(engine):

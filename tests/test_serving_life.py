@@ -187,3 +187,34 @@ def test_two_workers_agree_on_items_and_follow_a_reload(own):
         assert server.stop() == 0
     finally:
         server.kill()
+
+
+def test_workers_of_which_none_can_load_the_run_end_with_the_reason(own, tmp_path):
+    damaged = tmp_path / "items.jsonl"
+    damaged.write_text("no record\nnor this\n")
+    server = Server(own / "first", "--workers", 2, "--items", damaged)
+    assert server.process.wait(SLOW_S) == 1
+    assert "items.jsonl:1: not a record" in server.errors
+    assert "no worker could load the run" in server.errors
+
+
+def test_a_worker_that_cannot_take_a_dead_ones_place_does_not_stop_the_others(own, tmp_path):
+    items = tmp_path / "items.jsonl"
+    server = Server(own / "first", "--workers", 2, "--items", items).wait()
+    try:
+        until(lambda: server.errors.count("ready:") == 2)
+        items.write_text("no record\nnor this\n")  # who reads it from the start will stumble
+        first, *_ = (
+            child
+            for child in psutil.Process(server.process.pid).children()
+            if "spawn_main" in " ".join(child.cmdline())
+        )
+        first.kill()
+        until(lambda: server.errors.count("a worker cannot load its model") >= 2)
+        assert server.process.poll() is None
+        items.unlink()
+        until(lambda: server.errors.count("ready:") == 3)
+        assert server.ids(user_id="u017")
+        assert server.stop() == 0
+    finally:
+        server.kill()

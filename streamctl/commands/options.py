@@ -9,6 +9,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+NAME_WIDTH = 24  # of the longest name in a table that is kept on one line
+
 Run = Annotated[
     Path, typer.Option("--run", help="The run's folder, e.g. runs/beauty.", show_default=False)
 ]
@@ -53,13 +55,20 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """A table on stdout; numbers with four decimals, everything but the first column right."""
+    """A table on stdout; numbers with four decimals, everything but the first column right.
+
+    Where it is wider than the terminal its cells break into lines, but short names stay whole.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
+    whole = all(len(str(row[0])) <= NAME_WIDTH for row in rows)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        if index == 0:
+            table.add_column(column, overflow="fold", no_wrap=whole)
+        else:
+            table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
     Console().print(table)

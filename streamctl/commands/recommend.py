@@ -79,6 +79,8 @@ def command(
     if (input_ is None) != (output is None):
         raise UsageError("--input and --output go together")
     folder = RunDir(run)
+    if evidence:
+        folder.require("evidence")
     query: dict[str, Any] = {"k": k, "mode": mode, "exclude_seen": not keep_seen}
     query["think"] = "auto" if think is None else think
     query["thinker"] = "evidence" if evidence else "auto"
@@ -121,6 +123,7 @@ def show_summary(summary: dict[str, Any]) -> None:
 def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
     """One explained answer of the engine, with the history it was given."""
     from streamctl.errors import StreamctlError
+    from streamctl.progress import warn
     from streamctl.serving.catalogue import Refused
     from streamctl.serving.engine import Engine
 
@@ -130,6 +133,8 @@ def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
         job = engine.prepare(question)
     except Refused as error:
         raise StreamctlError(str(error), where=run.path) from error
+    if query["think"] not in ("auto", job.think):
+        warn(f"--think {query['think']}: {job.model['stage']} thinks in {job.think} steps at most")
     described = [engine.catalogue.describe(item) for item in job.history.tolist()]
     return {"model": job.model, "history": described, **engine.recommend([job])[0]}
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from streamctl.commands.options import Device, Json, Sets, print_json, print_table
+
+ONE_LINE = 96  # columns of a terminal that holds both ends of an interval side by side
 
 
 def command(
@@ -87,19 +90,28 @@ def command(
         print_json(table)
         return
     columns = ("recall@10", "ndcg@10", "ndcg@10_masked")
+    between = "\n" if shutil.get_terminal_size().columns < ONE_LINE else " "
     rows = []
     for row in table["rows"]:
         published = row["published"]
         figures = [f"{row[column]:.4f}" for column in columns]
         versus = [
-            f"{row[key][0]:+.4f} {row[key][1]:+.4f}" if row[key] else ""
+            f"{row[key][0]:+.4f}{between}{row[key][1]:+.4f}" if row[key] else ""
             for key in ("vs_tiger", "vs_sasrec_ce")
         ]
         shown = f"{published['ndcg@10']:.4f}" if published else ""
         rows.append([row["method"], *figures, shown, *versus])
     print_table(
         f"{table['data']}, size {table['size']}: differences in ndcg@10, 95%",
-        ["", "recall @10", "ndcg @10", "masked", "published", "less TIGER", "less SASRec-CE"],
+        [
+            "",
+            "recall\n@10",
+            "ndcg\n@10",
+            "masked",
+            "in\nprint",
+            "less\nTIGER",
+            "less\nSASRec\n(CE)",
+        ],
         rows,
     )
 

@@ -12,6 +12,7 @@ import sys
 import time
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 LAST_CALL_S = 0.2  # connections made just before the end are accepted for so long
@@ -65,6 +66,11 @@ class PatientWorkers(Multiprocess):
     def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], drain_s: float):
         super().__init__(config, sockets)
         self.drain_s = drain_s
+
+    @property
+    def failed(self) -> bool:
+        """Whether it stopped because a worker could not begin, and none ever had."""
+        return any(process.exitcode == STARTUP_FAILURE for process in self.processes)
 
     def terminate_all(self) -> None:
         super().terminate_all()

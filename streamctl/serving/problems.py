@@ -110,7 +110,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        errors = [_field_error(one) for one in error.errors()[:20]]
+        found: dict[str, list[str]] = {}
+        for one in error.errors()[:20]:
+            field, text = _field_error(one)
+            found.setdefault(field, []).append(text)
+        # One value that is none of several types is at fault once.
+        errors = [(field, ", or ".join(texts)) for field, texts in found.items()]
         detail = "; ".join(f"{field}: {text}" for field, text in errors[:3])
         return Problem(422, detail, errors=errors).response()
 
@@ -129,6 +134,8 @@ def _field_error(error: dict[str, Any]) -> tuple[str, str]:
     if kind == "json_invalid":
         return "/", f"not JSON at character {location[-1]}: {error['ctx']['error']}"
     text = error["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        text = "there is no such field"
     if kind == "model_attributes_type" and location == ("body",):
         text = "a JSON object, sent with `Content-Type: application/json`, is expected"
     return _pointer(location), text

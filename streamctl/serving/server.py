@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import multiprocessing
 import os
 import signal
 import socket
@@ -42,13 +43,15 @@ def serve(settings: Settings) -> None:
 
         _check_address(settings)
         listening = _bind(settings)
-        settings = dataclasses.replace(settings, server=uuid.uuid4().hex)
+        several = settings.workers > 1
+        loaded = multiprocessing.get_context("spawn").Event() if several else None
+        settings = dataclasses.replace(settings, server=uuid.uuid4().hex, loaded=loaded)
         # The model asks for it after every operation: thousands of refusals must not hold it up.
         sys.setswitchinterval(SWITCH_S)
         factory = functools.partial(create_app, settings)
         config = uvicorn.Config(
-            factory() if settings.workers == 1 else factory,
-            factory=settings.workers > 1,
+            factory if several else factory(),
+            factory=several,
             workers=settings.workers,
             log_level="warning",
             access_log=False,
@@ -60,8 +63,13 @@ def serve(settings: Settings) -> None:
         # uvicorn raises the signal again when it has stopped: by then there is nothing to end.
         for sign in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sign, lambda *_: None)
-        if settings.workers > 1:
-            PatientWorkers(config, [listening], settings.drain_s).run()
+        if several:
+            workers = PatientWorkers(config, [listening], settings.drain_s)
+            workers.run()
+            if workers.failed:
+                raise StreamctlError(
+                    "no worker could load the run; the warning above says why", where=settings.run
+                )
             return
         server = PatientServer(config)
         service = config.app.state.service

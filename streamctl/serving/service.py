@@ -8,8 +8,11 @@ import signal
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
+
+from uvicorn.config import STARTUP_FAILURE
 
 from streamctl.errors import StreamctlError, close_matches
 from streamctl.progress import say, warn
@@ -41,6 +44,7 @@ class Settings:
         deadline_ms: for requests that name none.
         drain_s: seconds that a stopping server goes on answering, marked as not ready.
         server: a name that the workers of one server share, and no other server has.
+        loaded: where there are several workers, set as soon as one of them has a model.
         threads: CPU threads of one worker's model. Matrices of one request are too small to share.
     """
 
@@ -60,6 +64,7 @@ class Settings:
     drain_s: float = 1.0
     threads: int = 1
     server: str = ""
+    loaded: Event | None = None
 
     @property
     def journal(self) -> Path:
@@ -73,7 +78,7 @@ class Service:
         self.settings = settings
         self.keys = KeyRing(settings.keys)
         self.draining = False
-        self.failed: Callable[[], None] = lambda: signal.raise_signal(signal.SIGTERM)
+        self.failed: Callable[[], None] = self._end_worker
         self.failure: Exception | None = None
         self._engine: Engine | None = None
         self._batcher: Batcher | None = None
@@ -112,6 +117,18 @@ class Service:
             asyncio.create_task(self._load_first()),
             asyncio.create_task(self._watch()),
         ]
+
+    def _end_worker(self) -> None:
+        """Of several workers: say why, and end so that the parent starts another one.
+
+        If none has had a model yet none will have one, and the parent stops.
+        """
+        loaded = self.settings.loaded
+        if loaded is None:
+            signal.raise_signal(signal.SIGTERM)
+            return
+        warn(f"a worker cannot load its model: {self.failure}")
+        os._exit(1 if loaded.is_set() else STARTUP_FAILURE)
 
     async def stop(self) -> None:
         """Answer what waits, then end."""
@@ -261,6 +278,8 @@ class Service:
                 if name in (None, served):
                     break
             self._take_over(engine, costs)
+            if settings.loaded is not None:
+                settings.loaded.set()
         except Exception as error:  # reported by whoever started the server
             self.failure = error
             self.failed()
