@@ -301,6 +301,13 @@ def _convert(name: str, value: Any, kind: Any, where: str) -> Any:
         ) from error
 
 
+def as_text(value: Any) -> str:
+    """A setting's value as `--set` takes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(as_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def _apply(cls: type, values: dict[str, Any], new: Mapping[str, Any], where: str) -> None:
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]

@@ -16,13 +16,14 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from streamctl.config import BEFORE, to_dict
+from streamctl.config import BEFORE, as_text, to_dict
 from streamctl.distributed import SINGLE, ranks
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.files import atomic_file, disk_errors, read_json
@@ -66,6 +67,18 @@ class RunDir:
         """The command line that makes `stage` of this run."""
         return f"streamctl {command_for(stage)} --run {self.path}"
 
+    def again(self, name: str, changes: Sequence[str] = ()) -> str:
+        """The command line that makes a stage anew, with the settings that it was made with.
+
+        Args:
+            changes: `stage.key=value` texts of the settings that are to differ.
+        """
+        made = self.path / name / "config.toml"
+        # Of the data its command asks for the source; what else there is to it was typed, too.
+        kept = f" --config {made}" if made.is_file() and name != "data" else ""
+        sets = [f"--set {shlex.quote(text)}" for text in changes]
+        return " ".join([self.command(name) + kept, *sets, "--force"])
+
     def stage(self, name: str) -> Stage:
         """A stage, complete or not."""
         return Stage(self, name)
@@ -99,7 +112,7 @@ class RunDir:
             raise StreamctlError(
                 f"stage {name} is stale: {' and '.join(stale)} changed after it was made",
                 where=self.path,
-                run=f"{self.command(name)} --force",
+                run=self.again(name),
             )
         stage.verify()
         for parent in stage.manifest["parents"]:
@@ -182,15 +195,18 @@ class RunDir:
         ]
         if not changed and not stale:
             return
+        changes: list[str] = []
         if changed:
             differences = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
             what = f"stage {stage.name} is complete with other settings ({differences})"
+            if stage.name != "data":
+                changes = [f"{config.section}.{key}={as_text(new.get(key))}" for key in changed]
         else:
             what = f"stage {stage.name} is stale: {' and '.join(stale)} changed after it was made"
         raise StreamctlError(
             what,
             where=self.path,
-            run=f"{self.command(stage.name)} --force (keeps the old one as {stage.name}.previous)",
+            run=f"{self.again(stage.name, changes)} (keeps the old one as {stage.name}.previous)",
         )
 
     def _set_aside(self, folder: Path) -> bool:

@@ -91,7 +91,7 @@ class Stage:
 
     @property
     def _again(self) -> str:
-        return f"{self.run.command(self.name)} --force"
+        return self.run.again(self.name)
 
     def _artifact(self, problem: str, path: Path) -> StreamctlError:
         return StreamctlError(f"artifact {problem}", where=path, run=self._again)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -115,6 +118,31 @@ def test_a_missing_stage_names_the_command_that_makes_it(streamctl, shop):
     answer = streamctl("pretrain", "--run", shop)
     assert answer.returncode == 1
     assert f"streamctl tokenize --run {shop}" in answer.stderr
+
+
+def test_the_remedy_of_other_settings_changes_these_and_keeps_the_rest(streamctl, shop, tmp_path):
+    run = shutil.copytree(shop, tmp_path / "run")
+    words = [
+        "tokenize",
+        "--run",
+        run,
+        "--encoder",
+        "tfidf",
+        "--set",
+        "epochs=2",
+        "--set",
+        "codes=8",
+    ]
+    assert streamctl(*words).returncode == 0
+    refused = streamctl("tokenize", "--run", run, "--encoder", "tfidf", "--set", "hidden=32,16")
+    assert refused.returncode == 1
+    remedy = re.search(r"Next: (streamctl .*) \(keeps", refused.stderr)[1]
+    # The other settings were not given again: they are wanted at their defaults.
+    assert "tokenize.hidden=32,16" in remedy and "tokenize.epochs=300" in remedy
+    remedy = remedy.replace("tokenize.epochs=300", "tokenize.epochs=3")
+    assert streamctl(*shlex.split(remedy)[1:]).returncode == 0
+    made = json.loads((run / "tokenizer" / "manifest.json").read_text())["config"]
+    assert (made["encoder"], made["hidden"], made["epochs"]) == ("tfidf", [32, 16], 3)
 
 
 def test_evidence_that_is_not_there_names_its_own_command(streamctl, shop):
