@@ -79,7 +79,7 @@ class Reader(nn.Module):
         super().__init__()
         found = _FOUND * len(_SCALES)
         self.networks = nn.ModuleList(
-            Network(_OWN + count * found) for count in range(look_ups + 1)
+            Network(_OWN + count * (found + _FOUND)) for count in range(look_ups + 1)
         )
         self.register_buffer("own_mean", torch.zeros(_OWN))
         self.register_buffer("own_std", torch.ones(_OWN))
@@ -129,8 +129,12 @@ class Reader(nn.Module):
         """Scores (B, C) float32 of the candidates after `look_ups` look-ups; None for all."""
         asked = clues.found.shape[2] if look_ups is None else look_ups
         own = (clues.own - self.own_mean) / self.own_std
-        found = _logarithms(clues.found[:, :, :asked]) / self.found_std[:asked]
-        said = self.networks[asked](torch.cat([own, found.flatten(2)], 2))
+        evidence = clues.found[:, :, :asked]
+        found = _logarithms(evidence) / self.found_std[:asked]
+        # How sure a look-up was of anything: the same for all candidates of a user.
+        surest = torch.log1p(_SCALES[-1] * evidence.amax(1, keepdim=True)) / 2
+        parts = own, found.flatten(2), surest.expand_as(evidence).flatten(2)
+        said = self.networks[asked](torch.cat(parts, 2))
         return clues.summed[:, :, asked] + said
 
 
