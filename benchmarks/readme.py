@@ -16,6 +16,11 @@ from benchmarks import scale_tables, settings_table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/results.md", "docs/scale.md", "docs/config.md")
+BRIEF = (
+    "popularity", "caser", "gru4rec", "bert4rec", "sasrec_bce", "sasrec_ce", "tiger",
+    "stream_pt", "stream_sft", "stream_rl", "no_thinking", "random_thinking", "oracle_thinking",
+    "stream_evidence", "evidence_l0", "random_evidence", "wide_evidence",
+)  # fmt: skip
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 
 
@@ -62,6 +67,23 @@ def table(receipt: dict[str, Any]) -> str:
     head = ["method", "seeds", "published recall@10 / ndcg@10", *METRICS, "ndcg@10, seen masked"]
     head += ["less TIGER", "less SASRec-CE", "less no thought", "minutes of training", "ms a user"]
     return markdown(head, rows)
+
+
+def brief(receipt: dict[str, Any]) -> str:
+    """The rows and columns of `table` that a reader of the README wants first."""
+    rows = [
+        [
+            row["method"],
+            str(row["seeds"]),
+            f"{row['published']['ndcg@10']:.4f}" if row["published"] else "",
+            *(f"{row[key]:.4f}" for key in ("recall@10", "ndcg@10", "ndcg@10_masked")),
+            *(_interval(row[key]) for key in ("vs_tiger", "vs_sasrec_ce", "vs_twin")),
+        ]
+        for row in receipt["rows"]
+        if row["method"] in BRIEF
+    ]
+    head = ["method", "seeds", "ndcg@10 in print", "recall@10", "ndcg@10", "ndcg@10, seen masked"]
+    return markdown([*head, "less TIGER", "less SASRec-CE", "less no thought"], rows)
 
 
 def search(receipt: dict[str, Any]) -> str:
@@ -264,6 +286,8 @@ def render() -> dict[str, str]:
             blocks[f"{path.stem}-minutes"] = minutes(receipt)
         elif "rows" in receipt and "ratio" in receipt["rows"][0]:
             blocks[path.stem] = speed(receipt)
+    for name in ("beauty", "scientific"):
+        blocks[f"brief-{name}"] = brief(receipts[f"table-{name}"])
     others = {"arithmetic": scale_tables.arithmetic(receipts), "settings": settings_table.tables()}
     return blocks | others
 
