@@ -287,7 +287,8 @@ def render() -> dict[str, str]:
         elif "rows" in receipt and "ratio" in receipt["rows"][0]:
             blocks[path.stem] = speed(receipt)
     for name in ("beauty", "scientific"):
-        blocks[f"brief-{name}"] = brief(receipts[f"table-{name}"])
+        if f"table-{name}" in receipts:
+            blocks[f"brief-{name}"] = brief(receipts[f"table-{name}"])
     others = {"arithmetic": scale_tables.arithmetic(receipts), "settings": settings_table.tables()}
     return blocks | others
 

@@ -262,10 +262,9 @@ def _check_range(name: str, value: Any, where: str) -> None:
         return
     key = name.rpartition(".")[2]
     least = LEAST.get(key, 0)
-    if key in ABOVE_ZERO and value == 0:
-        raise UsageError(f"{name} is {value}; it must be more than 0", where=where)
-    if not math.isfinite(value) or value < least:
-        raise UsageError(f"{name} is {value}; it must be {least} or more", where=where)
+    wanted = "more than 0" if key in ABOVE_ZERO else f"{least} or more"
+    if not math.isfinite(value) or value < least or (key in ABOVE_ZERO and value == 0):
+        raise UsageError(f"{name} is {value}; it must be {wanted}", where=where)
 
 
 def _convert(name: str, value: Any, kind: Any, where: str) -> Any:
@@ -282,7 +281,7 @@ def _convert(name: str, value: Any, kind: Any, where: str) -> Any:
             none = value is None or value == "none"
             return None if none else _convert(name, value, inner[0], where)
         if origin is tuple:
-            parts = value.split(",") if isinstance(value, str) else value
+            parts = value.split(",") if isinstance(value, str) and value else value
             inner = typing.get_args(kind)[0]
             return tuple(_convert(name, part, inner, where) for part in parts)
         if kind is bool:

@@ -47,14 +47,16 @@ COMMANDS = {
     "tokenizer": "tokenize",
     "think-curve": "eval --think-curve",
     "beam-losses": "eval --decode exact",
+    "baselines/no_thinking": "run",
 }
 
 
 def command_for(stage: str) -> str:
     """The command that makes a stage: `tokenize` for "tokenizer", `baseline NAME`, ..."""
-    if stage.startswith("baselines/"):
-        return "baseline " + stage.removeprefix("baselines/")
-    return COMMANDS.get(stage, stage)
+    if stage in COMMANDS:
+        return COMMANDS[stage]
+    name = stage.removeprefix("baselines/")
+    return name if name == stage else f"baseline {name}"
 
 
 class RunDir:
@@ -65,19 +67,23 @@ class RunDir:
 
     def command(self, stage: str) -> str:
         """The command line that makes `stage` of this run."""
-        return f"streamctl {command_for(stage)} --run {self.path}"
+        return f"streamctl {command_for(stage)} --run {shlex.quote(str(self.path))}"
 
     def again(self, name: str, changes: Sequence[str] = ()) -> str:
-        """The command line that makes a stage anew, with the settings that it was made with.
+        """The command line that makes a stage anew, with the settings that its config.toml has.
 
         Args:
             changes: `stage.key=value` texts of the settings that are to differ.
         """
-        made = self.path / name / "config.toml"
+        folder, command = self.path / name, self.command(name)
+        if command_for(name) == "run":  # which does nothing again
+            old = shlex.quote(str(folder))
+            return f"mv {old} {old}.previous, then {command}"
+        made = folder / "config.toml"
         # Of the data its command asks for the source; what else there is to it was typed, too.
-        kept = f" --config {made}" if made.is_file() and name != "data" else ""
+        kept = f" --config {shlex.quote(str(made))}" if made.is_file() and name != "data" else ""
         sets = [f"--set {shlex.quote(text)}" for text in changes]
-        return " ".join([self.command(name) + kept, *sets, "--force"])
+        return " ".join([command + kept, *sets, "--force"])
 
     def stage(self, name: str) -> Stage:
         """A stage, complete or not."""
@@ -200,7 +206,8 @@ class RunDir:
             differences = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
             what = f"stage {stage.name} is complete with other settings ({differences})"
             if stage.name != "data":
-                changes = [f"{config.section}.{key}={as_text(new.get(key))}" for key in changed]
+                known = (key for key in changed if key in new)
+                changes = [f"{config.section}.{key}={as_text(new[key])}" for key in known]
         else:
             what = f"stage {stage.name} is stale: {' and '.join(stale)} changed after it was made"
         raise StreamctlError(

@@ -14,6 +14,7 @@ import torch
 from serving_run import LOOK_UPS, make_run
 
 from streamctl.commands.recommend import ask as command_ask
+from streamctl.commands.recommend import show_first_user
 from streamctl.runs import RunDir
 from streamctl.serving.bulk import recommend_file
 from streamctl.serving.catalogue import Refused
@@ -95,9 +96,11 @@ def test_fewer_steps_than_asked_for_are_spoken_of(run, capsys):
     query = {"user_id": "u017", "thinker": "evidence", "k": 5, "think": 8}
     assert len(command_ask(run, query, "cpu")["explain"]["steps"]) == LOOK_UPS
     said = " ".join(capsys.readouterr().err.split())
-    assert f"--think 8: evidence thinks in {LOOK_UPS} steps at most" in said
+    assert f"--think 8: the most that evidence takes is {LOOK_UPS}" in said
     command_ask(run, query | {"think": LOOK_UPS}, "cpu")
-    assert "--think" not in capsys.readouterr().err
+    show_first_user(run, device="cpu")
+    shown = capsys.readouterr()
+    assert "--think" not in shown.err and "Recommended" in shown.out
 
 
 def test_wishes_and_removals_are_obeyed(engine):

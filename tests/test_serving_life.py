@@ -193,9 +193,12 @@ def test_workers_of_which_none_can_load_the_run_end_with_the_reason(own, tmp_pat
     damaged = tmp_path / "items.jsonl"
     damaged.write_text("no record\nnor this\n")
     server = Server(own / "first", "--workers", 2, "--items", damaged)
-    assert server.process.wait(SLOW_S) == 1
+    try:
+        assert server.process.wait(SLOW_S) == 1
+    finally:
+        server.kill()
     assert "items.jsonl:1: not a record" in server.errors
-    assert "no worker could load the run" in server.errors
+    assert "could not load the run, and none had" in server.errors
 
 
 def test_a_worker_that_cannot_take_a_dead_ones_place_does_not_stop_the_others(own, tmp_path):

@@ -57,7 +57,7 @@ def print_json(value: Any) -> None:
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """A table on stdout; numbers with four decimals, everything but the first column right.
 
-    Where it is wider than the terminal its cells break into lines, but short names stay whole.
+    Where it is wider than the terminal its cells break into lines, short names last of all.
     """
     from rich.console import Console
     from rich.table import Table

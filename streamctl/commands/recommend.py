@@ -133,8 +133,8 @@ def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
         job = engine.prepare(question)
     except Refused as error:
         raise StreamctlError(str(error), where=run.path) from error
-    if query["think"] not in ("auto", job.think):
-        warn(f"--think {query['think']}: {job.model['stage']} thinks in {job.think} steps at most")
+    if question.think not in ("auto", job.think):
+        warn(f"--think {question.think}: the most that {job.model['stage']} takes is {job.think}")
     described = [engine.catalogue.describe(item) for item in job.history.tolist()]
     return {"model": job.model, "history": described, **engine.recommend([job])[0]}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -64,6 +63,8 @@ def command(
     run and a receipt for each job, table.json).
     Next: `streamctl eval --run RUN/reproduce/stream-0`.
     """
+    from rich.console import Console
+
     from streamctl.errors import UsageError
     from streamctl.evaluation.jobs import JOBS, Plan
     from streamctl.evaluation.reproduce import reproduce, save_receipts
@@ -90,7 +91,7 @@ def command(
         print_json(table)
         return
     columns = ("recall@10", "ndcg@10", "ndcg@10_masked")
-    between = "\n" if shutil.get_terminal_size().columns < ONE_LINE else " "
+    between = "\n" if Console().width < ONE_LINE else " "
     rows = []
     for row in table["rows"]:
         published = row["published"]

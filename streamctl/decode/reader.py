@@ -57,7 +57,8 @@ class Network(nn.Module):
 class Reader(nn.Module):
     """Clues -> scores: the summed score, corrected by a network for every length of a thought.
 
-    Each length has a network of its own: one network for all lengths reads most of them worse.
+    Each length has a network of its own: one network for all lengths reads most of them worse. A
+    network is also told the most that each look-up said for any of the user's candidates.
 
     Attributes:
         networks: one for 0, 1, ..., l look-ups, the most that it can read.
@@ -131,7 +132,8 @@ class Reader(nn.Module):
         own = (clues.own - self.own_mean) / self.own_std
         evidence = clues.found[:, :, :asked]
         found = _logarithms(evidence) / self.found_std[:asked]
-        # How sure a look-up was of anything: the same for all candidates of a user.
+        # How sure a look-up was of any candidate, the same for all of a user's; halved, it is
+        # about as large as the other clues.
         surest = torch.log1p(_SCALES[-1] * evidence.amax(1, keepdim=True)) / 2
         parts = own, found.flatten(2), surest.expand_as(evidence).flatten(2)
         said = self.networks[asked](torch.cat(parts, 2))

@@ -69,11 +69,13 @@ class PatientWorkers(Multiprocess):
 
     @property
     def failed(self) -> bool:
-        """Whether it stopped because a worker could not begin, and none ever had."""
+        """Whether it stopped because a worker could not begin while none had a model."""
         return any(process.exitcode == STARTUP_FAILURE for process in self.processes)
 
     def terminate_all(self) -> None:
         super().terminate_all()
+        if self.failed:  # there is nobody to answer
+            return
         time.sleep(self.drain_s)
         for listening in self.sockets:
             begin_no_connection(listening.fileno())

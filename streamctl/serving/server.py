@@ -68,7 +68,8 @@ def serve(settings: Settings) -> None:
             workers.run()
             if workers.failed:
                 raise StreamctlError(
-                    "no worker could load the run; the warning above says why", where=settings.run
+                    "a worker could not load the run, and none had; the warning above says why",
+                    where=settings.run,
                 )
             return
         server = PatientServer(config)

@@ -121,13 +121,15 @@ class Service:
     def _end_worker(self) -> None:
         """Of several workers: say why, and end so that the parent starts another one.
 
-        If none has had a model yet none will have one, and the parent stops.
+        If none has had a model yet the parent stops: the next would most likely fail as well.
         """
         loaded = self.settings.loaded
         if loaded is None:
             signal.raise_signal(signal.SIGTERM)
             return
-        warn(f"a worker cannot load its model: {self.failure}")
+        error = self.failure
+        said = str(error) if isinstance(error, StreamctlError) else repr(error)
+        warn(f"a worker cannot load its model: {said}")
         os._exit(1 if loaded.is_set() else STARTUP_FAILURE)
 
     async def stop(self) -> None:

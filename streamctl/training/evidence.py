@@ -315,7 +315,7 @@ def _load(module: torch.nn.Module, stage: Stage, name: str) -> None:
         raise StreamctlError(
             "the weights are not those of this version's thinker",
             where=stage.file(name),
-            run=f"{stage.run.command('evidence')} --force",
+            run=stage.run.again("evidence"),
         ) from error
 
 
