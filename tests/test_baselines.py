@@ -294,6 +294,8 @@ def test_open_settings_take_the_methods_own(cycle):
     assert config == dataclasses.replace(
         BaselineConfig(name="sasrec", loss="ce"), **(own | {"dropout": 0.25})
     )
+    sampled = settle(cycle, BaselineConfig(name="sasrec", loss="bce", patience=3))
+    assert (sampled.epochs, sampled.patience, sampled.dim) == (200, 3, own["dim"])
 
 
 @pytest.mark.parametrize(

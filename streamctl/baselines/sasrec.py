@@ -12,6 +12,7 @@ from streamctl.baselines.objectives import catalogue_cross_entropy, sample_negat
 from streamctl.baselines.transformer import INITIAL_STD, Block
 from streamctl.config import BaselineConfig
 from streamctl.data import Split
+from streamctl.runs import RunDir
 from streamctl.training.loop import Batch
 
 
@@ -28,6 +29,9 @@ class SASRec(Baseline):
         "dim": 64, "layers": 2, "heads": 2, "dropout": 0.3, "epochs": 20, "patience": 5,
         "batch": 128, "lr": 1e-3, "weight_decay": 0.0, "warmup": 0.05,
     }  # fmt: skip
+    # One negative a target teaches slowly: validation ndcg@10 on Beauty was 0.0261 with early
+    # stopping, and is 0.0298 at the end of this schedule.
+    with_bce: ClassVar[dict[str, Any]] = {"epochs": 200, "patience": 0}
     losses = ("ce", "bce")
     sequences = True
 
@@ -42,6 +46,10 @@ class SASRec(Baseline):
         blocks = (Block(dim, config.heads, config.dropout) for _ in range(config.layers))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)
+
+    @classmethod
+    def settings(cls, run: RunDir, config: BaselineConfig) -> dict[str, Any]:
+        return cls.defaults | (cls.with_bce if config.loss == "bce" else {})
 
     def states(self, history: torch.Tensor) -> torch.Tensor:
         """(B, H, d): what follows each position; -1 on the right does not reach the others."""
