@@ -65,10 +65,9 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     table = Table(title=title, title_justify="left")
     whole = all(len(str(row[0])) <= NAME_WIDTH for row in rows)
     for index, column in enumerate(columns):
-        if index == 0:
-            table.add_column(column, overflow="fold", no_wrap=whole)
-        else:
-            table.add_column(column, justify="right", overflow="fold")
+        first = index == 0
+        justify = "left" if first else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=first and whole)
     for row in rows:
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
     Console().print(table)

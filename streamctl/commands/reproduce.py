@@ -104,17 +104,10 @@ def command(
         rows.append([row["method"], *figures, shown, *versus])
     print_table(
         f"{table['data']}, size {table['size']}: differences in ndcg@10, 95%",
-        [
-            "",
-            "recall\n@10",
-            "ndcg\n@10",
-            "masked",
-            "in\nprint",
-            "less\nTIGER",
-            "less\nSASRec\n(CE)",
-        ],
+        ["", "recall\n@10", "ndcg\n@10", "masked", "in\nprint", "less\nTIGER",
+         "less\nSASRec\n(CE)"],
         rows,
-    )
+    )  # fmt: skip
 
 
 def _check(folder: Path, receipt: Path, device: str, json_: bool) -> None:

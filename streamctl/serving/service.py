@@ -121,7 +121,8 @@ class Service:
     def _end_worker(self) -> None:
         """Of several workers: say why, and end so that the parent starts another one.
 
-        If none has had a model yet the parent stops: the next would most likely fail as well.
+        If none has had a model yet the parent stops: the next would most likely fail as well. An
+        application without such a parent is stopped by the signal that stops a server.
         """
         loaded = self.settings.loaded
         if loaded is None:
