@@ -14,8 +14,15 @@ from streamctl.config import BaselineConfig, TokenizeConfig
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import reproduce as module
-from streamctl.evaluation.jobs import Plan
-from streamctl.evaluation.reproduce import COLUMNS, receipt_path, reproduce, save_receipts
+from streamctl.evaluation.jobs import Plan, job_path
+from streamctl.evaluation.metrics import ranking_metrics
+from streamctl.evaluation.reproduce import (
+    COLUMNS,
+    ranks_path,
+    receipt_path,
+    reproduce,
+    save_receipts,
+)
 from streamctl.runs import RunDir
 
 METHODS = ("popularity", "sasrec_bce", "sasrec_ce", "tiger")
@@ -81,16 +88,25 @@ def test_receipts_outlive_settings_of_other_stages_and_sizes_they_do_not_have(
     assert len(reproduce(run, other)["rows"]) == len(classic)
 
 
-def test_jobs_of_several_seeds_rank_the_same_users(run, table):
-    from streamctl.evaluation.jobs import job_path
+def test_the_ranks_beside_a_receipt_are_those_of_its_evaluation(run, table):
+    for name in METHODS:
+        job, receipt = job_path(run, name, 1), receipt_path(run, name, 1)
+        entry = json.loads(receipt.read_text())["rows"][name]
+        exact = load_file(job.stage("eval").file("ranks.safetensors"))[entry["row"]]
+        with np.load(ranks_path(receipt)) as kept:
+            assert set(kept) == {name, f"{name}/masked"}
+            assert len(kept[name]) == 40 < load_data(run)[1].log.n_users
+            assert (kept[name] == np.minimum(exact, 255)).all()
+            assert ranking_metrics(kept[name])["ndcg@10"] == entry["ndcg@10"]
 
+
+def test_jobs_of_several_seeds_rank_the_same_users(run, table):
     users = [
         load_file(job_path(run, "popularity", seed).stage("eval").file("ranks.safetensors"))[
             "users"
         ]
         for seed in (0, 1)
     ]
-    assert len(users[0]) == 40 < load_data(run)[1].log.n_users
     assert (users[0] == users[1]).all()
 
 
@@ -111,24 +127,50 @@ def test_a_finished_job_of_another_plan_is_refused_and_nothing_is_lost(run, plan
 def test_force_does_it_again_and_keeps_the_old_one(run, plan, table, tmp_path):
     copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
     old = receipt_path(copy, "popularity", 0).read_text()
+    ranks = ranks_path(receipt_path(copy, "popularity", 0)).read_bytes()
     other = Plan(("popularity",), (0,), "tiny", ("eval.users=20",), device="cpu")
     reproduce(copy, other, force=True)
-    assert (copy.path / "reproduce" / "popularity-0.previous" / "receipt.json").read_text() == old
+    previous = copy.path / "reproduce" / "popularity-0.previous"
+    assert (previous / "receipt.json").read_text() == old
+    assert (previous / "receipt.npz").read_bytes() == ranks
     assert json.loads(receipt_path(copy, "popularity", 0).read_text())["users"] == 20
 
 
-def test_ranks_of_a_job_that_has_gone_on_with_another_plan_are_left_out(run, plan, table, tmp_path):
-    """Its receipt is still this plan's: the figures stay, the intervals would be of other users."""
+def test_a_receipt_without_ranks_has_figures_and_no_intervals(run, plan, table, tmp_path):
     copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
     assert table_rows(copy, plan)["sasrec_bce"]["vs_sasrec_ce"] is not None
     for seed in (0, 1):
-        note = copy.path / "reproduce" / f"sasrec_ce-{seed}" / "plan.json"
-        note.write_text(json.dumps(json.loads(note.read_text()) | {"sets": ["eval.beam=9"]}))
+        ranks_path(receipt_path(copy, "sasrec_ce", seed)).unlink()
     rows = table_rows(copy, plan)
     assert rows["sasrec_bce"]["vs_sasrec_ce"] is rows["sasrec_ce"]["vs_tiger"] is None
     assert rows["sasrec_ce"]["ndcg@10"] == next(
         row["ndcg@10"] for row in table["rows"] if row["method"] == "sasrec_ce"
     )
+
+
+def test_saved_receipts_brought_back_make_the_same_table_without_any_job(
+    run, plan, table, tmp_path
+):
+    save_receipts(run, plan, tmp_path)
+    receipts, saved = run.path / "reproduce" / "receipts", tmp_path / run.path.name
+    copy = RunDir(tmp_path / "copy")
+    for stage in ("data", "tokenizer"):
+        shutil.copytree(run.path / stage, copy.path / stage)
+    shutil.copytree(saved, copy.path / "reproduce" / "receipts")
+    assert {path.name for path in saved.iterdir()} == {path.name for path in receipts.iterdir()}
+    assert reproduce(copy, plan)["rows"] == table["rows"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK not a zip", "other users"])
+def test_ranks_that_are_not_the_receipts_are_named(run, plan, table, tmp_path, damage):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    path = ranks_path(receipt_path(copy, "tiger", 0))
+    if damage == "other users":
+        np.savez_compressed(path, tiger=np.zeros(39, np.uint8))
+    else:
+        path.write_bytes(damage)
+    with pytest.raises(StreamctlError, match=r"not the ranks of the 40 users of tiger-0.json"):
+        module.write_table(copy, plan)
 
 
 def table_rows(run, plan):

@@ -34,7 +34,8 @@ def command(
     save: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            "--save", help="Copy the table and the receipts to this folder: table-NAME.json, NAME/."
+            "--save",
+            help="Copy table-NAME.json and NAME/ (receipts, and ranks user by user) to this folder.",
         ),
     ] = None,
     check: Annotated[

@@ -6,11 +6,13 @@ import json
 import shutil
 import statistics
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from streamctl import config as configs
 from streamctl.errors import StreamctlError, UsageError, close_matches
@@ -41,6 +43,7 @@ PUBLISHED = {
         "tiger_vocabulary": (0.0454, 0.0321, 0.0648, 0.0384),
     }
 }
+LAST = 255  # a rank as it is kept: all that no metric reads are one
 COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 REFERENCES = ("tiger", "sasrec_ce")  # what every row is compared with
 TWINS = {  # what a thought is measured by: the answer without one (RL's is the twin of SFT)
@@ -59,7 +62,7 @@ def reproduce(run: RunDir, plan: Plan, *, force: bool = False) -> dict[str, Any]
     """Run every job that has no receipt yet, and join the receipts to the table.
 
     A job works in RUN/reproduce/METHOD-SEED, itself a run whose stages resume; its receipt is
-    written last. All jobs share the run's data and tokenizer.
+    written last, after the ranks of its users. All jobs share the run's data and tokenizer.
 
     Args:
         force: do jobs again that were made by another plan; each is kept as METHOD-SEED.previous.
@@ -100,6 +103,7 @@ def reproduce(run: RunDir, plan: Plan, *, force: bool = False) -> dict[str, Any]
             break
         say(f"[{number}/{len(jobs)}] {name}, seed {seed}")
         value = run_job(run, plan, name, seed) | {"plan": wanted}
+        save_ranks(job_path(run, name, seed), value["rows"], ranks_path(receipt))
         with atomic_file(receipt) as path:
             path.write_text(json.dumps(value, indent=1) + "\n")
     return write_table(run, plan)
@@ -107,6 +111,28 @@ def reproduce(run: RunDir, plan: Plan, *, force: bool = False) -> dict[str, Any]
 
 def receipt_path(run: RunDir, name: str, seed: int) -> Path:
     return run.path / "reproduce" / "receipts" / f"{name}-{seed}.json"
+
+
+def ranks_path(receipt: Path) -> Path:
+    """Where the ranks of a receipt's users are: beside it, and saved and brought back with it."""
+    return receipt.with_suffix(".npz")
+
+
+def save_ranks(job: RunDir, rows: Mapping[str, Any], target: Path) -> None:
+    """Keep each row's ranks of the users, from which a table takes its paired intervals.
+
+    Writes row of the table -> uint8 (E,), zero-based, cut at `LAST`; masked ones are under
+    ROW/masked. Nothing for the wide beam, which depends on time.
+    """
+    found = load_file(job.stage("eval").file(RANKS))
+    kept = {
+        f"{shown}{end}": np.minimum(found[f"{entry['row']}{end}"], LAST).astype(np.uint8)
+        for shown, entry in rows.items()
+        for end in ("", "/masked")
+        if entry["row"] in found
+    }
+    with atomic_file(target) as path, path.open("wb") as file:
+        np.savez_compressed(file, **kept)
 
 
 def run_job(run: RunDir, plan: Plan, name: str, seed: int) -> dict[str, Any]:
@@ -175,8 +201,9 @@ def _job_folder(run: RunDir, plan: Plan, name: str, seed: int) -> RunDir:
     wanted = identity(run, plan, name)
     if _plan_of(run, name, seed) != wanted:
         job.path.mkdir(parents=True, exist_ok=True)
-        if receipt.is_file():
-            receipt.rename(job.path / "receipt.json")
+        for source, kept in ((receipt, "receipt.json"), (ranks_path(receipt), "receipt.npz")):
+            if source.is_file():
+                source.rename(job.path / kept)
         if any(not file.name.endswith(".part") for file in job.path.iterdir()):
             previous = job.path.with_name(job.path.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
@@ -198,11 +225,13 @@ def valid_receipts(run: RunDir, plan: Plan) -> list[Path]:
 
 
 def save_receipts(run: RunDir, plan: Plan, folder: Path) -> None:
-    """Copy the table to FOLDER/table-NAME.json and the receipts it is of to FOLDER/NAME/."""
+    """Copy the table to FOLDER/table-NAME.json, its receipts and their ranks to FOLDER/NAME/."""
     name = run.path.resolve().name
+    receipts = valid_receipts(run, plan)
+    ranks = [path for path in map(ranks_path, receipts) if path.is_file()]
     for source, target in (
         (run.path / "reproduce" / "table.json", folder / f"table-{name}.json"),
-        *((path, folder / name / path.name) for path in valid_receipts(run, plan)),
+        *((path, folder / name / path.name) for path in (*receipts, *ranks)),
     ):
         with atomic_file(target) as path:
             shutil.copyfile(source, path)
@@ -210,20 +239,16 @@ def save_receipts(run: RunDir, plan: Plan, folder: Path) -> None:
 
 def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
     """Join the receipts there are: means and spreads over seeds, paired intervals over users."""
-    receipts = [read_json(path) for path in valid_receipts(run, plan)]
+    paths = valid_receipts(run, plan)
+    receipts = [read_json(path) for path in paths]
     rows: dict[str, list[Mapping[str, Any]]] = {}
     gained: dict[str, list[np.ndarray]] = {}
-    users: np.ndarray | None = None
-    for receipt in receipts:
-        ranks = _ranks(run, receipt)
-        if users is None:
-            users = ranks.get("users")
-        elif not np.array_equal(ranks.get("users", users), users):
-            ranks = {}  # an evaluation by hand has taken the place of the job's
+    for path, receipt in zip(paths, receipts, strict=True):
+        ranks = _ranks(path, receipt["users"])
         for name, entry in receipt["rows"].items():
             rows.setdefault(name, []).append(entry)
-            if entry["row"] in ranks:
-                gained.setdefault(name, []).append(gains(ranks[entry["row"]], 10))
+            if name in ranks:
+                gained.setdefault(name, []).append(gains(ranks[name], 10))
     source = run.stage("data").manifest["config"]["source"]
     published = PUBLISHED.get(Path(source).name, {})
     table = {
@@ -243,18 +268,26 @@ def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
     return table
 
 
-def _ranks(run: RunDir, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Ranks by row, and the users that they are of; none if the job's folder has gone on.
+def _ranks(receipt: Path, users: int) -> dict[str, np.ndarray]:
+    """What `save_ranks` kept; none without its file: then a row has figures and no intervals.
 
-    Without them a row has its figures, and no intervals.
+    Receipts of one plan are of the same users, in the same order: it says data and `eval.users`.
     """
-    from safetensors.numpy import load_file
-
-    name, seed = receipt["method"], receipt["seed"]
-    stage = job_path(run, name, seed).stage("eval")
-    if _plan_of(run, name, seed) != receipt["plan"] or not stage.complete:
+    source = ranks_path(receipt)
+    if not source.is_file():
         return {}
-    return load_file(stage.file(RANKS))
+    try:
+        with np.load(source) as file:
+            found = dict(file)
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        found = {"": np.empty(0)}
+    if any(ranks.shape != (users,) for ranks in found.values()):
+        raise StreamctlError(
+            f"these are not the ranks of the {users:,} users of {receipt.name}",
+            where=source,
+            run="the same command without that file (its rows then have no intervals)",
+        )
+    return found
 
 
 def _row(
