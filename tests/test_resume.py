@@ -125,3 +125,12 @@ def test_a_receipt_is_repeated_to_the_last_figure_and_hash(clean, commands, tmp_
     other = commands.run(["reproduce", str(run), "--check", str(path)])
     assert other.returncode == 1
     assert "1 of" in other.stderr and "of sft" in other.stderr
+    # Data of another hash is another report of the same log, or another log: items and ties tell.
+    written["data_hash"] = "0"
+    path.write_text(json.dumps(written))
+    renamed = commands.run(["reproduce", str(run), "--check", str(path)])
+    assert "1 of" in renamed.stderr and "data_hash" in renamed.stderr
+    written["evaluation"]["items"] += 1
+    path.write_text(json.dumps(written))
+    refused = commands.run(["reproduce", str(run), "--check", str(path)])
+    assert refused.returncode == 1 and "the receipt is of other data" in refused.stderr

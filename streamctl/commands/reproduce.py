@@ -35,7 +35,7 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option(
             "--save",
-            help="Copy table-NAME.json and NAME/ (receipts, and ranks user by user) to this folder.",
+            help="Copy table-NAME.json and NAME/ (receipts, ranks by user) to this folder.",
         ),
     ] = None,
     check: Annotated[
