@@ -103,7 +103,7 @@ LINES = {
         for length in (1, 2, 3, 5, 6, 7, 8)
     },
     "literal annotation": Line(("annotate.mode=literal",), "annotate"),
-    "1 round": Line(("sft.rounds=1", "sft.epochs=12"), "sft"),
+    "1 round": Line(("sft.rounds=1",), "sft"),
     "RL as configured": Line(last="rl"),
     **{
         f"no {name} reward": _reward(name)

@@ -34,7 +34,7 @@ def command(
 
     Reads: nothing. Writes: a complete run, runs/demo unless told otherwise; minutes on two cores.
     Run it again and it continues or shows the finished run.
-    Next: `streamctl recommend --run runs/demo --user u17`, `streamctl data prepare SOURCE`.
+    Next: `streamctl recommend --run runs/demo --user u0017`, `streamctl data prepare SOURCE`.
     """
     from streamctl.commands import eval as eval_command
     from streamctl.commands import recommend as recommend_command

@@ -58,7 +58,7 @@ def command(
     and the journal of added items; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS. Writes: the
     journal.
     Next: `curl -X POST localhost:8000/v1/recommend -H 'content-type: application/json'
-    -d '{"user_id": "u17"}'`, or open http://localhost:8000/.
+    -d '{"user_id": "u0017"}'`, or open http://localhost:8000/.
     """
     from streamctl.serving.server import serve
     from streamctl.serving.service import Settings
