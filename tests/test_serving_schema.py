@@ -28,6 +28,7 @@ OPERATIONS = [
     ("GET", "/v1/users/{id}"),
     ("GET", "/v1/run"),
     ("POST", "/v1/items"),
+    ("POST", "/v1/interactions"),
     ("DELETE", "/v1/items/{id}"),
     ("POST", "/v1/reload"),
     ("GET", "/healthz"),
@@ -76,6 +77,8 @@ def familiar(case, known: tuple[list[str], list[str]]) -> None:
         ids = users if "/users/" in case.path else items
         case.path_parameters["id"] = ids[len(case.path_parameters["id"]) % len(ids)]
     body = case.body if isinstance(case.body, dict) else {}
+    if case.path == "/v1/interactions" and body.get("items"):
+        body["items"] = [items[n % len(items)] for n, _ in enumerate(body["items"])]
     for query in body.get("requests", [body]) if case.path.startswith("/v1/recommend") else ():
         size = len(json.dumps(query))
         for name in ("history", "allow", "deny"):

@@ -16,6 +16,7 @@ from streamctl.runs import Stage
 from streamctl.serving.items import LiveItems
 from streamctl.serving.journal import Journal
 from streamctl.serving.schemas import NewItem
+from streamctl.serving.users import LiveUsers
 from streamctl.tokenizer import PrefixTrie, SemanticIds, Tokens
 from streamctl.tokenizer.tokenizer import Tokenizer
 
@@ -52,8 +53,9 @@ def announced_run(journal: Path, server: str) -> str | None:
 class LiveCatalogue:
     """The run's items with those added and removed since, and the trie that leads to them.
 
-    Questions may be asked from any thread; `add`, `remove`, `announce` and `refresh` belong to
-    the model's thread.
+    The journal that holds these changes holds what users take, too, so that all workers see one
+    order. Questions may be asked from any thread; `add`, `remove`, `take`, `announce` and
+    `refresh` belong to the model's thread.
 
     Args:
         catalog, ids: the run's.
@@ -61,6 +63,7 @@ class LiveCatalogue:
         stage: the tokenizer stage; gives new texts their codes.
         journal: file of the changes.
         joined: called with the index and the tokens (m,) int64 of every item that joins.
+        users: get what the journal says that they took.
 
     Raises:
         StreamctlError: the journal is damaged.
@@ -74,10 +77,12 @@ class LiveCatalogue:
         stage: Stage,
         journal: Path,
         joined: Callable[[int, np.ndarray], None],
+        users: LiveUsers,
     ):
         self.items = LiveItems(catalog, ids.codes)
         self.trie = PrefixTrie(vocabulary.item_tokens(ids.codes))
         self._vocabulary, self._stage, self._joined = vocabulary, stage, joined
+        self._users, self._data = users, stage.manifest["parents"]["data"]
         self._dedup = ids.dedup
         self._tokenizer: Tokenizer | None = None
         self._journal = Journal(
@@ -138,6 +143,20 @@ class LiveCatalogue:
                 raise Refused("unknown", "id", self.no_item(item_id))
             self._record(op="remove", id=item_id)
 
+    def take(self, user_id: str, items: Sequence[str]) -> None:
+        """Write to the journal what a user has taken, oldest first, and have it count from now on.
+
+        It counts for runs of the data that is in service now: a log prepared later has it.
+
+        Raises:
+            Refused: an item that never was in the catalogue.
+            OSError: the journal cannot be written; nothing has changed.
+        """
+        with self._journal.lock():
+            self.refresh()
+            self.known(items, "/items")
+            self._record(op="take", user=user_id, items=list(items), data=self._data)
+
     def announce(self, run: str, server: str, process: int) -> None:
         """Tell the other workers of this server, through the journal, which run to serve."""
         with self._journal.lock():
@@ -187,6 +206,10 @@ class LiveCatalogue:
                 item = self.items.index(record["id"])
                 if item is not None:
                     self.items.remove(item)
+            case "take":
+                found = [self.items.index_ever(item) for item in record["items"]]
+                if record["data"] == self._data and None not in found:
+                    self._users.take(record["user"], np.array(found, np.int64))
             case "run":
                 self._announced = record
 
@@ -296,6 +319,8 @@ def _sound(record: dict[str, Any], sizes: Sequence[int], tokenizer: str) -> bool
             return named and (maker != tokenizer or _are_codes(codes, sizes))
         case {"op": "remove", "id": str()}:
             return True
+        case {"op": "take", "user": str(), "items": [_, *_] as items, "data": str()}:
+            return all(isinstance(item, str) for item in items)
         case {"op": "run", "name": str(), "process": int()}:
             return True
     return False

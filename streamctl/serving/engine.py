@@ -1,4 +1,4 @@
-"""The engine: a run's thinkers and a live catalogue that answer queries. It knows no HTTP."""
+"""The engine: a run's thinkers, live items and live users. It answers queries and knows no HTTP."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from streamctl.serving.model import servable
 from streamctl.serving.report import run_report
 from streamctl.serving.schemas import Query
 from streamctl.serving.stream import Stream
+from streamctl.serving.users import LiveUsers
 from streamctl.tokenizer import SemanticIds
 
 STREAM, EVIDENCE = "stream", "evidence"
@@ -36,7 +37,7 @@ class Engine:
     """
 
     def __init__(self, run: RunDir, *, journal: Path, device: str = "auto", beam: int = 20):
-        """Load the best finished stage of a run, its evidence, and the items added since.
+        """Load the best finished stage of a run, its evidence, and what came since.
 
         Raises:
             StreamctlError: the run cannot be served, or the journal is damaged.
@@ -53,10 +54,11 @@ class Engine:
             self._load_evidence(meanings, device)
         # Nothing below may refer to the engine: after a reload its memory must be free at once.
         joined = self.thinkers[STREAM].join if STREAM in self.thinkers else _not_read
+        learn = self.thinkers[EVIDENCE].learn if EVIDENCE in self.thinkers else _not_learned
+        self.users = LiveUsers(self.split.log, learn)
         self.catalogue = LiveCatalogue(
-            catalog, ids, ids.tokens(), run.stage("tokenizer"), journal, joined
+            catalog, ids, ids.tokens(), run.stage("tokenizer"), journal, joined, self.users
         )
-        self._users = {user: index for index, user in enumerate(self.split.log.user_ids)}
         self._report: dict[str, Any] | None = None
 
     @property
@@ -68,7 +70,7 @@ class Engine:
         from streamctl.serving.evidence import Evidence
 
         try:
-            self.thinkers[EVIDENCE] = Evidence(self.run, meanings, device)
+            self.thinkers[EVIDENCE] = Evidence(self.run, meanings, device, self.split.history)
         except StreamctlError as error:
             if not self.thinkers:
                 raise
@@ -111,7 +113,7 @@ class Engine:
         catalogue, user = self.catalogue, STRANGER
         if query.user_id is not None:
             user = self._user(query.user_id, f"{prefix}/user_id", "invalid")
-            seen = self.split.log.of(user).astype(np.int64)
+            seen = self.users.taken(user)
         else:
             seen = catalogue.known(query.history, f"{prefix}/history")
         if not len(seen):
@@ -169,9 +171,10 @@ class Engine:
         return allowed
 
     def _user(self, user_id: str, field: str, kind: str) -> int:
-        if user_id not in self._users:
+        user = self.users.index(user_id)
+        if user is None:
             raise Refused(kind, field, f"no such user: {user_id}")
-        return self._users[user_id]
+        return user
 
     def recommend(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Answers to jobs of one group: {"items": [...]} and, where wanted, "explain"."""
@@ -227,20 +230,13 @@ class Engine:
         text = f"A user who had {what} took {took['title']}."
         return {"text": text, "had": had, "took": took}
 
-    def users(self, beginning: str, limit: int) -> dict[str, Any]:
-        """Users of the log, evenly over it, whose ids begin so."""
-        ids = self.split.log.user_ids
-        found = [user for user in ids if user.startswith(beginning)] if beginning else ids
-        step = max(1, len(found) // limit)
-        return {"users": found[::step][:limit], "total": len(found)}
-
     def user(self, user_id: str) -> dict[str, Any]:
         """What the model reads of a user.
 
         Raises:
             Refused: there is no such user.
         """
-        seen = self.split.log.of(self._user(user_id, "id", "unknown"))
+        seen = self.users.taken(self._user(user_id, "id", "unknown"))
         read = seen[-self.split.history :].tolist()
         return {
             "id": user_id,
@@ -257,3 +253,7 @@ class Engine:
 
 def _not_read(item: int, tokens: np.ndarray) -> None:
     """What an added item means to thinkers that do not read it."""
+
+
+def _not_learned(user: int, before: np.ndarray, items: np.ndarray) -> None:
+    """What a user has taken, to thinkers that remember nobody."""

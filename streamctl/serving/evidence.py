@@ -12,6 +12,7 @@ from streamctl.decode.evidence import EvidenceThinker, EvidenceTrace
 from streamctl.decode.questions import VIEWS
 from streamctl.decode.ranking import rank_scores
 from streamctl.device import resolve_device
+from streamctl.model.ranker import states_of
 from streamctl.runs import RunDir
 from streamctl.serving.explain import EXAMPLES, Explained, Meaning, Meanings, Reason, ThoughtStep
 from streamctl.serving.job import Job, Reply, padded
@@ -27,15 +28,19 @@ HAD = 3  # items of a reason
 class Evidence:
     """An evidence stage that answers jobs.
 
-    It knows the items of its run: those added since are neither read nor recommended.
+    It knows the items of its run: those added since are neither read nor recommended. What users
+    take while it serves joins its memory; the weights stay.
 
     Attributes:
         think: look-ups where the caller leaves it open: as many as validation preferred.
         most: the most look-ups that a thought may have, those of its training.
     """
 
-    def __init__(self, run: RunDir, meanings: Meanings, device: str):
+    def __init__(self, run: RunDir, meanings: Meanings, device: str, history: int):
         """Load the stage.
+
+        Args:
+            history: the most items that a state is made of.
 
         Raises:
             StreamctlError: it is missing, stale or damaged.
@@ -46,7 +51,8 @@ class Evidence:
         self.most = stage.manifest["config"]["look_ups"]
         self._thinker = load_thinker(run, resolve_device(device), look_ups=self.most)
         self._askings: dict[int, EvidenceThinker] = {}
-        self._meanings = meanings
+        self._meanings, self._history = meanings, history
+        self._news: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def _asking(self, count: int) -> EvidenceThinker:
         """The thinker with so many look-ups; weights and memory are shared."""
@@ -59,8 +65,44 @@ class Evidence:
         """The items of a history that were there when the evidence was gathered."""
         return history[history < len(self._thinker.vectors)]
 
+    def learn(self, user: int, before: np.ndarray, items: np.ndarray) -> None:
+        """Have what a user took be evidence for others, from the next answer on.
+
+        Args:
+            before: int64 (H,) what the user had taken, oldest first. items: int64 (n,).
+        """
+        self._news.append((user, self.readable(before), self.readable(items)))
+
+    def _remember(self) -> None:
+        """Put what was learned into the memory: one row an item, as of a training prefix."""
+        memory, ranker = self._thinker.memory, self._thinker.ranker
+        prefixes, taken, users = [], [], []
+        for user, before, items in self._news:
+            whole = np.concatenate([before, items])
+            for place in range(max(1, len(before)), len(whole)):
+                prefixes.append(whole[:place])
+                taken.append(whole[place:])
+                users.append(user)
+        self._news = []
+        if not prefixes:
+            return
+        recent = [prefix[::-1] for prefix in prefixes]
+        read = [prefix[-self._history :] for prefix in prefixes]
+        keys = states_of(
+            ranker,
+            np.array([len(prefix) for prefix in read]),
+            lambda rows: np.stack([read[row] for row in rows]),
+        )
+        memory.append(
+            keys,
+            _filled(taken, memory.taken.shape[1]),
+            np.array(users),
+            _filled(recent, memory.recent.shape[1]),
+        )
+
     def answer(self, jobs: Sequence[Job], trie: PrefixTrie, removed: np.ndarray) -> list[Reply]:
         """Replies to jobs of one group; the trie is not used."""
+        self._remember()
         thinker = self._asking(jobs[0].think)
         history = padded([job.history for job in jobs]).to(thinker.vectors.device)
         users = np.array([job.user for job in jobs])
@@ -120,6 +162,14 @@ class Evidence:
                 )
             )
         return Explained(*rankings[0], steps)
+
+
+def _filled(rows: list[np.ndarray], width: int) -> np.ndarray:
+    """(R, width) int64: the first items of each row, -1 on the right."""
+    filled = np.full((len(rows), width), -1, np.int64)
+    for target, row in zip(filled, rows, strict=True):
+        target[: len(row)] = row[:width]
+    return filled
 
 
 def _best(scores: torch.Tensor, barred: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:

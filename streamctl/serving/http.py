@@ -88,7 +88,7 @@ def _authorize(request: Request, credentials: Credentials, needed: str) -> None:
         return
     if credentials is None:
         if not service.keys.guards_reading:
-            raise Problem(403, "items can be changed only with a write key, and none is set")
+            raise Problem(403, "changes are made only with a write key, and none is set")
         headers = {"WWW-Authenticate": "Bearer"}
         raise Problem(401, "an API key is needed: Authorization: Bearer KEY", headers=headers)
     right = service.keys.right_of(credentials.credentials)
@@ -236,8 +236,8 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
         **options,
     )
     async def users(q: Words = "", limit: Limit = 20) -> dict[str, Any]:
-        """Users of the log whose id begins with `q`; without it, some spread over the log."""
-        return service.engine.users(q, limit)
+        """Users whose id begins with `q`; without it, some spread over all of them."""
+        return service.engine.users.beginning(q, limit)
 
     @app.get(
         "/v1/users/{id:path}",
@@ -276,6 +276,17 @@ def _add_changes(app: FastAPI, service: Service) -> None:
     async def remove(id: Id) -> None:
         """Take an item out; histories that hold it stay valid."""
         await service.remove(id)
+
+    @app.post(
+        "/v1/interactions",
+        status_code=201,
+        response_model=schemas.User,
+        responses=described(*failures, 507),
+        **options,
+    )
+    async def take(taken: schemas.Taken) -> dict[str, Any]:
+        """Add what a user took: to the history that is read, and to the evidence for others."""
+        return await service.take(taken)
 
     @app.post(
         "/v1/reload",

@@ -35,7 +35,10 @@ class Query(_Strict):
         description="Item ids, oldest first. The model reads the latest ones, as many as it was "
         "trained with; the rest count as seen.",
     )
-    user_id: ItemId | None = Field(None, description="A user of the log, instead of a history.")
+    user_id: ItemId | None = Field(
+        None,
+        description="A user of the log or of interactions sent since, instead of a history.",
+    )
     k: int = Field(10, ge=1, le=MAX_K, description="Items wanted.")
     think: Annotated[int, Field(ge=0, le=MAX_THINK)] | Literal["auto"] = Field(
         "auto",
@@ -158,6 +161,15 @@ class NewItem(_Strict):
     text: Text = Field("", description="What the text encoder reads; by default the title.")
     fields: Annotated[dict[Name, Text], Field(max_length=64)] = Field(
         default_factory=dict, description="Other columns of the catalogue.", examples=[{}]
+    )
+
+
+class Taken(_Strict):
+    """What a user has taken now."""
+
+    user_id: ItemId = Field(description="A user of the log, or a new one.")
+    items: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_HISTORY)] = Field(
+        description="Item ids, oldest first."
     )
 
 

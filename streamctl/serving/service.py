@@ -25,7 +25,7 @@ from streamctl.serving.job import Job
 from streamctl.serving.keys import KeyRing
 from streamctl.serving.model import best_stage
 from streamctl.serving.problems import Problem
-from streamctl.serving.schemas import NewItem, Query
+from streamctl.serving.schemas import NewItem, Query, Taken
 
 REFUSAL_S = 0.2  # before a 429: who asks again at once must not take the time of those who wait
 POLL_S = 0.5  # how often an idle worker looks for what the others wrote
@@ -37,7 +37,7 @@ class Settings:
 
     Attributes:
         run: the run's folder.
-        items: the journal of added and removed items; by default inside the run's folder.
+        items: the journal of changes to items and users; by default inside the run's folder.
         keys: the key file.
         open_to_all: answer without keys on an address that others can reach.
         max_batch, max_wait_ms, queue: the batcher's bounds.
@@ -200,6 +200,18 @@ class Service:
         async with self._changing:
             engine = self.engine
             await self._changed(lambda: engine.catalogue.remove(item_id))
+
+    async def take(self, taken: Taken) -> dict[str, Any]:
+        """Add what a user took; it is on the disk and counts when this returns.
+
+        Raises:
+            Refused: an unknown item.
+            Problem: 507 if the disk refuses.
+        """
+        async with self._changing:
+            engine = self.engine
+            await self._changed(lambda: engine.catalogue.take(taken.user_id, taken.items))
+            return engine.user(taken.user_id)
 
     async def reload(self, name: str | None) -> None:
         """Load a run beside the present one and serve it from the next batch on.
