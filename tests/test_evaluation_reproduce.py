@@ -113,13 +113,13 @@ def test_jobs_of_several_seeds_rank_the_same_users(run, table):
 def test_a_finished_job_of_another_plan_is_refused_and_nothing_is_lost(run, plan, table):
     before = {path: path.read_bytes() for path in (run.path / "reproduce").rglob("*.json")}
     told = (
-        r"sasrec_bce, seed 0 was made by another plan \(--set baseline.epochs=2 then, not now\)"
+        r"sasrec_bce, seed 0 was made by another plan \(baseline.epochs 2 then, 200 now\)"
         r".*--force"
     )
     other = Plan(("sasrec_bce",), (0,), "tiny", SETS[1:], device="cpu")
     with pytest.raises(StreamctlError, match=told):
         reproduce(run, other)
-    with pytest.raises(StreamctlError, match=r"tiger, seed 1 .*size tiny then, small now"):
+    with pytest.raises(StreamctlError, match=r"tiger, seed 1 .*baseline.size tiny then, small now"):
         reproduce(run, Plan(("tiger",), (1,), "small", SETS, device="cpu"))
     assert {path: path.read_bytes() for path in before} == before
 
@@ -148,6 +148,38 @@ def test_a_receipt_without_ranks_has_figures_and_no_intervals(run, plan, table, 
     )
 
 
+def test_an_interval_is_of_all_the_seeds_that_its_row_is_of(run, plan, table, tmp_path):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    ranks_path(receipt_path(copy, "sasrec_ce", 1)).unlink()
+    rows = table_rows(copy, plan)
+    assert rows["sasrec_bce"]["vs_sasrec_ce"] is rows["sasrec_ce"]["vs_tiger"] is None
+    assert rows["sasrec_bce"]["vs_tiger"] is not None
+
+
+def test_ranks_of_a_finished_job_are_found_again(run, plan, table, tmp_path, capsys):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    for seed in (0, 1):
+        ranks_path(receipt_path(copy, "tiger", seed)).unlink()
+    shutil.rmtree(job_path(copy, "tiger", 1).path)
+    reproduce(copy, plan)
+    kept = [ranks_path(receipt_path(copy, "tiger", seed)).is_file() for seed in (0, 1)]
+    assert kept == [True, False]
+    assert "tiger-1.json is without its users' ranks" in capsys.readouterr().err
+
+
+def test_a_default_that_has_changed_makes_another_plan(run, plan, table, monkeypatch):
+    from streamctl.baselines.sasrec import SASRec
+
+    monkeypatch.setitem(SASRec.defaults, "dropout", 0.9)
+    with pytest.raises(StreamctlError, match=r"sasrec_bce, seed 0 .*baseline.dropout .* 0.9 now"):
+        reproduce(run, plan)
+
+
+def test_settings_of_a_method_that_has_none_of_its_own_are_refused(run):
+    with pytest.raises(UsageError, match="no stage or baseline 'stream'"):
+        reproduce(run, Plan(("popularity",), sets=("stream.lr=1e-4",)))
+
+
 def test_saved_receipts_brought_back_make_the_same_table_without_any_job(
     run, plan, table, tmp_path
 ):
@@ -161,15 +193,21 @@ def test_saved_receipts_brought_back_make_the_same_table_without_any_job(
     assert reproduce(copy, plan)["rows"] == table["rows"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK not a zip", "other users"])
+@pytest.mark.parametrize("damage", [b"", b"PK not a zip", "other users", "other ranks", "holes"])
 def test_ranks_that_are_not_the_receipts_are_named(run, plan, table, tmp_path, damage):
     copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
     path = ranks_path(receipt_path(copy, "tiger", 0))
     if damage == "other users":
         np.savez_compressed(path, tiger=np.zeros(39, np.uint8))
+    elif damage == "other ranks":
+        np.savez_compressed(path, tiger=np.full(40, 7, np.uint8))
+    elif damage == "holes":
+        content = bytearray(path.read_bytes())
+        content[70:90] = bytes(20)  # in the first array
+        path.write_bytes(content)
     else:
         path.write_bytes(damage)
-    with pytest.raises(StreamctlError, match=r"not the ranks of the 40 users of tiger-0.json"):
+    with pytest.raises(StreamctlError, match=r"not the ranks of tiger, seed 0"):
         module.write_table(copy, plan)
 
 
@@ -218,7 +256,8 @@ def test_a_thinker_is_compared_with_the_same_model_without_its_thought():
     figures = dict.fromkeys((*COLUMNS, "ms_per_user", "train_s"), 0.5)
     entry = figures | {"masked": {"ndcg@10": 0.5}}
     gained = {"stream_evidence": [np.full(50, 0.5)], "evidence_l0": [np.full(50, 0.2)]}
-    rows = {name: module._row(name, [entry], gained, None) for name in gained}
+    entries = {name: [entry] for name in gained}
+    rows = {name: module._row(name, entries, gained, None) for name in gained}
     assert rows["stream_evidence"]["vs_twin"] == pytest.approx([0.3, 0.3])
     assert rows["evidence_l0"]["vs_twin"] is None
 
@@ -226,6 +265,8 @@ def test_a_thinker_is_compared_with_the_same_model_without_its_thought():
 def test_a_setting_of_no_stage_and_no_method_is_refused_before_anything_is_done(run, plan, table):
     before = {path: path.read_bytes() for path in (run.path / "reproduce").rglob("*.json")}
     other = Plan(("sasrec_bce",), (0,), "tiny", ("sasrec_bcee.epochs=2",), device="cpu")
-    with pytest.raises(UsageError, match="no stage or method 'sasrec_bcee'; did you mean sasrec_b"):
+    with pytest.raises(
+        UsageError, match="no stage or baseline 'sasrec_bcee'; did you mean sasrec_b"
+    ):
         reproduce(run, other, force=True)
     assert {path: path.read_bytes() for path in before} == before

@@ -12,6 +12,7 @@ from streamctl import config as configs
 from streamctl.baselines.train import train_baseline
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError
+from streamctl.evaluation.jobs import copy_stage
 from streamctl.evaluation.stage import TIES, evaluate_run, read_result
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage, provenance, read_json
@@ -34,6 +35,7 @@ _MAKERS: dict[str, tuple[Callable[..., Stage], type]] = {
     TWIN: (functools.partial(sft, twin=True), configs.SftConfig),
 }
 _BASELINE = (train_baseline, configs.BaselineConfig)
+_FROM = {"annotate": "pretrain", "sft": "annotate", "rl": "sft", TWIN: "pretrain"}
 
 
 def check_receipt(run: RunDir, path: Path, *, device: str = "auto") -> dict[str, Any]:
@@ -64,9 +66,18 @@ def check_receipt(run: RunDir, path: Path, *, device: str = "auto") -> dict[str,
         _refuse_other_data(run, receipt, path)
         say("check: the data stage has another hash than in the receipt, the figures will tell")
     work = RunDir(run.path / "check" / path.stem)
+    if work.stage("data").complete and work.stage("data").hash != data.hash:
+        shutil.rmtree(work.path)  # a check of what the run's data were before
     if not work.stage("data").complete:
-        shutil.copytree(data.path, work.stage("data").path, dirs_exist_ok=True)
+        copy_stage(run, work, "data")
     recorded = receipt["stages"]
+    for name, parent in _FROM.items():
+        if name in recorded and parent not in recorded:
+            raise StreamctlError(
+                f"the receipt does not say how {parent} was made, from which {name} starts",
+                where=path,
+                run="a receipt of this version",
+            )
     order = [*_MAKERS, *(name for name in sorted(recorded) if name.startswith("baselines/"))]
     for name in dict.fromkeys(order):
         if name in recorded:
@@ -100,8 +111,11 @@ def _evaluation(receipt: Mapping[str, Any]) -> configs.EvalConfig:
     if "eval" in receipt["stages"]:
         return configs.resolve(configs.EvalConfig, base=receipt["stages"]["eval"]["config"])
     rows = tuple(entry["row"] for entry in receipt["rows"].values() if "stages" in entry)
-    sets = [text for text in receipt["plan"]["sets"] if text.startswith("eval.")]
-    return configs.resolve(configs.EvalConfig, sets=sets, seed=receipt["seed"], methods=rows)
+    plan = receipt["plan"]
+    base = plan.get("settings", {}).get("eval", {})
+    sets = [text for text in plan.get("sets", ()) if text.startswith("eval.")]  # of older receipts
+    own = {"seed": receipt["seed"], "methods": rows}
+    return configs.resolve(configs.EvalConfig, base=base, sets=sets, **own)
 
 
 def compare(receipt: Mapping[str, Any], result: Mapping[str, Any], work: RunDir) -> dict[str, Any]:
@@ -115,12 +129,15 @@ def compare(receipt: Mapping[str, Any], result: Mapping[str, Any], work: RunDir)
             again = dict(_flat(fresh)).get(metric)
             if again != value:
                 differences.append({"row": name, "metric": metric, "receipt": value, "now": again})
+    here = provenance() | {"data_hash": work.stage("data").hash}
+    same_data = here["data_hash"] == receipt["data_hash"]
     stages = [
         name
         for name, stage in receipt["stages"].items()
-        if "hash" in stage and work.stage(name).hash != stage["hash"]
+        if "hash" in stage
+        and (same_data or name not in ("data", "eval"))  # eval's artifact holds the data's hash
+        and work.stage(name).hash != stage["hash"]
     ]
-    here = provenance() | {"data_hash": work.stage("data").hash}
     changed = {
         key: {"receipt": receipt.get(key), "now": here[key]}
         for key in ("versions", "machine", "git", "data_hash")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from streamctl import config as configs
-from streamctl.baselines.train import train_baseline
+from streamctl.baselines.train import settle, train_baseline
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError
 from streamctl.files import disk_errors
@@ -61,35 +62,31 @@ class Job:
             its own name, but those that other jobs have.
         stages: taken over from the run, or from another job's folder (`after`).
         sections: of the configuration that concern it; other `--set` texts do not.
+        fixed: of the baseline's configuration; empty for what is none.
         after: the job whose stages it starts from.
     """
 
     train: Callable[[RunDir, Plan, int], None]
     rows: dict[str, str]
-    stages: tuple[str, ...] = ("data", "tokenizer")
-    sections: tuple[str, ...] = ("baseline", "eval")
+    stages: tuple[str, ...]
+    sections: tuple[str, ...] = ("eval",)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     after: str | None = None
+
+
+def _baseline(method: str, stages: tuple[str, ...], **fixed: Any) -> Job:
+    """A baseline by itself: what is fixed of it besides the plan's settings."""
+
+    def train(run: RunDir, plan: Plan, seed: int) -> None:
+        config = plan.resolve(configs.BaselineConfig, seed, method=method, **fixed)
+        train_baseline(run, config, device=plan.device)
+
+    return Job(train, {fixed["name"]: method}, stages, ("baseline", "eval"), fixed)
 
 
 def _classic(name: str, method: str, **fixed: Any) -> Job:
     """A baseline over items, to which size and tokenizer are nothing."""
-
-    def train(run: RunDir, plan: Plan, seed: int) -> None:
-        options = {"method": method, "name": name, "size": None} | fixed
-        config = plan.resolve(configs.BaselineConfig, seed, **options)
-        train_baseline(run, config, device=plan.device)
-
-    return Job(train, {name: method}, stages=("data",))
-
-
-def _tiger(run: RunDir, plan: Plan, seed: int, *, method: str = "tiger", **fixed: Any) -> None:
-    config = plan.resolve(configs.BaselineConfig, seed, method=method, name="tiger", **fixed)
-    train_baseline(run, config, device=plan.device)
-
-
-def _published_tiger(run: RunDir, plan: Plan, seed: int) -> None:
-    """TIGER with the softmax over the vocabulary, as published (and as Eq. 11 has it)."""
-    _tiger(run, plan, seed, method="tiger_vocabulary", softmax="vocabulary")
+    return _baseline(method, ("data",), name=name, size=None, **fixed)
 
 
 def _long_tiger(run: RunDir, plan: Plan, seed: int) -> None:
@@ -99,9 +96,8 @@ def _long_tiger(run: RunDir, plan: Plan, seed: int) -> None:
     base = plan.resolve(configs.PretrainConfig, seed)
     steps = math.ceil(len(load_data(run)[1].train) / base.batch)
     epochs = base.epochs + tuning.rounds * tuning.epochs + math.ceil(rewarded.steps / steps)
-    config = plan.resolve(
-        configs.BaselineConfig, seed, name="tiger", epochs=epochs, patience=0, batch=base.batch
-    )
+    fixed = {"name": "tiger", "epochs": epochs, "patience": 0, "batch": base.batch}
+    config = plan.resolve(configs.BaselineConfig, seed, method="tiger_long", **fixed)
     train_baseline(run, config, device=plan.device)
 
 
@@ -130,25 +126,29 @@ def _nothing(run: RunDir, plan: Plan, seed: int) -> None:
     """Popularity is counted by the evaluation."""
 
 
+_CODES = ("data", "tokenizer")
 _STREAM = ("pretrain", "annotate", "sft")
 _SECTIONS = (*_STREAM, "rl", "eval")
 
 JOBS: dict[str, Job] = {
-    "popularity": Job(_nothing, {"popularity": "popularity"}, ("data",), ("eval",)),
+    "popularity": Job(_nothing, {"popularity": "popularity"}, ("data",)),
     "caser": _classic("caser", "caser"),
     "gru4rec": _classic("gru4rec", "gru4rec"),
     "bert4rec": _classic("bert4rec", "bert4rec"),
     "sasrec_bce": _classic("sasrec", "sasrec_bce", loss="bce"),
     "sasrec_ce": _classic("sasrec", "sasrec_ce", loss="ce"),
-    "tiger": Job(_tiger, {"tiger": "tiger"}),
-    "tiger_vocabulary": Job(_published_tiger, {"tiger": "tiger_vocabulary"}),
-    "tiger_long": Job(_long_tiger, {"tiger": "tiger_long"}, sections=("baseline", *_SECTIONS)),
-    "stream": Job(_stream, {}, sections=_SECTIONS),
-    "evidence": Job(_evidence, {}, sections=("evidence", "eval")),
+    "tiger": _baseline("tiger", _CODES, name="tiger"),
+    # The softmax over the vocabulary is the published one, and Eq. 11's.
+    "tiger_vocabulary": _baseline("tiger_vocabulary", _CODES, name="tiger", softmax="vocabulary"),
+    "tiger_long": Job(
+        _long_tiger, {"tiger": "tiger_long"}, _CODES, ("baseline", *_SECTIONS), {"name": "tiger"}
+    ),
+    "stream": Job(_stream, {}, _CODES, _SECTIONS),
+    "evidence": Job(_evidence, {}, _CODES, ("evidence", "eval")),
     "stream_plain_rl": Job(
         _plain_rl,
         {"stream_rl": "stream_plain_rl"},
-        ("data", "tokenizer", *_STREAM),
+        (*_CODES, *_STREAM),
         _SECTIONS,
         after="stream",
     ),
@@ -156,27 +156,52 @@ JOBS: dict[str, Job] = {
 
 
 def identity(run: RunDir, plan: Plan, name: str) -> dict[str, Any]:
-    """What a receipt depends on besides its method and seed."""
+    """What a receipt depends on besides its method and seed.
+
+    Returns:
+        `settings`: every value of the sections that concern the job, defaults included; `stages`:
+        hash of the run's stages that it starts from.
+    """
     job = JOBS[name]
-    sets = [text for text in plan.sets if text.partition(".")[0] in (name, *job.sections)]
-    common = [stage for stage in ("data", "tokenizer") if stage in job.stages]
-    found = {"sets": sets, "stages": {stage: run.stage(stage).hash for stage in common}}
-    return found | ({"size": plan.size} if "tokenizer" in common else {})
+    kinds = {stage.section: stage for stage in configs.STAGES}
+    resolved = {section: plan.resolve(kinds[section], 0) for section in job.sections}
+    if job.fixed:
+        own = plan.resolve(configs.BaselineConfig, 0, method=name, **job.fixed)
+        resolved["baseline"] = settle(job_path(run, name, 0), own)
+    settings = {
+        section: {
+            key: value
+            for key, value in configs.to_dict(config).items()
+            if key not in ("seed", "methods")  # the job's own
+        }
+        for section, config in resolved.items()
+    }
+    common = [stage for stage in _CODES if stage in job.stages]
+    return {
+        "settings": json.loads(json.dumps(settings)),
+        "stages": {stage: run.stage(stage).hash for stage in common},
+    }
 
 
-def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """In words: what an identity says that another does not."""
-    found = [f"--set {text} then, not now" for text in made["sets"] if text not in wanted["sets"]]
-    found += [f"--set {text} now, not then" for text in wanted["sets"] if text not in made["sets"]]
-    if made.get("size") != wanted.get("size"):
-        found.append(f"size {made.get('size')} then, {wanted.get('size')} now")
-    stages = (made["stages"], wanted["stages"])
-    found += [
-        f"{stage} has changed since"
-        for stage in dict.fromkeys([*stages[0], *stages[1]])
-        if stages[0].get(stage) != stages[1].get(stage)
-    ]
-    return "; ".join(found) or "the same settings in another order"
+def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """In words: what an identity says that another does not.
+
+    A setting that was not known then counts as what it was before there was a setting.
+    """
+    if "settings" not in made:
+        return ["by a version that did not note its settings"]
+    found = []
+    for section, values in wanted["settings"].items():
+        then = made["settings"].get(section, {})
+        for key, now in values.items():
+            old = then.get(key, configs.BEFORE.get(key, now))
+            if old != now:
+                texts = configs.as_text(old), configs.as_text(now)
+                found.append(f"{section}.{key} {texts[0]} then, {texts[1]} now")
+    for stage, now in wanted["stages"].items():
+        if made["stages"].get(stage) != now:
+            found.append(f"{stage} has changed since")
+    return found
 
 
 def job_path(run: RunDir, name: str, seed: int) -> RunDir:
@@ -199,9 +224,14 @@ def copy_stages(run: RunDir, name: str, seed: int) -> None:
                 where=source.path,
                 run=f"streamctl reproduce {run.path} --methods {after},{name}",
             )
-        if not job.stage(stage).complete:  # the manifest comes last here too
-            folders = source.stage(stage).path, job.stage(stage).path
-            with disk_errors(folders[1]):
-                ignored = shutil.ignore_patterns(MANIFEST)
-                shutil.copytree(*folders, ignore=ignored, dirs_exist_ok=True)
-                shutil.copy2(*(folder / MANIFEST for folder in folders))
+        if not job.stage(stage).complete:
+            copy_stage(source, job, stage)
+
+
+def copy_stage(source: RunDir, target: RunDir, name: str) -> None:
+    """Copy a complete stage to another run; the manifest comes last here too."""
+    folders = source.stage(name).path, target.stage(name).path
+    with disk_errors(folders[1]):
+        ignored = shutil.ignore_patterns(MANIFEST)
+        shutil.copytree(*folders, ignore=ignored, dirs_exist_ok=True)
+        shutil.copy2(*(folder / MANIFEST for folder in folders))

@@ -7,7 +7,8 @@ import shutil
 import statistics
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from streamctl.evaluation.jobs import (
 from streamctl.evaluation.methods import EVIDENCE_COUNTS
 from streamctl.evaluation.metrics import gains
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
-from streamctl.progress import say
+from streamctl.progress import say, warn
 from streamctl.runs import RunDir, atomic_file, provenance, read_json
 
 # recall@5, ndcg@5, recall@10, ndcg@10 as printed elsewhere: leave-one-out, whole catalogue.
@@ -78,12 +79,13 @@ def reproduce(run: RunDir, plan: Plan, *, force: bool = False) -> dict[str, Any]
     for name in plan.methods:
         if name not in JOBS:
             raise UsageError(f"unknown method {name!r}; {close_matches(name, JOBS)}")
-    owners = {stage.section for stage in configs.STAGES} | JOBS.keys()
+    baselines = {name for name, job in JOBS.items() if job.fixed}
+    owners = {stage.section for stage in configs.STAGES} | baselines
     for text in plan.sets:
         owner, dot, _ = text.partition("=")[0].partition(".")
         if dot and owner not in owners:
             known = close_matches(owner, owners)
-            raise UsageError(f"--set {text}: no stage or method {owner!r}; {known}")
+            raise UsageError(f"--set {text}: no stage or baseline {owner!r}; {known}")
     for stage in dict.fromkeys(stage for name in plan.methods for stage in JOBS[name].stages):
         if stage in ("data", "tokenizer"):
             run.require(stage)
@@ -95,8 +97,9 @@ def reproduce(run: RunDir, plan: Plan, *, force: bool = False) -> dict[str, Any]
     for number, (name, seed) in enumerate(jobs, 1):
         receipt = receipt_path(run, name, seed)
         wanted = identity(run, plan, name)
-        if receipt.is_file() and read_json(receipt)["plan"] == wanted:
+        if receipt.is_file() and not differences(read_json(receipt)["plan"], wanted):
             say(f"[{number}/{len(jobs)}] {name}, seed {seed}: complete already")
+            _find_ranks(run, name, seed, wanted)
             continue
         if plan.budget and time.monotonic() - began > 3600 * plan.budget:
             say(f"budget of {plan.budget} hours used up; the same command continues")
@@ -135,6 +138,18 @@ def save_ranks(job: RunDir, rows: Mapping[str, Any], target: Path) -> None:
         np.savez_compressed(file, **kept)
 
 
+def _find_ranks(run: RunDir, name: str, seed: int, wanted: Mapping[str, Any]) -> None:
+    """Keep the ranks of a finished job that has none beside its receipt, if it still has them."""
+    receipt, job = receipt_path(run, name, seed), job_path(run, name, seed)
+    made = _plan_of(run, name, seed)
+    if ranks_path(receipt).is_file():
+        return
+    if made and not differences(made, wanted) and job.stage("eval").complete:
+        save_ranks(job, read_json(receipt)["rows"], ranks_path(receipt))
+    else:
+        warn(f"{receipt.name} is without its users' ranks: its rows will have no intervals")
+
+
 def run_job(run: RunDir, plan: Plan, name: str, seed: int) -> dict[str, Any]:
     """Train one method with one seed, evaluate it, and say how it was done."""
     job = _job_folder(run, plan, name, seed)
@@ -146,9 +161,9 @@ def run_job(run: RunDir, plan: Plan, name: str, seed: int) -> dict[str, Any]:
     if not own:  # rows that other jobs have of their own
         own = {row: row for row in found if row not in ("popularity", "tiger")}
     stages = {
-        path: {key: job.stage(path).manifest[key] for key in ("config", "seed", "wall_s", "hash")}
-        for path in job.stage("eval").manifest["parents"]
-        if path != "data"
+        stage: {key: manifest[key] for key in ("config", "seed", "wall_s", "hash")}
+        for stage, manifest in _ancestors(job, job.stage("eval").manifest["parents"]).items()
+        if stage != "data"
     }
     rows = {
         shown: found[row] | {"row": row, "train_s": _train_seconds(job, found[row])}
@@ -159,18 +174,24 @@ def run_job(run: RunDir, plan: Plan, name: str, seed: int) -> dict[str, Any]:
     }
 
 
+def _ancestors(job: RunDir, stages: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Manifests of stages and of all that they come from, by name."""
+    waiting, found = list(stages), {}
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = job.stage(name).manifest
+            waiting += found[name]["parents"]
+    return found
+
+
 def _train_seconds(job: RunDir, entry: Mapping[str, Any]) -> float | None:
     """Wall time of every stage that a row's model comes from; None for the wide beam's."""
     if "stages" not in entry:
         return None
-    waiting, spent = list(entry["stages"]), {}
-    while waiting:
-        name = waiting.pop()
-        if name not in spent and name not in ("data", "tokenizer"):
-            manifest = job.stage(name).manifest
-            spent[name] = manifest["wall_s"]
-            waiting += manifest["parents"]
-    return round(sum(spent.values()), 1)
+    spent = _ancestors(job, entry["stages"]).items()
+    seconds = (made["wall_s"] for name, made in spent if name not in ("data", "tokenizer"))
+    return round(sum(seconds), 1)
 
 
 def _plan_of(run: RunDir, name: str, seed: int) -> dict[str, Any] | None:
@@ -185,10 +206,11 @@ def _refuse_another_plan(run: RunDir, plan: Plan, name: str, seed: int) -> None:
     receipt = receipt_path(run, name, seed)
     if made is None and receipt.is_file():
         made = read_json(receipt)["plan"]
-    if made in (None, wanted):
+    other = differences(made, wanted) if made else []
+    if not other:
         return
     raise StreamctlError(
-        f"{name}, seed {seed} was made by another plan ({differences(made, wanted)})",
+        f"{name}, seed {seed} was made by another plan ({'; '.join(other)})",
         where=job_path(run, name, seed).path,
         run="the same command with the settings that it was made with, or with --force (does it "
         f"again and keeps the old one as {name}-{seed}.previous)",
@@ -199,7 +221,8 @@ def _job_folder(run: RunDir, plan: Plan, name: str, seed: int) -> RunDir:
     """The job's own run with the stages it starts from; one of another plan is set aside."""
     job, receipt = job_path(run, name, seed), receipt_path(run, name, seed)
     wanted = identity(run, plan, name)
-    if _plan_of(run, name, seed) != wanted:
+    made = _plan_of(run, name, seed)
+    if made is None or differences(made, wanted):
         job.path.mkdir(parents=True, exist_ok=True)
         for source, kept in ((receipt, "receipt.json"), (ranks_path(receipt), "receipt.npz")):
             if source.is_file():
@@ -220,7 +243,9 @@ def valid_receipts(run: RunDir, plan: Plan) -> list[Path]:
     paths = [path for name in JOBS for path in sorted(folder.glob(f"{name}-[0-9]*.json"))]
     receipts = ((path, read_json(path)) for path in paths)
     return [
-        path for path, found in receipts if found["plan"] == identity(run, plan, found["method"])
+        path
+        for path, found in receipts
+        if not differences(found["plan"], identity(run, plan, found["method"]))
     ]
 
 
@@ -244,7 +269,7 @@ def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
     rows: dict[str, list[Mapping[str, Any]]] = {}
     gained: dict[str, list[np.ndarray]] = {}
     for path, receipt in zip(paths, receipts, strict=True):
-        ranks = _ranks(path, receipt["users"])
+        ranks = _ranks(ranks_path(path), receipt)
         for name, entry in receipt["rows"].items():
             rows.setdefault(name, []).append(entry)
             if name in ranks:
@@ -257,9 +282,7 @@ def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
         "data_hash": run.stage("data").hash,
         "size": plan.size,
         "sets": list(plan.sets),
-        "rows": [
-            _row(name, entries, gained, published.get(name)) for name, entries in rows.items()
-        ],
+        "rows": [_row(name, rows, gained, published.get(name)) for name in rows],
         **{key: receipts[0][key] for key in ("split", "users", "items", "ties") if receipts},
         **provenance(),
     }
@@ -268,22 +291,33 @@ def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
     return table
 
 
-def _ranks(receipt: Path, users: int) -> dict[str, np.ndarray]:
-    """What `save_ranks` kept; none without its file: then a row has figures and no intervals.
+def _ranks(source: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What `save_ranks` kept of a receipt; none without its file.
 
     Receipts of one plan are of the same users, in the same order: it says data and `eval.users`.
     """
-    source = ranks_path(receipt)
     if not source.is_file():
         return {}
     try:
         with np.load(source) as file:
             found = dict(file)
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        found = {"": np.empty(0)}
-    if any(ranks.shape != (users,) for ranks in found.values()):
+        same = all(
+            abs(gains(found[name], 10).mean() - entry["ndcg@10"]) < 1e-12
+            for name, entry in receipt["rows"].items()
+            if name in found
+        )
+    except (
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ):
+        same = False
+    if not same or any(len(ranks) != receipt["users"] for ranks in found.values()):
         raise StreamctlError(
-            f"these are not the ranks of the {users:,} users of {receipt.name}",
+            f"these are not the ranks of {receipt['method']}, seed {receipt['seed']}",
             where=source,
             run="the same command without that file (its rows then have no intervals)",
         )
@@ -292,15 +326,16 @@ def _ranks(receipt: Path, users: int) -> dict[str, np.ndarray]:
 
 def _row(
     name: str,
-    entries: Sequence[Mapping[str, Any]],
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
     gained: Mapping[str, Sequence[np.ndarray]],
     published: Sequence[float] | None,
 ) -> dict[str, Any]:
     """One line: means over seeds, the spread of ndcg@10, intervals of the difference over users.
 
     With several seeds a user's gain is its mean over them, so that the interval is of the method
-    and not of one lucky seed.
+    and not of one lucky seed. It takes the ranks of every seed of both rows.
     """
+    entries = rows[name]
     row: dict[str, Any] = {"method": name, "seeds": len(entries)}
     row |= {key: statistics.fmean(entry[key] for entry in entries) for key in COLUMNS}
     masked = [entry["masked"]["ndcg@10"] for entry in entries]
@@ -315,7 +350,8 @@ def _row(
     compared = {other: other for other in REFERENCES} | {"twin": twin}
     for key, other in compared.items():
         row[f"vs_{key}"] = None
-        if name != other and name in gained and other in gained:
+        both = {method for method in (name, other) if method in rows}
+        if len(both) == 2 and all(len(gained.get(each, ())) == len(rows[each]) for each in both):
             own, theirs = (np.mean(gained[method], axis=0) for method in (name, other))
             interval = bootstrap_mean(own - theirs)
             row[f"vs_{key}"] = [interval.low, interval.high]
