@@ -251,6 +251,21 @@ def test_random_evidence_is_fixed_for_a_user_whatever_the_batch(run):
     assert len({tuple(row) for row in together}) == 4
 
 
+def test_random_evidence_asks_what_the_thinker_asks_and_weighs_alike(thinker):
+    settings = EvidenceSettings((Question(neighbours=8), Question("follow", neighbours=8)))
+    users, history = np.array([4, 9]), torch.tensor([[5, 6, 7], [20, 21, 22]])
+    start = thinker.ranker.states(history)
+    own, drawn = (
+        EvidenceThinker(thinker.ranker, thinker.memory, settings, random=random).think(
+            start, history, users
+        )
+        for random in (None, 3)
+    )
+    for found, instead in zip(own.look_ups, drawn.look_ups, strict=True):
+        assert torch.equal(found.weights, instead.weights)
+        assert (found.rows != instead.rows).mean() > 0.8
+
+
 def test_damaged_weights_are_not_taken_over(run, tmp_path):
     other = RunDir(tmp_path / "run")
     for name in ("data", "tokenizer", "evidence"):

@@ -151,7 +151,8 @@ class EvidenceThinker:
             memory: its keys are the ranker's states; None where nothing is looked up.
             look_alikes: of the catalogue, for the view `alike`.
             look_ups: l, the first questions to ask; None for all, 0 answers from the state alone.
-            random: a seed, to weigh rows drawn at random like the ones found: the control.
+            random: a seed, to weigh rows drawn at random like the ones found: the control. What is
+                asked next follows from the ones found.
             reader: of as many look-ups as there are questions, or more.
         """
         self.reader = reader
@@ -176,7 +177,7 @@ class EvidenceThinker:
         """
         recent = latest_first(history.cpu().numpy())
         asker = Asker(self.memory, self.look_alikes, start, recent, users)
-        look_ups: list[LookUp] = []
+        look_ups: list[LookUp] = []  # what is asked next depends on these
         known = np.empty((len(start), 0), np.int64)
         for number, question in enumerate(self.settings.questions[: self.look_ups]):
             so_far = self.total(look_ups) if look_ups else None
@@ -188,11 +189,18 @@ class EvidenceThinker:
                 asked = self.settings.questions[: number + 1]
                 found = self.memo.get((asked, whom, recent.tobytes()), ask)
             known = np.concatenate([known, found.rows], axis=1)
-            rows = found.rows
-            if self.random is not None:
-                rows = np.where(rows >= 0, self._drawn(rows.shape, users, number), -1)
-            look_ups.append(LookUp(question, rows, weigh(found.cosine, question, start.device)))
+            weights = weigh(found.cosine, question, start.device)
+            look_ups.append(LookUp(question, found.rows, weights))
+        if self.random is not None:
+            look_ups = [
+                self._at_random(look_up, users, number) for number, look_up in enumerate(look_ups)
+            ]
         return EvidenceTrace(start, tuple(look_ups))
+
+    def _at_random(self, look_up: LookUp, users: np.ndarray | None, number: int) -> LookUp:
+        """The look-up with other rows, of the same weights."""
+        rows = np.where(look_up.rows >= 0, self._drawn(look_up.rows.shape, users, number), -1)
+        return LookUp(look_up.question, rows, look_up.weights)
 
     def _drawn(self, shape: tuple[int, ...], users: np.ndarray | None, number: int) -> np.ndarray:
         """Random rows (B, k) of others, fixed for each user by the seed; -1 for an own one."""
