@@ -122,6 +122,12 @@ def test_runs_of_ascending_ids_are_shuffled_and_nothing_crosses_a_run():
         build(raw_log(LOG), DataConfig(ties="runs"))
 
 
+def test_a_run_of_ascending_numbers_goes_on_where_they_get_another_digit():
+    log = [(f"u{u}", str(k), 0) for u in range(30) for k in (8, 9, 10, 11)]
+    shuffled = as_named(*build(raw_log(log, timed=False), DataConfig(ties="runs"))[:2])
+    assert {items[0] for items in shuffled.values()} == {"8", "9", "10", "11"}
+
+
 def test_a_log_with_times_gets_the_5_core_and_one_in_order_is_left_alone():
     short = [("short", f"i{k}", k) for k in range(4)]
     rare = [("u0", "rare", 99)]

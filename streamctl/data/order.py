@@ -11,6 +11,7 @@ from streamctl.config import DataConfig
 from streamctl.data.columns import Column, chunks
 from streamctl.data.core import Core
 from streamctl.data.log import RANGE_ROWS, InteractionLog, ranges
+from streamctl.data.statistics import id_rank
 from streamctl.data.sources.raw import RawLog
 from streamctl.device import derive_seed
 from streamctl.errors import UsageError
@@ -33,7 +34,9 @@ def number(raw: RawLog, core: Core, config: DataConfig) -> tuple[InteractionLog,
     if config.ties == "shuffle" and not raw.timed:
         warn("--ties shuffle has no effect: the source gives the order only, not times")
     user_rank, user_ids = _rank(core.users, raw.user_ids)
-    item_rank, _ = _rank(core.items, raw.item_ids)
+    item_rank, item_ids = _rank(core.items, raw.item_ids)
+    if config.ties == "runs":
+        by_value = id_rank(item_ids)[item_rank]  # 9 before 10
     names, dense = _number_items(raw, core, config)
     counts = np.zeros(len(user_ids), np.int64)
     left = core.users > 0
@@ -45,7 +48,7 @@ def number(raw: RawLog, core: Core, config: DataConfig) -> tuple[InteractionLog,
         users, codes = rows["user"], rows["item"]
         times = None if raw.times is None else rows["time"]
         if config.ties == "runs":
-            order = _shuffle_runs(users, item_rank[codes], rng)
+            order = _shuffle_runs(users, by_value[codes], rng)
         else:
             order = _order(users, times, rng if config.ties == "shuffle" and raw.timed else None)
         items.append(dense[codes[order]])
@@ -144,7 +147,7 @@ def _shuffle_runs(users: np.ndarray, ranks: np.ndarray, rng: np.random.Generator
     runs are ties cannot be told, so this shuffles true order too: figures on it are a lower bound.
 
     Args:
-        ranks: int32 (T,) rank of each row's item id.
+        ranks: int32 (T,) rank of each row's item id, numbers by value.
     """
     order = np.argsort(users, kind="stable")
     starts = np.ones(len(order), bool)
