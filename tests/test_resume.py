@@ -13,7 +13,10 @@ from streamctl.runs import RunDir
 
 
 class Killer:
-    """Every step checkpointed, and a SIGKILL after the n-th call of one function."""
+    """Every step checkpointed, and a SIGKILL at the n-th call of one function.
+
+    It comes after the call, but for the manifest: before it all work is done and nothing complete.
+    """
 
     def __init__(self, where: str, count: str):
         self.where, self.count = where, int(count)
@@ -29,17 +32,22 @@ class Killer:
         owner, name = {
             "checkpoint": (writing.StageWriter, "save_checkpoint"),
             "step": (torch.optim.AdamW, "step"),
-            "publish": (writing, "file_hash"),
+            "manifest": (writing.StageWriter, "_write_manifest"),
             "artifact": (writing, "atomic_file"),
         }[self.where]
         original, calls = getattr(owner, name), 0
 
-        def counted(*arguments, **options):
-            nonlocal calls
-            result = original(*arguments, **options)
-            calls += 1
+        def die_at_last() -> None:
             if calls == self.count:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+        def counted(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if self.where == "manifest":
+                die_at_last()
+            result = original(*arguments, **options)
+            die_at_last()
             return result
 
         setattr(owner, name, counted)
@@ -47,32 +55,32 @@ class Killer:
 
 KILLS = [
     ("data", ("artifact", "2")),
-    ("data", ("publish", "1")),
+    ("data", ("manifest", "1")),
     ("tokenizer", ("checkpoint", "1")),
     ("tokenizer", ("checkpoint", "3")),
     ("tokenizer", ("step", "7")),
-    ("tokenizer", ("publish", "2")),
+    ("tokenizer", ("manifest", "1")),
     ("pretrain", ("checkpoint", "1")),
     ("pretrain", ("checkpoint", "9")),
     ("pretrain", ("step", "5")),
-    ("pretrain", ("publish", "1")),
+    ("pretrain", ("manifest", "1")),
     ("annotate", ("checkpoint", "1")),
-    ("annotate", ("publish", "1")),
+    ("annotate", ("manifest", "1")),
     ("sft", ("checkpoint", "2")),
     ("sft", ("checkpoint", "9")),
     ("sft", ("step", "6")),
-    ("sft", ("publish", "1")),
+    ("sft", ("manifest", "1")),
     ("rl", ("checkpoint", "1")),
     ("rl", ("checkpoint", "3")),
     ("rl", ("step", "3")),
-    ("rl", ("publish", "1")),
+    ("rl", ("manifest", "1")),
     ("baselines/sasrec", ("checkpoint", "3")),
     ("baselines/sasrec", ("step", "2")),
     ("evidence", ("checkpoint", "1")),
-    ("evidence", ("publish", "1")),
+    ("evidence", ("manifest", "1")),
     ("eval", ("checkpoint", "1")),
     ("eval", ("checkpoint", "4")),
-    ("eval", ("publish", "1")),
+    ("eval", ("manifest", "1")),
 ]
 
 

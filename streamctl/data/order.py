@@ -11,8 +11,8 @@ from streamctl.config import DataConfig
 from streamctl.data.columns import Column, chunks
 from streamctl.data.core import Core
 from streamctl.data.log import RANGE_ROWS, InteractionLog, ranges
-from streamctl.data.statistics import id_rank
 from streamctl.data.sources.raw import RawLog
+from streamctl.data.statistics import id_rank
 from streamctl.device import derive_seed
 from streamctl.errors import UsageError
 from streamctl.progress import warn

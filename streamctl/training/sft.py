@@ -268,6 +268,7 @@ def sft(
             "valid": {"self": result.best, "direct": validator(decoder="direct")},
         }
         if before is not None:
+            before(result.epochs - 1)  # resumed after the last epoch, it was called for none
             report["valid"]["oracle"] = validator(
                 think=length,
                 thoughts=lambda history, target: label(policy, history, target, length, tuner.mode),
