@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from streamctl.config import DataConfig, resolve
+from streamctl.evaluation.reproduce import ancestors
 from streamctl.pipeline import Settings, run_all
 from streamctl.runs import RunDir, provenance
 
@@ -21,11 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def receipt(run: RunDir) -> dict:
     """Metrics, configurations, data hash, seeds, versions and wall times of a finished run."""
-    stages = {}
-    for manifest in sorted(run.path.glob("**/manifest.json")):
-        name = str(manifest.parent.relative_to(run.path))
-        if ".previous" not in name:
-            stages[name] = run.stage(name).manifest
+    stages = ancestors(run, ["eval"])
     # A receipt says which data, not where it lay.
     stages["data"]["config"]["source"] = Path(stages["data"]["config"]["source"]).name
     kept = ("config", "seed", "wall_s", "peak_memory_mb", "git", "hash")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,15 @@ class Settings:
     sets: Sequence[str] = ()
     seed: int | None = None
     size: str | None = None
-    flags: dict[str, dict[str, Any]] = field(default_factory=dict)  # section -> values
 
     def resolve(self, cls: type, run: RunDir, stage: str, **fixed: Any) -> Any:
         """The stage's configuration; one that is complete keeps its own unless told otherwise."""
         base = {}
         if run.stage(stage).complete:
             base = run.stage(stage).manifest["config"]
-        flags = dict(self.flags.get(cls.section, {}))
-        names = cls.__dataclass_fields__
-        flags.update({k: v for k, v in (("seed", self.seed), ("size", self.size)) if k in names})
-        flags.update(fixed)
-        return configs.resolve(cls, base=base, file=self.file, sets=self.sets, **flags)
+        flags = {"seed": self.seed, "size": self.size}
+        flags = {name: value for name, value in flags.items() if name in cls.__dataclass_fields__}
+        return configs.resolve(cls, base=base, file=self.file, sets=self.sets, **flags, **fixed)
 
 
 def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -261,8 +262,12 @@ def test_an_unknown_row_and_a_missing_stage_are_named(run, tmp_path):
         evaluate_run(copy, EvalConfig(methods=("stream_sft",)), device="cpu")
 
 
-def test_tiger_is_the_one_trained_alone_when_there_is_one(run):
+def test_tiger_is_the_one_trained_alone_when_there_is_one(run, tmp_path):
     assert known_rows(run)["tiger"].stages == ("tokenizer", "pretrain")
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    with copy.begin("baselines/tiger", BaselineConfig(name="tiger"), parents=["data"]) as stage:
+        stage.publish()
+    assert known_rows(copy)["tiger"].stages == ("tokenizer", "baselines/tiger")
 
 
 def test_the_table_and_the_plots_show_every_row(run, result, tmp_path):

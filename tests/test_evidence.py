@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_baselines import N_ITEMS, write_cycle
 from test_memory import rows
 
@@ -21,8 +23,10 @@ from streamctl.decode.evidence import (
     repeats,
 )
 from streamctl.decode.questions import VIEWS, Asker, LookAlikes
+from streamctl.errors import StreamctlError
 from streamctl.evaluation.metrics import gains
 from streamctl.evaluation.stage import evaluate_run, read_result
+from streamctl.files import file_hash
 from streamctl.retrieval.memory import Memory
 from streamctl.runs import RunDir
 from streamctl.tokenizer.stage import tokenize
@@ -266,6 +270,24 @@ def test_random_evidence_asks_what_the_thinker_asks_and_weighs_alike(thinker):
         assert (found.rows != instead.rows).mean() > 0.8
 
 
+def test_weights_of_another_version_are_trained_anew(run, tmp_path):
+    other = RunDir(tmp_path / "run")
+    for name in ("data", "tokenizer", "evidence"):
+        shutil.copytree(run.path / name, other.path / name)
+    stage = other.stage("evidence")
+    weights = stage.file("model.safetensors")
+    save_file({f"old.{name}": one for name, one in load_file(weights).items()}, weights)
+    manifest = stage.manifest
+    manifest["artifacts"]["model.safetensors"] = file_hash(weights)
+    del manifest["seal"]
+    (stage.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StreamctlError, match=r"not those of this version.*evidence .*--force"):
+        load_thinker(other, CPU)
+    evidence(other, CONFIG, device="cpu", force=True)
+    anew = other.require("evidence").file("model.safetensors")
+    assert anew.read_bytes() == run.stage("evidence").file("model.safetensors").read_bytes()
+
+
 def test_damaged_weights_are_not_taken_over(run, tmp_path):
     other = RunDir(tmp_path / "run")
     for name in ("data", "tokenizer", "evidence"):
@@ -308,8 +330,9 @@ def test_a_stage_that_was_interrupted_ends_with_the_same_weights(run, tmp_path, 
 def test_the_evaluation_has_the_thinker_and_its_controls(run):
     result = read_result(evaluate_run(run, EvalConfig(bootstrap=200), device="cpu"))
     assert "stream_evidence" in result["methods"]
-    counts = {f"evidence_l{count}" for count in range(5)}
-    assert counts | {"random_evidence", "wide_evidence"} <= result["controls"].keys()
+    counts = {f"evidence_l{count}" for count in range(CONFIG.look_ups + 1)}
+    controls = {name for name in result["controls"] if "evidence" in name}
+    assert controls == counts | {"random_evidence", "wide_evidence"}
     assert (run.stage("eval").path / "look-ups.png").stat().st_size > 5000
     assert {"evidence_l0", "random_evidence", "wide_evidence"} <= result["comparisons"][
         "stream_evidence"

@@ -123,5 +123,5 @@ def render(stage: Stage, json_: bool, *, strict: bool = False) -> None:
         raise StreamctlError(
             "the think labels have collapsed",
             where=stage.run.path,
-            run=f"streamctl annotate --run {stage.run.path} --set mode=normalised --force",
+            run=stage.run.again("annotate", ["annotate.fit_epochs=0"]),
         )

@@ -79,8 +79,6 @@ def command(
     if (input_ is None) != (output is None):
         raise UsageError("--input and --output go together")
     folder = RunDir(run)
-    if evidence:
-        folder.require("evidence")
     query: dict[str, Any] = {"k": k, "mode": mode, "exclude_seen": not keep_seen}
     query["think"] = "auto" if think is None else think
     query["thinker"] = "evidence" if evidence else "auto"
@@ -128,7 +126,12 @@ def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
     from streamctl.serving.engine import Engine
 
     question = checked(explain=True, **query)
-    engine = Engine(run, journal=run.path / "serving" / "items.jsonl", device=device)
+    engine = Engine(
+        run,
+        journal=run.path / "serving" / "items.jsonl",
+        device=device,
+        only_evidence=question.thinker == "evidence",
+    )
     try:
         job = engine.prepare(question)
     except Refused as error:

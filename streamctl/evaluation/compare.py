@@ -24,10 +24,8 @@ class Interval:
         return {"difference": self.mean, "low": self.low, "high": self.high}
 
 
-def bootstrap_mean(
-    values: np.ndarray, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Percentile interval of the mean of `values` (float64 (E,)) over users drawn with return.
+def bootstrap_mean(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """95% percentile interval of the mean of `values` (float64 (E,)) over users drawn with return.
 
     The same seed and number of users draw the same users, so that intervals of several methods
     over the same users are paired too.
@@ -40,8 +38,7 @@ def bootstrap_mean(
         size = min(step, resamples - begin)
         draws = rng.integers(0, n, size=(size, n), dtype=np.int32)
         means[begin : begin + size] = values[draws].mean(axis=1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
+    low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(values.mean()), float(low), float(high))
 
 

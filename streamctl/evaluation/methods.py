@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from streamctl.baselines.registry import BASELINES, baseline_class
-from streamctl.config import BaselineConfig, EvalConfig
+from streamctl.config import BaselineConfig, EvalConfig, EvidenceConfig
 from streamctl.data import Examples, Split, load_data
 from streamctl.decode.evidence import EvidenceThinker, Memo
 from streamctl.decode.retrieved import retrieved_codes
@@ -28,7 +28,6 @@ from streamctl.training.material import Material
 from streamctl.training.sft import TWIN
 
 EVIDENCE = ("tokenizer", "evidence")
-EVIDENCE_COUNTS = (0, 1, 2, 3, 4)  # look-ups of the controls; the row has as many as help
 
 
 class Models:
@@ -149,6 +148,12 @@ class Row:
     note: str = ""
 
 
+def _most_look_ups(run: RunDir) -> int:
+    """The most look-ups that the run's evidence can make, or would by default."""
+    stage = run.stage("evidence")
+    return stage.manifest["config"]["look_ups"] if stage.complete else EvidenceConfig().look_ups
+
+
 def known_rows(run: RunDir) -> dict[str, Row]:
     """Every row there could be, in the order of the table; TIGER as good as the run has it."""
     own_tiger = run.stage("baselines/tiger").complete
@@ -189,7 +194,7 @@ def known_rows(run: RunDir) -> dict[str, Row]:
                 control=True,
                 note=f"the same model and settings with {count} look-up{'s' * (count != 1)}",
             )
-            for count in EVIDENCE_COUNTS
+            for count in range(_most_look_ups(run) + 1)  # the row has as many as help
         ),
         Row(
             "random_evidence",
@@ -203,7 +208,7 @@ def known_rows(run: RunDir) -> dict[str, Row]:
             EVIDENCE,
             lambda models: models.evidence(wide=True),
             control=True,
-            note="one look-up with as many rows as all of them together",
+            note="one look-up with as many rows as the most look-ups have together",
         ),
         Row(
             "no_thinking",

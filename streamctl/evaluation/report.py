@@ -24,7 +24,7 @@ TITLES = {
     "stream_sft": "STREAM-Rec SFT",
     "stream_rl": "STREAM-Rec RL",
     "stream_evidence": "STREAM-Rec evidence",
-    **{f"evidence_l{n}": f"evidence, {n} look-up{'s' * (n != 1)}" for n in range(5)},
+    **{f"evidence_l{n}": f"evidence, {n} look-up{'s' * (n != 1)}" for n in range(9)},
     "random_evidence": "random evidence",
     "wide_evidence": "one wide look-up",
     "no_thinking": "no thinking, as long",
@@ -189,9 +189,10 @@ def plot_look_ups(result: Mapping[str, Any]) -> Any:
 
 
 def training_curves(run: RunDir) -> dict[str, list[dict[str, float]]]:
-    """The logged records of every stage that trains, by stage name."""
+    """The logged records of every stage of the run that trains, by stage name."""
     curves = {}
-    for path in sorted(run.path.glob("**/metrics.jsonl")):
+    folders = [*run.path.glob("*/metrics.jsonl"), *run.path.glob("baselines/*/metrics.jsonl")]
+    for path in sorted(folders):
         name = str(path.parent.relative_to(run.path))
         if ".previous" in name or not run.stage(name).complete:
             continue

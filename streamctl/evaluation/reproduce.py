@@ -26,7 +26,6 @@ from streamctl.evaluation.jobs import (
     identity,
     job_path,
 )
-from streamctl.evaluation.methods import EVIDENCE_COUNTS
 from streamctl.evaluation.metrics import gains
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
 from streamctl.progress import say, warn
@@ -49,7 +48,7 @@ COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 REFERENCES = ("tiger", "sasrec_ce")  # what every row is compared with
 TWINS = {  # what a thought is measured by: the answer without one (RL's is the twin of SFT)
     "evidence_l0": (
-        "stream_evidence", *(f"evidence_l{count}" for count in EVIDENCE_COUNTS if count),
+        "stream_evidence", *(f"evidence_l{count}" for count in range(1, 9)),
         "random_evidence", "wide_evidence",
     ),
     "no_thinking": (
@@ -162,7 +161,7 @@ def run_job(run: RunDir, plan: Plan, name: str, seed: int) -> dict[str, Any]:
         own = {row: row for row in found if row not in ("popularity", "tiger")}
     stages = {
         stage: {key: manifest[key] for key in ("config", "seed", "wall_s", "hash")}
-        for stage, manifest in _ancestors(job, job.stage("eval").manifest["parents"]).items()
+        for stage, manifest in ancestors(job, job.stage("eval").manifest["parents"]).items()
         if stage != "data"
     }
     rows = {
@@ -174,13 +173,13 @@ def run_job(run: RunDir, plan: Plan, name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _ancestors(job: RunDir, stages: Iterable[str]) -> dict[str, dict[str, Any]]:
+def ancestors(run: RunDir, stages: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Manifests of stages and of all that they come from, by name."""
     waiting, found = list(stages), {}
     while waiting:
         name = waiting.pop()
         if name not in found:
-            found[name] = job.stage(name).manifest
+            found[name] = run.stage(name).manifest
             waiting += found[name]["parents"]
     return found
 
@@ -189,7 +188,7 @@ def _train_seconds(job: RunDir, entry: Mapping[str, Any]) -> float | None:
     """Wall time of every stage that a row's model comes from; None for the wide beam's."""
     if "stages" not in entry:
         return None
-    spent = _ancestors(job, entry["stages"]).items()
+    spent = ancestors(job, entry["stages"]).items()
     seconds = (made["wall_s"] for name, made in spent if name not in ("data", "tokenizer"))
     return round(sum(seconds), 1)
 

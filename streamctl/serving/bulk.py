@@ -164,7 +164,8 @@ def recommend_file(
     mine = parts[rank * len(parts) // world : (rank + 1) * len(parts) // world]
     left = [part for part in mine if not job.path(part).exists()]
     if left:
-        engine = Engine(run, journal=job.journal, device=device)
+        only = query.thinker == EVIDENCE
+        engine = Engine(run, journal=job.journal, device=device, only_evidence=only)
         total = sum(part.rows for part in mine)
         with progress_bar("recommend", total, "users") as bar:
             bar.start_at(total - sum(part.rows for part in left))

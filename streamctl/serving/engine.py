@@ -36,14 +36,25 @@ class Engine:
         thinkers: by name; the first is the one that answers where a query names none.
     """
 
-    def __init__(self, run: RunDir, *, journal: Path, device: str = "auto", beam: int = 20):
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        journal: Path,
+        device: str = "auto",
+        beam: int = 20,
+        only_evidence: bool = False,
+    ):
         """Load the best finished stage of a run, its evidence, and what came since.
+
+        Args:
+            only_evidence: leave out, and do not check, what does not think by evidence.
 
         Raises:
             StreamctlError: the run cannot be served, or the journal is damaged.
         """
         self.run, self.name, self.beam = run, run.path.resolve().name, beam
-        self.stage = servable(run)
+        self.stage = run.require(EVIDENCE) if only_evidence else servable(run)
         catalog, self.split = load_data(run)
         ids = SemanticIds.load(run.stage("tokenizer"))
         meanings = Meanings(catalog.titles, ids.codes)

@@ -72,12 +72,15 @@ class LiveItems:
 
     def with_values(self, name: str, values: Iterable[str]) -> np.ndarray:
         """int64: items whose field has one of the values; KeyError for an unknown field."""
-        if name not in self._values:
+        while name not in self._values:
             groups: dict[str, list[int]] = {}
-            for item, value in enumerate(self._fields[name]):
+            known = len(self._fields[name])
+            for item, value in enumerate(self._fields[name][:known]):
                 if value:
                     groups.setdefault(value, []).append(item)
             self._values[name] = groups
+            if len(self._fields[name]) != known:  # an item joined meanwhile, and not in here
+                del self._values[name]
         found = {item for value in values for item in self._values[name].get(value, ())}
         return np.array(sorted(found), np.int64)
 

@@ -29,9 +29,11 @@ class TitleIndex:
         number = len(self._titles)
         self._titles.append(title)
         for word in set(words_of(title)):
-            if word not in self._items:
-                self._sorted = None
-            self._items.setdefault(word, []).append(number)
+            if word in self._items:
+                self._items[word].append(number)
+            else:
+                self._items[word] = [number]
+                self._sorted = None  # after the word is there, for who sorts them meanwhile
 
     def find(self, query: str) -> list[int]:
         """Items whose titles have all the words (the last letters may be missing), best first.

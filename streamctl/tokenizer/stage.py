@@ -123,7 +123,8 @@ def choose_codes(items: int, config: TokenizeConfig) -> int:
     if config.collisions == "reassign" and codes**config.levels < items:
         raise StreamctlError(
             f"{codes} codes on {config.levels} levels name {codes**config.levels} items of {items}",
-            run=f"--levels {config.levels + 1}, or --set tokenize.codes={2 * config.codes}",
+            run=f"--levels {config.levels + 1}"
+            + (f", or --set tokenize.codes={2 * codes}" if codes == config.codes else ""),
         )
     return codes
 

@@ -118,6 +118,11 @@ class Trained:
             stage.manifest["wall_s"],
         )
 
+    def fits(self, ranker: StateRanker) -> bool:
+        """Whether the weights are of this version's ranker."""
+        wanted = {name: tensor.shape for name, tensor in ranker.state_dict().items()}
+        return wanted == {name: tensor.shape for name, tensor in self.weights.items()}
+
     def take_over(self, stage: StageWriter, ranker: StateRanker) -> dict[str, int]:
         """Put the weights into the ranker and the records into the stage; the epochs trained."""
         say("evidence: trained already with these settings; the thought is chosen again")
@@ -181,7 +186,7 @@ def evidence(
             found = evaluate(direct, sample, n_items=split.n_items, masked=False).metrics
             return {key: found[key] for key in ("recall@10", "ndcg@10")}
 
-        if trained is None:
+        if trained is None or not trained.fits(ranker):
             result = fit(
                 stage, ranker, loss=loss, examples=windows, epochs=config.epochs,
                 batch=config.batch, lr=config.lr, weight_decay=config.weight_decay,

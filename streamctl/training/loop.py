@@ -215,7 +215,6 @@ def fit(
     device: str | torch.device = "auto",
     bf16: bool = True,
     title: str = "training",
-    unit: str = "sequences",
     before_epoch: Callable[[int], None] | None = None,
 ) -> FitResult:
     """Train `module` and leave the best epoch's weights in it.
@@ -254,7 +253,7 @@ def fit(
     state = _Trainer(stage, module, checkpoint.adamw(module.parameters(), lr, weight_decay))
     state.load(device)
     log = MetricLog(stage)
-    with progress_bar(title, epochs * len(examples), unit) as bar:
+    with progress_bar(title, epochs * len(examples), "sequences") as bar:
         bar.start_at(state.epoch * len(examples) + int(state.weight))
         while state.epoch < epochs and not state.stopped:
             if before_epoch is not None:
@@ -286,7 +285,8 @@ def fit(
                 state.epoch,
                 epoch=state.epoch,
                 **metrics,
-                **{f"{unit}_per_s": round(rate, 1), "wall_s": round(stage.wall_s(), 1)},
+                sequences_per_s=round(rate, 1),
+                wall_s=round(stage.wall_s(), 1),
             )
             state.epoch, state.step, state.sums, state.weight = state.epoch + 1, 0, {}, 0.0
             state.save()
