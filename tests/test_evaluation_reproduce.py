@@ -175,6 +175,14 @@ def test_a_default_that_has_changed_makes_another_plan(run, plan, table, monkeyp
         reproduce(run, plan)
 
 
+def test_receipts_of_another_plan_are_named_and_stop_nothing(run, plan, table, tmp_path, capsys):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    other = Plan(("popularity",), (0,), "tiny", (*SETS, "baseline.dim=8"), device="cpu")
+    rows = {row["method"] for row in reproduce(copy, other)["rows"]}
+    assert rows == {"popularity"}  # tiger has no such setting, and SASRec had another value
+    assert "sasrec_ce-0, sasrec_ce-1, tiger-0, tiger-1" in " ".join(capsys.readouterr().err.split())
+
+
 def test_settings_of_a_method_that_has_none_of_its_own_are_refused(run):
     with pytest.raises(UsageError, match="no stage or baseline 'stream'"):
         reproduce(run, Plan(("popularity",), sets=("stream.lr=1e-4",)))

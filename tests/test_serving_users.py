@@ -98,20 +98,39 @@ def test_what_a_newcomer_took_is_evidence_for_others_and_not_for_themselves(engi
     assert took not in [item for _, item in said(**own)]
 
 
-def test_the_rows_that_join_are_those_that_training_would_have_made(run, engine):
+@pytest.mark.parametrize("at_once", [100, 1, 3])
+@pytest.mark.parametrize("answers", [True, False], ids=["asked between", "asked after"])
+def test_the_rows_that_join_are_those_that_training_would_have_made(run, engine, at_once, answers):
     """A prefix of the log, taken again by somebody new: state, items and what came next."""
     memory = engine.thinkers["evidence"]._thinker.memory
     train = engine.split.train
     rows = np.flatnonzero(train.users == 17)
     sequence = engine.split.log.of(17)[: len(rows) + 1]  # all of it but validation and test
     before = len(memory)
-    engine.catalogue.take(NEW, [engine.catalogue.items.ids[item] for item in sequence])
+    for start in range(0, len(sequence), at_once):
+        part = [engine.catalogue.items.ids[item] for item in sequence[start : start + at_once]]
+        engine.catalogue.take(NEW, part)
+        if answers:
+            ask(engine, user_id=OLD)
     ask(engine, user_id=OLD)
     assert len(memory) == before + len(rows)
     np.testing.assert_allclose(memory.keys[before:], memory.keys[rows], atol=1e-5)
     assert (memory.taken[before:] == taken_next(train)[rows]).all()
     assert (memory.recent[before:] == recent_items(train)[rows]).all()
     assert (memory.users[before:] == engine.users.index(NEW)).all()
+
+
+def test_what_nobody_asks_about_joins_in_parts(engine, monkeypatch):
+    from streamctl.serving import evidence
+
+    monkeypatch.setattr(evidence, "MOST_WAITING", 6)
+    memory = engine.thinkers["evidence"]._thinker.memory
+    before, items = len(memory), rare_items(engine, 4)
+    for number in range(5):
+        engine.catalogue.take(f"{NEW} {number}", items)
+    assert len(memory) == before + 4 * 3  # two and two users; the fifth waits
+    ask(engine, user_id=OLD)
+    assert len(memory) == before + 5 * 3
 
 
 def test_it_survives_the_process_and_reaches_those_beside_it(run, engine, journal):

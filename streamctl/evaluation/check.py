@@ -65,11 +65,6 @@ def check_receipt(run: RunDir, path: Path, *, device: str = "auto") -> dict[str,
     if data.hash != receipt["data_hash"]:
         _refuse_other_data(run, receipt, path)
         say("check: the data stage has another hash than in the receipt, the figures will tell")
-    work = RunDir(run.path / "check" / path.stem)
-    if work.stage("data").complete and work.stage("data").hash != data.hash:
-        shutil.rmtree(work.path)  # a check of what the run's data were before
-    if not work.stage("data").complete:
-        copy_stage(run, work, "data")
     recorded = receipt["stages"]
     for name, parent in _FROM.items():
         if name in recorded and parent not in recorded:
@@ -78,6 +73,11 @@ def check_receipt(run: RunDir, path: Path, *, device: str = "auto") -> dict[str,
                 where=path,
                 run="a receipt of this version",
             )
+    work = RunDir(run.path / "check" / path.stem)
+    if work.stage("data").complete and work.stage("data").hash != data.hash:
+        shutil.rmtree(work.path)  # a check of what the run's data were before
+    if not work.stage("data").complete:
+        copy_stage(run, work, "data")
     order = [*_MAKERS, *(name for name in sorted(recorded) if name.startswith("baselines/"))]
     for name in dict.fromkeys(order):
         if name in recorded:

@@ -38,7 +38,8 @@ def bootstrap_mean(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) 
         size = min(step, resamples - begin)
         draws = rng.integers(0, n, size=(size, n), dtype=np.int32)
         means[begin : begin + size] = values[draws].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
+    tail = (1 - 0.95) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
     return Interval(float(values.mean()), float(low), float(high))
 
 

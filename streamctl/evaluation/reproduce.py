@@ -238,14 +238,20 @@ def _job_folder(run: RunDir, plan: Plan, name: str, seed: int) -> RunDir:
 
 def valid_receipts(run: RunDir, plan: Plan) -> list[Path]:
     """Receipts of this plan's size and settings, of any seed and method, in the table's order."""
+    return [path for path in _all_receipts(run) if _is_of(run, plan, read_json(path))]
+
+
+def _all_receipts(run: RunDir) -> list[Path]:
     folder = run.path / "reproduce" / "receipts"
-    paths = [path for name in JOBS for path in sorted(folder.glob(f"{name}-[0-9]*.json"))]
-    receipts = ((path, read_json(path)) for path in paths)
-    return [
-        path
-        for path, found in receipts
-        if not differences(found["plan"], identity(run, plan, found["method"]))
-    ]
+    return [path for name in JOBS for path in sorted(folder.glob(f"{name}-[0-9]*.json"))]
+
+
+def _is_of(run: RunDir, plan: Plan, receipt: Mapping[str, Any]) -> bool:
+    """Whether a receipt is of this plan; a plan with settings that its method lacks is another."""
+    try:
+        return not differences(receipt["plan"], identity(run, plan, receipt["method"]))
+    except UsageError:
+        return False
 
 
 def save_receipts(run: RunDir, plan: Plan, folder: Path) -> None:
@@ -264,6 +270,8 @@ def save_receipts(run: RunDir, plan: Plan, folder: Path) -> None:
 def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
     """Join the receipts there are: means and spreads over seeds, paired intervals over users."""
     paths = valid_receipts(run, plan)
+    if others := [path.stem for path in _all_receipts(run) if path not in paths]:
+        warn(f"not in the table, made by another plan: {', '.join(others)}")
     receipts = [read_json(path) for path in paths]
     rows: dict[str, list[Mapping[str, Any]]] = {}
     gained: dict[str, list[np.ndarray]] = {}

@@ -65,6 +65,7 @@ class Memory:
         self._recent = Growing(np.asarray(recent, np.int32))
         self._index = _build(self.keys, kind)
         self._rarity = self._rarities()
+        self._rarest = np.sqrt(np.log(len(self) + 1))  # of an item that nobody took
         self._baskets: dict[Weighing, BasketIndex] = {}
         self._owned = np.bincount(self.users[self.users >= 0], minlength=1)
 
@@ -173,9 +174,9 @@ class Memory:
         self._owned = np.pad(self._owned, (0, max(0, more)))
         np.add.at(self._owned, known, 1)
         new = max(int(recent.max(initial=-1)), int(taken.max(initial=-1))) + 1
-        if new > len(self._rarity):  # an item that nobody took is as rare as can be
-            rarest = np.sqrt(np.log(len(self) + 1))
-            self._rarity = np.append(self._rarity, np.full(new - len(self._rarity), rarest))
+        if new > len(self._rarity):
+            more = np.full(new - len(self._rarity), self._rarest)
+            self._rarity = np.append(self._rarity, more)
         for index in self._baskets.values():
             index.append(recent, self._rarity)
 

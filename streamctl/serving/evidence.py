@@ -23,6 +23,7 @@ from streamctl.training.evidence import load_thinker
 SHOWN = 3  # reasons of a look-up
 READ = 20  # reasons whose items give the look-up its words
 HAD = 3  # items of a reason
+MOST_WAITING = 512  # interactions that wait for the next answer before they join the memory
 
 
 class Evidence:
@@ -52,7 +53,9 @@ class Evidence:
         self._thinker = load_thinker(run, resolve_device(device), look_ups=self.most)
         self._askings: dict[int, EvidenceThinker] = {}
         self._meanings, self._history = meanings, history
-        self._news: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._news: dict[int, list[np.ndarray]] = {}  # user: what was before, then what was taken
+        self._waiting = 0  # items in there
+        self._open: dict[int, list[int]] = {}  # user: rows that have room for what comes later
 
     def _asking(self, count: int) -> EvidenceThinker:
         """The thinker with so many look-ups; weights and memory are shared."""
@@ -71,34 +74,50 @@ class Evidence:
         Args:
             before: int64 (H,) what the user had taken, oldest first. items: int64 (n,).
         """
-        self._news.append((user, self.readable(before), self.readable(items)))
+        _, recent = self._thinker.memory.recent.shape
+        known = self.readable(before)[-max(self._history, recent) :]
+        self._news.setdefault(user, [known]).append(self.readable(items))
+        self._waiting += len(items)
+        if self._waiting >= MOST_WAITING:
+            self._remember()
 
+    @torch.inference_mode()
     def _remember(self) -> None:
-        """Put what was learned into the memory: one row an item, as of a training prefix."""
-        memory, ranker = self._thinker.memory, self._thinker.ranker
-        prefixes, taken, users = [], [], []
-        for user, before, items in self._news:
-            whole = np.concatenate([before, items])
+        """Put what was learned into the memory: a row an item, like that of a training prefix."""
+        memory = self._thinker.memory
+        (_, after), (_, width) = memory.taken.shape, memory.recent.shape
+        prefixes: list[np.ndarray] = []
+        taken: list[np.ndarray] = []
+        users: list[int] = []
+        opened: dict[int, list[int]] = {}
+        for user, (before, *parts) in self._news.items():
+            whole = np.concatenate([before, *parts])
             for place in range(max(1, len(before)), len(whole)):
+                opened.setdefault(user, []).append(len(memory) + len(prefixes))
                 prefixes.append(whole[:place])
                 taken.append(whole[place:])
                 users.append(user)
-        self._news = []
-        if not prefixes:
-            return
-        recent = [prefix[::-1] for prefix in prefixes]
-        read = [prefix[-self._history :] for prefix in prefixes]
-        keys = states_of(
-            ranker,
-            np.array([len(prefix) for prefix in read]),
-            lambda rows: np.stack([read[row] for row in rows]),
-        )
-        memory.append(
-            keys,
-            _filled(taken, memory.taken.shape[1]),
-            np.array(users),
-            _filled(recent, memory.recent.shape[1]),
-        )
+        if prefixes:
+            read = [prefix[-self._history :] for prefix in prefixes]
+            keys = states_of(
+                self._thinker.ranker,
+                np.array([len(prefix) for prefix in read]),
+                lambda rows: np.stack([read[row] for row in rows]),
+            )
+            recent = _filled([prefix[::-1] for prefix in prefixes], width)
+            memory.append(keys, _filled(taken, after), np.array(users), recent)
+        for user, (_, *parts) in self._news.items():
+            self._go_on(self._open.get(user, []), np.concatenate(parts))
+            rows = self._open.get(user, []) + opened.get(user, [])
+            self._open[user] = rows[-(after - 1) :]
+        self._news, self._waiting = {}, 0
+
+    def _go_on(self, rows: list[int], items: np.ndarray) -> None:
+        """Write what a user took later into the latest rows that earlier interactions made."""
+        taken = self._thinker.memory.taken
+        for row in rows:
+            free = np.flatnonzero(taken[row] < 0)[: len(items)]
+            taken[row, free] = items[: len(free)]
 
     def answer(self, jobs: Sequence[Job], trie: PrefixTrie, removed: np.ndarray) -> list[Reply]:
         """Replies to jobs of one group; the trie is not used."""
