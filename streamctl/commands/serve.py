@@ -28,7 +28,7 @@ def command(
     ] = False,
     items: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--items", help="Journal of added items [default: RUN/serving/items.jsonl]."),
+        typer.Option("--items", help="Journal of changes [default: RUN/serving/items.jsonl]."),
     ] = None,
     beam: Annotated[int, typer.Option("--beam", min=1, max=500, help="Beam width.")] = 20,
     max_batch: Annotated[
@@ -55,7 +55,7 @@ def command(
     """Serve a trained run: an API under /v1, its description at /docs, a page at /.
 
     Reads: the best finished stage of the run (rl, else sft, else pretrain), its evidence stage,
-    and the journal of added items; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS. Writes: the
+    and the journal of changes; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS. Writes: the
     journal.
     Next: `curl -X POST localhost:8000/v1/recommend -H 'content-type: application/json'
     -d '{"user_id": "u0017"}'`, or open http://localhost:8000/.

@@ -7,11 +7,10 @@ import shutil
 import stat
 import tempfile
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 from streamctl.errors import StreamctlError
-from streamctl.files import disk_errors
+from streamctl.files import BROKEN_ZIP, disk_errors
 
 MAX_BYTES = 8 << 30  # unpacked: a set that is larger is no set we know
 MAX_FILES = 10_000
@@ -38,7 +37,7 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
                 members = _safe(file, archive)
                 for member, place in members:
                     _write(file, member, Path(scratch) / place)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as why:
+        except BROKEN_ZIP as why:
             raise StreamctlError(
                 f"the archive is damaged: {why}", where=archive, run="fetch it again"
             ) from why

@@ -6,8 +6,6 @@ import json
 import shutil
 import statistics
 import time
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from streamctl.evaluation.jobs import (
 )
 from streamctl.evaluation.metrics import gains
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
+from streamctl.files import BROKEN_ZIP
 from streamctl.progress import say, warn
 from streamctl.runs import RunDir, atomic_file, provenance, read_json
 
@@ -313,14 +312,7 @@ def _ranks(source: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
             for name, entry in receipt["rows"].items()
             if name in found
         )
-    except (
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        RuntimeError,
-    ):
+    except (ValueError, *BROKEN_ZIP):
         same = False
     if not same or any(len(ranks) != receipt["users"] for ranks in found.values()):
         raise StreamctlError(

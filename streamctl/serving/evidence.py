@@ -46,11 +46,11 @@ class Evidence:
         Raises:
             StreamctlError: it is missing, stale or damaged.
         """
-        stage = run.require("evidence")
+        self._thinker = load_thinker(run, resolve_device(device))  # and checks the stage
+        stage = run.stage("evidence")
         self.model = model_name(run, stage)
         self.think = stage.json("report.json")["look_ups"]
         self.most = stage.manifest["config"]["look_ups"]
-        self._thinker = load_thinker(run, resolve_device(device), look_ups=self.most)
         self._askings: dict[int, EvidenceThinker] = {}
         self._meanings, self._history = meanings, history
         self._news: dict[int, list[np.ndarray]] = {}  # user: what was before, then what was taken

@@ -202,7 +202,7 @@ class Service:
             await self._changed(lambda: engine.catalogue.remove(item_id))
 
     async def take(self, taken: Taken) -> dict[str, Any]:
-        """Add what a user took; it is on the disk and counts when this returns.
+        """Add what a user took; it is on the disk and counts in this worker when this returns.
 
         Raises:
             Refused: an unknown item.
