@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -59,6 +61,10 @@ def test_training_never_touches_the_last_two_interactions(sequences):
     assert len(train) == sum(len(s) - 3 for s in sequences)
     expected = np.bincount([item for s in sequences for item in s[:-2]], minlength=split.n_items)
     np.testing.assert_array_equal(split.popularity(), expected)
+    items, offsets = split.training_sequences()
+    assert items.dtype == np.int32 and offsets.dtype == np.int64
+    cut = [items[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+    assert cut == [s[:-2] for s in sequences]
 
 
 def test_histories_are_padded_on_the_right_to_the_longest_of_the_batch():

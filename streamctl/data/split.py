@@ -115,11 +115,21 @@ class Split:
         """One example a user: the target is the last interaction."""
         return self._examples(np.arange(self.log.n_users), self.log.offsets[1:] - 1)
 
+    def training_sequences(self) -> tuple[np.ndarray, np.ndarray]:
+        """The interactions that may train: all that counts, neighbours and models may look at.
+
+        Returns:
+            int32 (T',) items, oldest first, and int64 (U + 1,) offsets; user u has
+            items[offsets[u]:offsets[u + 1]], under leave-one-out the first n - 2 interactions.
+        """
+        kept = self.log.lengths - HELD_OUT
+        position = np.arange(len(self.log)) - np.repeat(self.log.offsets[:-1], self.log.lengths)
+        training = position < np.repeat(kept, self.log.lengths)
+        return self.log.items[training], np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
+
     def popularity(self) -> np.ndarray:
         """int64 (N,): how often each item occurs among the interactions that train."""
-        position = np.arange(len(self.log)) - np.repeat(self.log.offsets[:-1], self.log.lengths)
-        training = position < np.repeat(self.log.lengths - HELD_OUT, self.log.lengths)
-        return np.bincount(self.log.items[training], minlength=self.n_items)
+        return np.bincount(self.training_sequences()[0], minlength=self.n_items)
 
     def _examples(self, user: np.ndarray, end: np.ndarray) -> Examples:
         start = np.maximum(self.log.offsets[user], end - self.history)
