@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamctl.retrieval.neighbours import nearest, neighbours
+from streamctl.tokenizer.neighbours import nearest, neighbours
 
 
 def test_nearest_agrees_with_a_sort_in_float64():

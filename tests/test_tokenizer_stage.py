@@ -17,6 +17,7 @@ from streamctl.data.log import InteractionLog
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir, StageWriter
 from streamctl.tokenizer import SemanticIds
+from streamctl.tokenizer import vectors as unit_vectors
 from streamctl.tokenizer.collaborative import join, taken_together
 from streamctl.tokenizer.rqkmeans import kmeans
 from streamctl.tokenizer.semantic_ids import collision_rate
@@ -70,6 +71,9 @@ def test_the_stage_writes_what_later_stages_read(shop, tmp_path, change):
     assert stage.array("codebooks.npy").shape[:2] == (3, 8)
     vectors = stage.array("item_vectors.npy")
     assert vectors.shape == (200, 16)
+    rows = unit_vectors(stage.run)
+    assert rows.dtype == np.float32 and np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    assert np.allclose(rows, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), atol=1e-5)
     assert stage.array("neighbours.npy").shape == (200, 50)
 
     catalog = Catalog.load(stage.run.stage("data"))

@@ -10,7 +10,7 @@ import numpy as np
 from streamctl.errors import StreamctlError
 from streamctl.retrieval.baskets import BasketIndex, Found, Weighing
 from streamctl.retrieval.growing import Growing
-from streamctl.retrieval.neighbours import unit
+from streamctl.tokenizer.neighbours import unit
 
 if TYPE_CHECKING:
     import faiss

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from streamctl.tokenizer.neighbours import vectors
 from streamctl.tokenizer.semantic_ids import SemanticIds
 from streamctl.tokenizer.tokens import Tokens
 from streamctl.tokenizer.trie import PrefixTrie
 
-__all__ = ["PrefixTrie", "SemanticIds", "Tokens"]
+__all__ = ["PrefixTrie", "SemanticIds", "Tokens", "vectors"]

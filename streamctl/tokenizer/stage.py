@@ -14,11 +14,11 @@ from streamctl.data import load_data
 from streamctl.device import derive_seed, resolve_device
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.progress import progress_bar, say, warn
-from streamctl.retrieval.neighbours import neighbours
 from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.tokenizer.collaborative import join, taken_together
 from streamctl.tokenizer.collisions import dedup_digit, reassign
 from streamctl.tokenizer.encoders import SentenceEncoder
+from streamctl.tokenizer.neighbours import neighbours
 from streamctl.tokenizer.projection import Projection
 from streamctl.tokenizer.rqkmeans import RQKMeans
 from streamctl.tokenizer.rqvae import RQVAE, RQVAETrainer

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
+from streamctl.runs import RunDir
+
+VECTORS = "item_vectors.npy"  # the artifact of the tokenizer stage
+
+
+def vectors(run: RunDir) -> np.ndarray:
+    """The item vectors of a run's tokenizer stage: (N, D) float32, rows of length one.
+
+    A row of zeros belongs to an item whose text says nothing.
+
+    Raises:
+        StreamctlError: the stage is missing, damaged or stale.
+    """
+    return unit(run.require("tokenizer").array(VECTORS))
+
 
 def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k vectors of highest cosine with each query, best first; equal ones in index order.
