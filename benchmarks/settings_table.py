@@ -47,6 +47,8 @@ def kinds(cls: type) -> dict[str, str]:
                 if text.startswith("tuple[")
                 else text
             ).replace(" | None", " or none")
+            if "int" in texts[node.target.id] or "float" in texts[node.target.id]:
+                texts[node.target.id] += ", {} to {}".format(*config.BOUNDS[node.target.id])
     return texts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 import types
 import typing
@@ -241,30 +240,43 @@ STAGES: tuple[type, ...] = (
 BEFORE = {"softmax": "vocabulary", "collaborative": 0.0, "reader": False}
 
 
-# The least value of a number; 0 for those not named, and nothing may be infinite.
-LEAST = {
-    **dict.fromkeys(
-        ("batch", "beam", "codes", "dim", "epochs", "heads", "history", "latent", "layers",
-         "length", "levels", "look_ups", "negatives", "neighbours", "rounds", "steps", "updates",
-         "validate_every"), 1,
-    ),
-    "bootstrap": 2,
-    "group": 2,  # a group of one has no advantage over itself
-}  # fmt: skip
-
-
-ABOVE_ZERO = ("lr", "temperature", "state_temperature")  # nothing would move, or a division by 0
+# Least and most of every number, by the setting's name.
+BOUNDS: dict[str, tuple[float, float]] = {
+    name: (least, most)
+    for names, least, most in (
+        ("clip corrupt dropout input_dropout mask warmup", 0, 0.95),
+        ("lr", 1e-12, 10),
+        ("state_temperature temperature", 1e-6, 100),
+        ("beta collaborative dpo_beta quant_beta weight_decay", 0, 100),
+        ("anchor_weight direct_weight dpo_weight exact_weight format_weight kl_weight", 0, 1000),
+        ("likelihood_weight quant_weight ranking_weight similarity_weight state_weight", 0, 1000),
+        ("levels", 1, 16),
+        ("codes", 2, 2**16),
+        ("heads layers length look_ups", 1, 256),
+        ("beam dim hidden history latent", 1, 2**14),
+        ("group", 2, 10**4),  # a group of one has no advantage over itself
+        ("negatives neighbours rounds updates", 1, 10**4),
+        ("fit_epochs kmeans_iterations patience", 0, 10**4),
+        ("batch epochs steps validate_every", 1, 10**6),
+        ("bootstrap", 2, 10**6),
+        ("think_codebook", 0, 2**20),
+        ("min_item min_user users", 0, 2**31 - 1),
+        ("seed", 0, 2**63 - 1),
+    )
+    for name in names.split()
+}
 
 
 def _check_range(name: str, value: Any, where: str) -> None:
-    """Refuse a number that no stage can work with."""
+    """Refuse a number outside of its setting's bounds."""
+    if isinstance(value, tuple):
+        for part in value:
+            _check_range(name, part, where)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    key = name.rpartition(".")[2]
-    least = LEAST.get(key, 0)
-    wanted = "more than 0" if key in ABOVE_ZERO else f"{least} or more"
-    if not math.isfinite(value) or value < least or (key in ABOVE_ZERO and value == 0):
-        raise UsageError(f"{name} is {value}; it must be {wanted}", where=where)
+    least, most = BOUNDS[name.rpartition(".")[2]]
+    if not least <= value <= most:
+        raise UsageError(f"{name} is {value}; it must be {least} to {most}", where=where)
 
 
 def _convert(name: str, value: Any, kind: Any, where: str) -> Any:
@@ -293,7 +305,7 @@ def _convert(name: str, value: Any, kind: Any, where: str) -> Any:
         if kind is int and (isinstance(value, bool) or (isinstance(value, float) and value % 1)):
             raise ValueError
         return kind(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         name_of_kind = getattr(kind, "__name__", str(kind))
         raise UsageError(
             f"{name} is {value!r}, which is not of type {name_of_kind}", where=where

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from streamctl.config import DataConfig, PretrainConfig, SftConfig, TokenizeConfig, resolve
+from streamctl.config import (
+    BOUNDS,
+    STAGES,
+    DataConfig,
+    PretrainConfig,
+    SftConfig,
+    TokenizeConfig,
+    resolve,
+)
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
 
@@ -236,6 +247,31 @@ def test_config_sources_win_in_their_order(tmp_path):
 )
 def test_wrong_settings_are_named(text, message):
     with pytest.raises(UsageError, match=message):
+        resolve(SftConfig, sets=[text])
+
+
+NUMBERS = [
+    (stage, field.name)
+    for stage in STAGES
+    for field in dataclasses.fields(stage)
+    if re.search(r"\b(int|float)\b", field.type)
+]
+
+
+@pytest.mark.parametrize(("stage", "name"), NUMBERS, ids=lambda v: getattr(v, "section", v))
+def test_every_number_has_a_least_and_a_most_and_its_default_lies_between(stage, name):
+    least, most = BOUNDS[name]
+    for wrong in (math.nextafter(least, -math.inf), math.nextafter(most, math.inf) * 2, math.inf):
+        with pytest.raises(UsageError, match=rf"{stage.section}\.{name} is"):
+            resolve(stage, sets=[f"{name}={wrong}"])
+    default = getattr(stage(), name)
+    if default is not None:
+        assert getattr(resolve(stage, **{name: default}), name) == default
+
+
+@pytest.mark.parametrize("text", ["epochs=1e400", "epochs=" + "9" * 400, "lr=1e309", "batch=-0.5"])
+def test_numbers_beyond_what_a_machine_holds_are_wrong_settings(text):
+    with pytest.raises(UsageError, match=text.partition("=")[0]):
         resolve(SftConfig, sets=[text])
 
 
