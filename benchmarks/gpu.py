@@ -22,7 +22,7 @@ from pathlib import Path
 
 # The order in which jobs begin: the comparison the table is for, then the rest.
 METHODS = (
-    "popularity", "tiger", "sasrec_ce", "evidence", "stream", "sasrec_bce", "stream_plain_rl",
+    "popularity", "tiger", "sasrec_ce", "stream", "sasrec_bce", "stream_plain_rl",
     "tiger_long", "gru4rec", "bert4rec", "caser",
 )  # fmt: skip
 INTERPRETED_ROWS = 7  # the interpreter takes milliseconds a row

@@ -24,9 +24,8 @@ from streamctl.baselines.tiger import Tiger
 from streamctl.baselines.train import train_baseline
 from streamctl.config import BaselineConfig
 from streamctl.data import load_data
-from streamctl.evaluation.compare import paired_difference
-from streamctl.evaluation.evaluate import evaluate, sample_users
-from streamctl.evaluation.generative import PolicyRecommender
+from streamctl.decode import PolicyRecommender
+from streamctl.ranking import evaluate, paired_difference, sample_users
 from streamctl.runs import RunDir, provenance
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,7 +19,6 @@ PAGES = ("README.md", "docs/results.md", "docs/scale.md", "docs/config.md")
 BRIEF = (
     "popularity", "caser", "gru4rec", "bert4rec", "sasrec_bce", "sasrec_ce", "tiger",
     "stream_pt", "stream_sft", "stream_rl", "no_thinking", "random_thinking", "oracle_thinking",
-    "stream_evidence", "evidence_l0", "random_evidence", "wide_evidence",
 )  # fmt: skip
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 
@@ -86,40 +85,6 @@ def brief(receipt: dict[str, Any]) -> str:
     return markdown([*head, "less TIGER", "less SASRec-CE", "less no thought"], rows)
 
 
-def search(receipt: dict[str, Any]) -> str:
-    """Trials of a baseline's search on validation."""
-    rows = [
-        [
-            row["method"],
-            " ".join(row["settings"]) or "defaults",
-            f"{row['recall@10']:.4f}",
-            f"{row['ndcg@10']:.4f}",
-            f"{row['best_epoch'] + 1} of {row['epochs']}",
-            f"{row['wall_s'] / 60:.1f}",
-        ]
-        for row in receipt["rows"]
-    ]
-    head = ["method", "settings", "valid recall@10", "valid ndcg@10", "best epoch", "minutes"]
-    return markdown(head, rows)
-
-
-def ablations(receipt: dict[str, Any]) -> str:
-    """One change a line, on validation; lines of one reference together."""
-    references = list(dict.fromkeys(row["reference"] for row in receipt["rows"]))
-    rows = [
-        [
-            row["line"],
-            f"{row['recall@10']:.4f}",
-            f"{row['ndcg@10']:.4f}",
-            _interval(row["difference"]) if row["line"] != row["reference"] else "",
-            ", ".join(f"{v['ndcg@10']:.4f}" for v in row.get("validations", [])),
-        ]
-        for row in sorted(receipt["rows"], key=lambda row: references.index(row["reference"]))
-    ]
-    head = ["line", "valid recall@10", "valid ndcg@10", "less the line as configured"]
-    return markdown([*head, "ndcg@10 while RL trained"], rows)
-
-
 def minutes(receipt: dict[str, Any]) -> str:
     """Wall time of each stage."""
     stages = receipt["stages"].items()
@@ -136,76 +101,6 @@ def speed(receipt: dict[str, Any]) -> str:
         peer = "-" if row["peer"] is None else f"{row['peer']:.4g} ({row['peer_name']})"
         rows.append([row["case"], f"{row['ours']:.4g} {row['unit']}", peer, ratio, share])
     return markdown(["case", "ours", "best peer", "ratio", "of the ceiling"], rows)
-
-
-def thoughts(receipt: dict[str, Any]) -> str:
-    """The questions of each seed's thought, and what every view would have gained instead."""
-    rows = []
-    for found in receipt["seeds"]:
-        seed = str(found["seed"])
-        summed, read = found.get("summed", found["valid"]), found.get("read", found["valid"])
-        figures = [
-            [f"{way[name]['ndcg@10']:.4f}" for way in (summed, read)] for name in found["valid"]
-        ]
-        rows.append([seed, "0", "", *figures[0], "", ""])
-        steps = zip(found["settings"]["questions"], found["tried"], strict=True)
-        for number, (question, tried) in enumerate(steps, 1):
-            gained = [f"{view} {1e4 * gain:+.1f}" for view, gain in tried.items()]
-            rows.append([
-                seed, str(number), question["view"], *figures[number], ", ".join(gained),
-                "yes" if number <= found["look_ups"] else "no",
-            ])  # fmt: skip
-        wide = found["wide"]
-        name = f"one wide look-up: {wide['question']['view']}"
-        rows.append([seed, "", name, "", f"{wide['ndcg@10']:.4f}", "", ""])
-    head = [
-        "seed", "look-up", "view", "valid ndcg@10, summed", "read",
-        "gain of the sum less its error, 1e-4", "asked",
-    ]  # fmt: skip
-    return markdown(head, rows)
-
-
-def fetching(receipt: dict[str, Any]) -> str:
-    """Ways to choose a question for each user."""
-    rows = [
-        [
-            row["choice"], f"{row['ndcg@10']:.4f}", _interval(row["less_best"]),
-            ", ".join(f"{name} {share:.0%}" for name, share in row["asked"].items() if share),
-        ]
-        for row in receipt["rows"]
-    ]  # fmt: skip
-    return markdown(["choice", "valid ndcg@10", "less the best for all", "asked"], rows)
-
-
-def aids(receipt: dict[str, Any]) -> str:
-    """A baseline with the aids of the thinker."""
-    rows = [
-        [
-            row["method"], str(row["seeds"]), f"{row['recall@10']:.4f}", f"{row['ndcg@10']:.4f}",
-            f"{row['ndcg@10_masked']:.4f}", _interval(row.get("vs_row_before")),
-            f"{row['ms_per_user']:.2f}",
-        ]
-        for row in receipt["rows"]
-    ]  # fmt: skip
-    head = ["method", "seeds", "recall@10", "ndcg@10", "masked", "less the row before", "ms a user"]
-    return markdown(head, rows)
-
-
-def memory(receipt: dict[str, Any]) -> str:
-    """Milliseconds of a look-up for one user, and bytes, by rows."""
-    rows = []
-    for size in receipt["sizes"]:
-        for kind in ("flat", "ivf", "hnsw", "items", "taste"):
-            if kind in size:
-                entry = size[kind]
-                found = f"{entry['found']:.1%}" if "found" in entry else "100.0%"
-                per_row = entry.get("bytes_per_row", size["bytes_per_row_state"])
-                rows.append([
-                    f"{size['rows']:,}", kind, f"{entry['ms']:.2f}", found, f"{per_row:.0f}",
-                    f"{entry['build_s']:.1f}", f"{size['append_10_rows_ms']:.1f}",
-                ])  # fmt: skip
-    head = ["rows", "search", "ms", "found of the exact 100", "bytes a row", "seconds to build"]
-    return markdown([*head, "ms to add 10 rows"], rows)
 
 
 def load(receipt: dict[str, Any]) -> str:
@@ -262,12 +157,6 @@ def curve(receipt: dict[str, Any]) -> str:
 BLOCKS = {
     "think-curve": curve,
     "reproduce": table,
-    "search": search,
-    "ablations": ablations,
-    "thoughts": thoughts,
-    "aids": aids,
-    "fetching": fetching,
-    "memory": memory,
     "serve": load,
     "histories": histories,
     **scale_tables.BLOCKS,

@@ -22,7 +22,6 @@ from streamctl.evaluation.stage import evaluate_run
 from streamctl.runs import RunDir, provenance
 from streamctl.tokenizer.stage import tokenize
 from streamctl.training.annotate import annotate
-from streamctl.training.evidence import evidence
 from streamctl.training.pretrain import pretrain
 from streamctl.training.rl import rl
 from streamctl.training.sft import sft
@@ -61,8 +60,6 @@ def measure(run: RunDir) -> list[dict[str, object]]:
     rewarded = configs.RlConfig(**RL)
     rollouts = RL["steps"] * RL["batch"] * RL["group"]
     stage("rl", "rollouts", rollouts, lambda: rl(run, rewarded))
-    thinking = configs.EvidenceConfig()
-    stage("evidence", "sequences", examples, lambda: evidence(run, thinking))
     table = configs.EvalConfig(methods=("stream_rl",), bootstrap=100)
     # Seen items left in, and masked: two rankings a user.
     stage("eval", "rankings", 2 * users, lambda: evaluate_run(run, table))

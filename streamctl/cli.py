@@ -19,7 +19,6 @@ COMMANDS = (
     ("annotate", "annotate"),
     ("sft", "sft"),
     ("rl", "rl"),
-    ("evidence", "evidence"),
     ("baseline", "baseline"),
     ("eval", "eval"),
     ("reproduce", "reproduce"),

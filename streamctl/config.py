@@ -160,27 +160,6 @@ class RlConfig:
 
 
 @dataclass(frozen=True)
-class EvidenceConfig:
-    """The thinker that looks evidence up: a state that ranks, and a memory of training prefixes."""
-
-    section: ClassVar[str] = "evidence"
-    size: Size = "tiny"
-    look_ups: int = 4  # the most questions of a thought; validation says how many help
-    neighbours: int = 20  # rows that one look-up finds
-    index: Literal["flat", "ivf", "hnsw"] = "flat"  # exact, or faster on millions of rows
-    reader: bool = True  # learn on validation users how evidence is read, and keep it if it helps
-    dropout: float = 0.3
-    input_dropout: float = 0.3
-    epochs: int = 10
-    patience: int = 3
-    batch: int = 256  # sequences
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class BaselineConfig:
     """A baseline trained by the same loop on the same split.
 
@@ -230,21 +209,20 @@ STAGES: tuple[type, ...] = (
     AnnotateConfig,
     SftConfig,
     RlConfig,
-    EvidenceConfig,
     BaselineConfig,
     EvalConfig,
 )
 
 
 # What a setting was before there was a setting: how older manifests and receipts are read.
-BEFORE = {"softmax": "vocabulary", "collaborative": 0.0, "reader": False}
+BEFORE = {"softmax": "vocabulary", "collaborative": 0.0}
 
 
 # Least and most of every number, by the setting's name.
 BOUNDS: dict[str, tuple[float, float]] = {
     name: (least, most)
     for names, least, most in (
-        ("clip corrupt dropout input_dropout mask warmup", 0, 0.95),
+        ("clip corrupt dropout mask warmup", 0, 0.95),
         ("lr", 1e-12, 10),
         ("state_temperature temperature", 1e-6, 100),
         ("beta collaborative dpo_beta quant_beta weight_decay", 0, 100),
@@ -252,7 +230,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
         ("likelihood_weight quant_weight ranking_weight similarity_weight state_weight", 0, 1000),
         ("levels", 1, 16),
         ("codes", 2, 2**16),
-        ("heads layers length look_ups", 1, 256),
+        ("heads layers length", 1, 256),
         ("beam dim hidden history latent", 1, 2**14),
         ("group", 2, 10**4),  # a group of one has no advantage over itself
         ("negatives neighbours rounds updates", 1, 10**4),

@@ -32,7 +32,7 @@ class Settings:
 
 
 def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
-    """Tokenize, pretrain, annotate, SFT, RL, TIGER, the l = 0 twin, evidence, and the evaluation.
+    """Tokenize, pretrain, annotate, SFT, RL, TIGER, the l = 0 twin, and the evaluation.
 
     A complete stage is skipped; one whose parents have changed is redone, the old one kept as
     `NAME.previous`. The data stage must be there (`data prepare` or `data synth` makes it).
@@ -47,7 +47,6 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
     from streamctl.evaluation.stage import evaluate_run
     from streamctl.tokenizer.stage import tokenize
     from streamctl.training.annotate import annotate
-    from streamctl.training.evidence import evidence
     from streamctl.training.pretrain import pretrain
     from streamctl.training.rl import rl
     from streamctl.training.sft import sft
@@ -68,7 +67,6 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
         ("rl", rl, configs.RlConfig, {}),
         ("baselines/tiger", tiger, configs.BaselineConfig, {"name": "tiger"}),
         ("baselines/no_thinking", twin, configs.SftConfig, {}),
-        ("evidence", evidence, configs.EvidenceConfig, {}),
         ("eval", evaluate_run, configs.EvalConfig, {}),
     )
     # Every configuration is resolved first: a typing mistake in the last stage's costs seconds.

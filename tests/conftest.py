@@ -35,16 +35,6 @@ def real_data(name: str) -> Path:
     return base / name
 
 
-@pytest.fixture(scope="session", autouse=True)
-def short_reading():
-    """Readers of evidence train for few steps here: how good they get is not what is tested."""
-    from streamctl.training import reading
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "STEPS", 60)
-        yield
-
-
 @pytest.fixture(scope="session")
 def streamctl():
     """Run the console command: `streamctl("data", "synth", ...)` -> CompletedProcess."""
@@ -92,7 +82,7 @@ def runs(tmp_path_factory):
     from serving_run import KEYS, make_run
 
     folder = tmp_path_factory.mktemp("runs")
-    make_run(folder / "first", seed=0, evidence=True)
+    make_run(folder / "first", seed=0)
     make_run(folder / "second", seed=1)
     (folder / "keys").write_text(f"read {KEYS['read']}\nwrite {KEYS['write']}\n")
     return folder

@@ -8,7 +8,6 @@ import torch
 
 from streamctl.config import (
     AnnotateConfig,
-    EvidenceConfig,
     PretrainConfig,
     SftConfig,
     TokenizeConfig,
@@ -18,18 +17,13 @@ from streamctl.model import Policy, PolicyConfig
 from streamctl.runs import RunDir
 from streamctl.tokenizer import SemanticIds
 from streamctl.tokenizer.stage import tokenize
-from streamctl.training.evidence import evidence as gather
 
-THINK, LOOK_UPS = 3, 2
+THINK = 3
 KEYS = {"read": "reading-key-0123456789", "write": "writing-key-0123456789"}
 
 
-def make_run(path: Path, seed: int = 0, evidence: bool = False) -> RunDir:
-    """Data, codes, and a micro model with seeded random weights published as the sft stage.
-
-    Args:
-        evidence: add an evidence stage, trained for an epoch.
-    """
+def make_run(path: Path, seed: int = 0) -> RunDir:
+    """Data, codes, and a micro model with seeded random weights published as the sft stage."""
     run = RunDir(path)
     synthesize(run, users=150, items=120, seed=0)
     tokenizer = TokenizeConfig(
@@ -46,13 +40,7 @@ def make_run(path: Path, seed: int = 0, evidence: bool = False) -> RunDir:
     publish(run, "pretrain", PretrainConfig(seed=seed), ["data", "tokenizer"], policy)
     publish(run, "annotate", AnnotateConfig(length=THINK), ["pretrain"])
     publish(run, "sft", SftConfig(seed=seed), ["data", "tokenizer", "pretrain", "annotate"], policy)
-    if evidence:
-        add_evidence(run)
     return run
-
-
-def add_evidence(run: RunDir) -> None:
-    gather(run, EvidenceConfig(epochs=1, look_ups=LOOK_UPS, neighbours=8), device="cpu")
 
 
 def publish(run: RunDir, name: str, config, parents: list[str], policy: Policy | None = None):

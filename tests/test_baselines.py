@@ -17,9 +17,8 @@ from streamctl.baselines.registry import BASELINES, baseline_class
 from streamctl.baselines.train import settle, train_baseline, whole_sequences
 from streamctl.config import BaselineConfig, DataConfig, TokenizeConfig
 from streamctl.data import Catalog, InteractionLog, Split, load_data
-from streamctl.decode.ranking import rank_scores
 from streamctl.errors import StreamctlError, UsageError
-from streamctl.evaluation.evaluate import evaluate
+from streamctl.ranking import evaluate, rank_scores
 from streamctl.runs import RunDir
 
 N_ITEMS, N_USERS = 24, 160
@@ -111,7 +110,7 @@ class BaselineContract:
 
     def test_a_ranking_holds_every_item_once(self, model, split):
         history = torch.from_numpy(split.test.histories(np.arange(5)))
-        ranking = model.rank(history, N_ITEMS, users=np.arange(5))
+        ranking = model.recommend(history, N_ITEMS, users=np.arange(5))
         expected = torch.arange(N_ITEMS).expand(5, -1)
         assert torch.equal(ranking.items.cpu().sort(1).values, expected)
         assert (ranking.scores.diff(dim=1) <= 0).all()
@@ -119,19 +118,19 @@ class BaselineContract:
     def test_excluded_items_are_not_recommended(self, model, split):
         seen = split.test.seen(np.arange(5))
         history = torch.from_numpy(split.test.histories(np.arange(5)))
-        ranking = model.rank(history, 10, users=np.arange(5), exclude=seen)
+        ranking = model.recommend(history, 10, users=np.arange(5), exclude=seen)
         for items, banned in zip(ranking.items.cpu().numpy(), seen, strict=True):
             assert not np.isin(items, banned).any()
 
     def test_padding_does_not_change_a_ranking(self, model, split):
         history = torch.from_numpy(split.test.histories(np.array([3])))
         padded = F.pad(history, (0, 4), value=-1)
-        one, other = (model.rank(h, 5, users=np.array([3])) for h in (history, padded))
+        one, other = (model.recommend(h, 5, users=np.array([3])) for h in (history, padded))
         assert torch.equal(one.items, other.items)
         assert torch.allclose(one.scores, other.scores, atol=1e-4)
 
     def test_a_stranger_gets_a_ranking_too(self, model):
-        ranking = model.rank(torch.tensor([[3, 4, 5]]), 10)
+        ranking = model.recommend(torch.tensor([[3, 4, 5]]), 10)
         assert (ranking.items >= 0).all()
 
     def test_an_interrupted_training_ends_bit_identical(self, run, config, monkeypatch, tmp_path):
@@ -174,7 +173,7 @@ class TestPopularity(BaselineContract):
     reaches = 0.0
 
     def test_items_come_in_the_order_of_their_training_counts(self, model, split):
-        items = model.rank(torch.tensor([[1]]), N_ITEMS).items[0].numpy()
+        items = model.recommend(torch.tensor([[1]]), N_ITEMS).items[0].numpy()
         assert (np.diff(split.popularity()[items]) <= 0).all()
 
 

@@ -150,12 +150,6 @@ def test_the_remedy_of_other_settings_changes_these_and_keeps_the_rest(streamctl
     assert (made["encoder"], made["hidden"], made["epochs"]) == ("tfidf", [32, 16], 3)
 
 
-def test_evidence_that_is_not_there_names_its_own_command(streamctl, shop):
-    answer = streamctl("recommend", "--run", shop, "--user", "u001", "--evidence")
-    assert answer.returncode == 1
-    assert f"streamctl evidence --run {shop}" in answer.stderr
-
-
 def test_a_table_in_a_narrow_terminal_breaks_its_cells_and_loses_nothing(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     print_table("t", ["", "first", "second"], [["random_thinking_rl", "+0.123 +0.456", "x" * 30]])

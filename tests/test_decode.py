@@ -7,10 +7,9 @@ import pytest
 import torch
 from test_model import SIZES, encoder_inputs, histories, small_policy, transformers_model
 
-from streamctl.decode import exact_top, recommend
+from streamctl.decode import PolicyRecommender, exact_top, recommend
 from streamctl.decode.retrieved import retrieved_codes
 from streamctl.errors import UsageError
-from streamctl.evaluation.generative import PolicyRecommender
 from streamctl.model import Policy
 from streamctl.tokenizer import PrefixTrie, Tokens
 
@@ -336,6 +335,6 @@ def test_early_exit_ends_a_thought_that_has_converged_and_no_other():
 def test_a_narrow_beam_is_narrow_in_an_evaluation_too():
     policy = distinct_policy()
     past, trie = histories(40, [6, 3]), catalogue(policy)
-    found = PolicyRecommender(policy, trie, beam=5).rank(past, 9)
+    found = PolicyRecommender(policy, trie, beam=5).recommend(past, 9)
     ranking, _ = recommend(policy, trie, past, 5, beam=5)
     assert torch.equal(found.items[:, :5], ranking.items) and (found.items[:, 5:] == -1).all()

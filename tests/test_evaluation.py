@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from streamctl.data import InteractionLog, Split
-from streamctl.decode.ranking import Ranking
-from streamctl.evaluation.compare import bootstrap_mean, paired_difference
-from streamctl.evaluation.evaluate import batches_by_length, evaluate, sample_users
-from streamctl.evaluation.metrics import (
-    MISSING,
-    coverage,
+from streamctl.ranking import (
+    Ranking,
+    bootstrap_mean,
+    evaluate,
     gains,
-    nested,
+    paired_difference,
     ranking_metrics,
+    sample_users,
     target_ranks,
 )
+from streamctl.ranking.evaluate import batches_by_length
+from streamctl.ranking.metrics import MISSING, coverage
 
 
 def log_of(*sequences):
@@ -37,7 +38,7 @@ class Fixed:
     def __init__(self, order):
         self.order, self.asked = np.asarray(order), []
 
-    def rank(self, history, k, *, users=None, exclude=None):
+    def recommend(self, history, k, *, users=None, exclude=None):
         rows = []
         for row in range(len(history)):
             banned = exclude[row] if exclude is not None else []
@@ -79,11 +80,6 @@ def test_metrics_of_nobody_are_refused():
 
 def test_coverage_counts_each_item_once_and_no_padding():
     assert coverage(np.array([[0, 1], [1, -1]]), 8) == 2 / 8
-
-
-def test_masked_and_unmasked_are_separate_objects():
-    entry = nested({"ndcg@10": 0.1}, {"ndcg@10": 0.2})
-    assert entry == {"ndcg@10": 0.1, "masked": {"ndcg@10": 0.2}}
 
 
 def test_an_item_that_shares_the_targets_code_earns_nothing():

@@ -15,7 +15,6 @@ from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import reproduce as module
 from streamctl.evaluation.jobs import Plan, job_path
-from streamctl.evaluation.metrics import ranking_metrics
 from streamctl.evaluation.reproduce import (
     COLUMNS,
     ranks_path,
@@ -23,6 +22,7 @@ from streamctl.evaluation.reproduce import (
     reproduce,
     save_receipts,
 )
+from streamctl.ranking import ranking_metrics
 from streamctl.runs import RunDir
 
 METHODS = ("popularity", "sasrec_bce", "sasrec_ce", "tiger")
@@ -263,11 +263,11 @@ def test_the_budget_stops_before_the_next_job(run, plan, table, monkeypatch):
 def test_a_thinker_is_compared_with_the_same_model_without_its_thought():
     figures = dict.fromkeys((*COLUMNS, "ms_per_user", "train_s"), 0.5)
     entry = figures | {"masked": {"ndcg@10": 0.5}}
-    gained = {"stream_evidence": [np.full(50, 0.5)], "evidence_l0": [np.full(50, 0.2)]}
+    gained = {"stream_sft": [np.full(50, 0.5)], "no_thinking": [np.full(50, 0.2)]}
     entries = {name: [entry] for name in gained}
     rows = {name: module._row(name, entries, gained, None) for name in gained}
-    assert rows["stream_evidence"]["vs_twin"] == pytest.approx([0.3, 0.3])
-    assert rows["evidence_l0"]["vs_twin"] is None
+    assert rows["stream_sft"]["vs_twin"] == pytest.approx([0.3, 0.3])
+    assert rows["no_thinking"]["vs_twin"] is None
 
 
 def test_a_setting_of_no_stage_and_no_method_is_refused_before_anything_is_done(run, plan, table):

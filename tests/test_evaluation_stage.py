@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,11 +25,10 @@ from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import curve
 from streamctl.evaluation import stage as stage_module
-from streamctl.evaluation.evaluate import evaluate
 from streamctl.evaluation.methods import Models, choose_rows, known_rows
 from streamctl.evaluation.report import SAME, plot_all, table
 from streamctl.evaluation.stage import evaluate_run, read_result
-from streamctl.evaluation.wide import widen
+from streamctl.ranking import evaluate
 from streamctl.runs import RunDir
 from streamctl.training.annotate import annotate
 from streamctl.training.material import Material, save_policy
@@ -94,7 +92,6 @@ def test_every_row_that_the_run_has_is_there(result):
         "random_thinking",
         "random_thinking_rl",
         "oracle_thinking",
-        "wide_beam",
     }
 
 
@@ -130,7 +127,6 @@ def test_stream_rows_come_with_paired_intervals(result):
 def test_rows_that_mislead_without_a_note_have_one(result):
     assert "seen the answer" in result["controls"]["oracle_thinking"]["note"]
     assert "direct decoder of pretraining" in result["methods"]["tiger"]["note"]
-    assert result["controls"]["wide_beam"]["beam"] >= CONFIG.beam
 
 
 def test_artifacts_hold_no_timing(stage):
@@ -194,7 +190,7 @@ def test_items_that_share_a_code_are_ordered_by_chance_and_only_one_is_credited(
             models.generative("pretrain", decoder="direct", seed=seed),
             trie=trie_of(tokens.numpy()), beam=N_ITEMS,
         )  # fmt: skip
-        items = recommender.rank(torch.tensor([[5, 6]]), N_ITEMS).items[0].tolist()
+        items = recommender.recommend(torch.tensor([[5, 6]]), N_ITEMS).items[0].tolist()
         assert sorted(items) == list(range(N_ITEMS))
         assert abs(items.index(0) - items.index(1)) == 1
         orders.add(items.index(0) < items.index(1))
@@ -220,20 +216,6 @@ def test_oracle_thoughts_depend_on_the_target(models):
     assert thoughts.shape == (40, 2)
     other = Models(models.run, CONFIG, load_data(models.run)[1].valid, "cpu").oracle("sft")
     assert not torch.equal(thoughts, other.thoughts(history, users))
-
-
-def test_the_wide_beam_takes_about_the_slow_rows_time(models, monkeypatch):
-    # A pretended clock: 1 ms and 0.1 ms for each unit of the beam.
-    def pretended(recommender, *args, **options):
-        return SimpleNamespace(ms_per_user=1 + 0.1 * recommender.beam)
-
-    monkeypatch.setattr("streamctl.evaluation.wide.evaluate", pretended)
-    fast = models.generative("pretrain", decoder="direct", beam=4)
-    latency = {"slow": 2.6, "fast": 1.4}
-    found = widen(fast, models.examples, latency, slow="slow", fast="fast")
-    assert found.beam == found.recommender.beam == 16
-    latency = {"slow": 1.2, "fast": 1.4}
-    assert widen(fast, models.examples, latency, slow="slow", fast="fast").beam == 4
 
 
 def test_a_sample_of_users_and_some_rows_can_be_asked_for(run, tmp_path):

@@ -76,8 +76,6 @@ KILLS = [
     ("rl", ("manifest", "1")),
     ("baselines/sasrec", ("checkpoint", "3")),
     ("baselines/sasrec", ("step", "2")),
-    ("evidence", ("checkpoint", "1")),
-    ("evidence", ("manifest", "1")),
     ("eval", ("checkpoint", "1")),
     ("eval", ("checkpoint", "4")),
     ("eval", ("manifest", "1")),

@@ -77,20 +77,6 @@ def test_the_explanation_holds_each_think_token_and_the_rankings(server, history
         assert step["words"] and (len(step["items"]) >= 5 or step["words"][0] in titles)
 
 
-def test_a_query_may_think_by_evidence_and_is_told_who_took_what(server, history):
-    answer = server.recommend(history=history, k=5, thinker="evidence", think=2, explain=True)
-    assert (answer["thinker"], answer["think"]) == ("evidence", 2)
-    assert answer["model"]["stage"] == "evidence"
-    assert [item["id"] for item in answer["items"]] != server.ids(history=history, k=5)
-    for step in answer["explain"]["steps"]:
-        reason = step["reasons"][0]
-        had = [item["title"] for item in reason["had"]]
-        assert all(title in reason["text"] for title in [*had, reason["took"]["title"]])
-    offered = server.client.get("/readyz").json()["thinkers"]
-    assert [one["name"] for one in offered] == ["stream", "evidence"]
-    assert 'thinker="evidence"' in server.client.get("/metrics").text
-
-
 def test_the_batch_form_gives_what_single_requests_give(server, history):
     questions = [{"history": history, "k": 3}, {"user_id": "u020", "k": 5, "think": 0}]
     answer = server.client.post("/v1/recommend/batch", json={"requests": questions}).json()
@@ -110,7 +96,6 @@ def test_the_batch_form_gives_what_single_requests_give(server, history):
         ({"user_id": "u017", "k": 101}, "/k"),
         ({"user_id": "u017", "think": 9}, "/think"),
         ({"user_id": "u017", "mode": "deep"}, "/mode"),
-        ({"user_id": "u017", "thinker": "magic"}, "/thinker"),
         ({"user_id": "u017", "kk": 1}, "/kk"),
         ({"user_id": "u017", "filter": {"brnd": ["x"]}}, "/filter/brnd"),
         ({"user_id": "u017", "allow": ["nothing"]}, "/allow/0"),
@@ -260,7 +245,7 @@ def test_an_item_of_the_run_can_be_taken_out(server):
 def test_the_metrics_count_what_happened(server, history):
     server.ids(history=history, think=2)
     text = server.client.get("/metrics").text
-    assert 'streamctl_recommend_seconds_count{think="2",thinker="stream"}' in text
+    assert 'streamctl_recommend_seconds_count{think="2"}' in text
     assert 'streamctl_requests_total{route="/v1/recommend",status="200"}' in text
     for name in ("batch_size", "queue_length", "queue_seconds", "rejected", "expired", "items"):
         assert f"streamctl_{name}" in text
@@ -313,7 +298,6 @@ def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(runs):
     ("body", "field", "says"),
     [
         ('{"user_id": "u017", "think": 9}', "/think", "less than or equal to 8"),
-        ('{"user_id": "u017", "thinker": "foo"}', "/thinker", "stream"),
         ('{"user_id": "u017", "thnik": 2}', "/thnik", "there is no such field"),
         ('{"user_id": "u017"', "/", "not JSON at character 18"),
     ],

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from serving_process import Server
-from serving_run import KEYS, LOOK_UPS, THINK, make_run
+from serving_run import KEYS, THINK, make_run
 
 from streamctl.config import EvalConfig
 from streamctl.evaluation.stage import evaluate_run
@@ -74,7 +74,7 @@ CONTRASTS = """() => {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("page") / "run", evidence=True)
+    run = make_run(tmp_path_factory.mktemp("page") / "run")
     evaluate_run(run, EvalConfig(users=20, beam=10, bootstrap=20), device="cpu")
     server = Server(run.path)
     yield server.wait()
@@ -153,32 +153,6 @@ def test_the_thought_is_walked_with_the_arrow_keys_and_each_step_has_its_ranking
     expect(page.locator("#step")).to_contain_text(f"after 1 of {THINK}")
 
 
-def test_evidence_is_chosen_and_its_path_tells_what_others_had_and_took(page):
-    page.get_by_role("button", name="A real user").click()
-    expect(page.locator("#path [role=tab]")).to_have_count(1 + THINK)
-    tokens = page.locator("#slow li[data-id]").evaluate_all("rows => rows.map(r => r.dataset.id)")
-    page.get_by_label("evidence: what others took").check()
-    slider = page.get_by_label("Look-ups", exact=True)
-    expect(slider).to_have_attribute("max", str(LOOK_UPS))
-    slider.focus()
-    page.keyboard.press("End")
-    expect(page.locator("#slow-title")).to_contain_text(f"{LOOK_UPS} look-ups")
-    expect(page.locator("#path [role=tab]")).to_have_count(1 + LOOK_UPS)
-    slow = page.locator("#slow li[data-id]").evaluate_all("rows => rows.map(r => r.dataset.id)")
-    assert slow != tokens
-    expect(page.get_by_role("list", name="Evidence")).to_contain_text("A user who had")
-    page.locator("#path [role=tab]").nth(LOOK_UPS).focus()
-    rankings = []
-    for step in range(LOOK_UPS, -1, -1):
-        expect(page.locator("#path [role=tab]").nth(step)).to_be_focused()
-        rows = page.locator("#step li[data-id]")
-        rankings.append(rows.evaluate_all("rows => rows.map(r => r.dataset.id)"))
-        page.keyboard.press("ArrowLeft")
-    assert rankings[0] == slow and len({tuple(one) for one in rankings}) > 1
-    page.get_by_label("think tokens", exact=True).check()
-    expect(page.locator("#slow-title")).to_contain_text("think tokens")
-
-
 def test_the_search_works_without_a_mouse(page):
     word = page.evaluate("fetch('v1/items?limit=1').then((r) => r.json())")["items"][0]["title"]
     search = page.get_by_role("combobox")
@@ -243,9 +217,6 @@ def test_text_stands_out_from_its_ground_in_both_themes(page, theme):
     page.get_by_role("button", name="A real user").click()
     expect(page.locator("#slow li[data-id]")).to_have_count(10)
     measure("tokens")
-    page.get_by_label("evidence: what others took").check()
-    expect(page.get_by_role("list", name="Evidence")).to_contain_text("A user who had")
-    measure("evidence")
     page.get_by_role("combobox").fill("a")
     expect(page.get_by_role("option").first).to_be_visible()
     measure("search")

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.xdist_group("serving")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("schema")
-    make_run(folder / "run", evidence=True)
+    make_run(folder / "run")
     (folder / "keys").write_text(f"read {KEYS['read']}\nwrite {KEYS['write']}\n")
     server = Server(folder / "run", keys=folder / "keys").wait()
     yield server

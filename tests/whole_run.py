@@ -15,7 +15,6 @@ STAGES = {
     "sft": "sft",
     "rl": "rl",
     "baselines/sasrec": "baseline sasrec",
-    "evidence": "evidence",
     "eval": "eval",
 }
 

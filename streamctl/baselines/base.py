@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 
 from streamctl.config import BaselineConfig, resolve
 from streamctl.data import Split, load_data
-from streamctl.decode.ranking import Ranking, rank_scores
+from streamctl.ranking import Ranking, rank_scores
 
 if TYPE_CHECKING:
     from streamctl.runs import RunDir, Stage, StageWriter
@@ -78,23 +79,25 @@ class Baseline(nn.Module):
 
         Args:
             history: int64 (B, H), oldest first, -1 on the right.
-            users: int64 (B,) users seen in training; None for strangers.
+            users: int64 (B,) users of training, -1 for strangers; None: all are strangers.
         """
         raise NotImplementedError
 
     @torch.no_grad()
-    def rank(
+    def recommend(
         self,
-        history: torch.Tensor,
+        histories: torch.Tensor,
         k: int,
         *,
         users: np.ndarray | None = None,
-        exclude: list[np.ndarray] | None = None,
+        think: int | None = None,
+        exclude: Sequence[np.ndarray] | None = None,
+        allow: Sequence[np.ndarray | None] | None = None,
     ) -> Ranking:
-        """The k best items by score (`evaluation.evaluate.Recommender`)."""
+        """The k best items by score (`ranking.Recommender`)."""
         device = next((tensor.device for tensor in self.state_dict().values()), None)
         known = None if users is None else torch.as_tensor(users, device=device)
-        return rank_scores(self.score(history.to(device), known), k, exclude)
+        return rank_scores(self.score(histories.to(device), known), k, exclude, allow)
 
 
 def last_states(states: torch.Tensor, history: torch.Tensor) -> torch.Tensor:

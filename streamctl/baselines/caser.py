@@ -59,7 +59,10 @@ class Caser(Baseline):
         columns = self.vertical(x).flatten(1)
         features = self.dropout(torch.cat([columns, *rows], dim=1))
         mixed = F.relu(self.mix(features))
-        person = torch.zeros_like(mixed) if users is None else self.users(users)
+        person = torch.zeros_like(mixed)
+        if users is not None:
+            known = (users >= 0)[:, None]
+            person = torch.where(known, self.users(users.clamp(min=0)), person)
         return torch.cat([mixed, person], dim=1)
 
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

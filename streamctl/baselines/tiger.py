@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 
 from streamctl.baselines.base import Baseline
 from streamctl.config import BaselineConfig, PretrainConfig, resolve
-from streamctl.decode.ranking import Ranking
+from streamctl.decode import PolicyRecommender
 from streamctl.device import derive_seed
-from streamctl.evaluation.generative import PolicyRecommender
 from streamctl.model.policy import Policy, PolicyConfig
+from streamctl.ranking import Ranking
 from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.tokenizer.semantic_ids import SemanticIds
 from streamctl.tokenizer.trie import PrefixTrie
@@ -84,16 +83,9 @@ class Tiger(Baseline):
         hidden = policy.decode(policy.encode(batch.history), inputs, "direct")
         return answer_loss(policy, hidden, batch.target) / policy.tokens.levels, {}
 
-    def rank(
-        self,
-        history: torch.Tensor,
-        k: int,
-        *,
-        users: np.ndarray | None = None,
-        exclude: list[np.ndarray] | None = None,
-    ) -> Ranking:
+    def recommend(self, histories: torch.Tensor, k: int, **options: Any) -> Ranking:
         """The k best items by beam search over the catalogue's codes."""
         search = PolicyRecommender(
             self.policy, self.trie, decoder="direct", beam=self.beam, seed=self.config.seed
         )
-        return search.rank(history, k, users=users, exclude=exclude)
+        return search.recommend(histories, k, **options)

@@ -13,8 +13,8 @@ from streamctl.config import BaselineConfig
 from streamctl.data import Examples, load_data
 from streamctl.device import derive_seed, resolve_device
 from streamctl.errors import UsageError, close_matches
-from streamctl.evaluation.evaluate import evaluate, sample_users
 from streamctl.progress import say
+from streamctl.ranking import evaluate, sample_users
 from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.training.loop import Batch, FitResult, fit
 

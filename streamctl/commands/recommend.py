@@ -27,17 +27,11 @@ def command(
     k: Annotated[int, typer.Option("-k", "--k", help="Items wanted.", min=1, max=100)] = 10,
     think: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(
-            "--think", help="Think tokens or look-ups [default: as trained].", min=0, max=8
-        ),
+        typer.Option("--think", help="Think tokens [default: as trained].", min=0, max=8),
     ] = None,
     mode: Annotated[str, typer.Option("--mode", help="greedy, joint or marginal.")] = "greedy",
     keep_seen: Annotated[
         bool, typer.Option("--keep-seen", help="Recommend items of the history, too.")
-    ] = False,
-    evidence: Annotated[
-        bool,
-        typer.Option("--evidence", help="Think by evidence: what did others like this take?"),
     ] = False,
     input_: Annotated[
         Optional[Path],  # noqa: UP045
@@ -53,14 +47,13 @@ def command(
     """Recommend for one user or history and show what the model thought, or for a file of users.
 
     Each think token is shown as the words and items that its code stands for, with the ranking
-    after it; with --evidence each look-up as what other users had and took.
+    after it.
 
     A file's answers stand in the order of its rows; a row that has none says why in `problem`.
     Stopped and called again it goes on; `torchrun --nproc-per-node N -m -- streamctl recommend ...`
     shares the rows among N workers.
 
-    Reads: the best finished stage of the run (rl, else sft, else pretrain, else evidence); with
-    --evidence the evidence stage; with --input, a
+    Reads: the best finished stage of the run (rl, else sft, else pretrain); with --input, a
     parquet with a column user_id or history (item ids, oldest first).
     Writes: nothing, or the file that --output names.
     Next: `streamctl serve --run RUN` answers the same over HTTP.
@@ -81,7 +74,6 @@ def command(
     folder = RunDir(run)
     query: dict[str, Any] = {"k": k, "mode": mode, "exclude_seen": not keep_seen}
     query["think"] = "auto" if think is None else think
-    query["thinker"] = "evidence" if evidence else "auto"
     if input_ is not None:
         from streamctl.serving.bulk import recommend_file
 
@@ -130,7 +122,6 @@ def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
         run,
         journal=run.path / "serving" / "items.jsonl",
         device=device,
-        only_evidence=question.thinker == "evidence",
     )
     try:
         job = engine.prepare(question)
@@ -158,9 +149,7 @@ def show(answer: dict[str, Any]) -> None:
     for number, step in enumerate(steps, 1):
         words = ", ".join(step["words"]) or "-"
         console.print(f"  {number}. {escape(step['title'])}: [cyan]{escape(words)}[/]")
-        for reason in step["reasons"]:
-            console.print(f"        {escape(reason['text'])}", style="dim")
-        for item in step["items"][:3] if not step["reasons"] else ():
+        for item in step["items"][:3]:
             console.print(f"        such as {escape(item['title'])}", style="dim")
         ranking = [item["id"] for item in step["ranking"]]
         new = [item for item in ranking if item not in before]

@@ -21,7 +21,7 @@ def command(
         typer.Option(
             "--methods",
             help="Comma-separated: popularity, caser, gru4rec, bert4rec, sasrec_bce, sasrec_ce, "
-            "tiger, tiger_vocabulary, tiger_long, stream, stream_plain_rl, evidence; default: all.",
+            "tiger, tiger_vocabulary, tiger_long, stream, stream_plain_rl; default: all.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Seeds 0..N-1 of each.", min=1)] = 1,
@@ -55,7 +55,7 @@ def command(
     A method is what is trained, a row what is measured (`eval --methods` takes rows): sasrec_bce
     and sasrec_ce are `eval`'s row sasrec with either loss, tiger_vocabulary and tiger_long its row
     tiger; stream gives stream_pt, stream_sft, stream_rl and their controls, stream_plain_rl gives
-    stream_rl without the rewards of Eqs. 25-27, evidence gives stream_evidence and its controls.
+    stream_rl without the rewards of Eqs. 25-27.
 
     Interrupt it at any time: the same command continues, job by job. With `--check RECEIPT` that
     receipt's stages are made again in RUN/check and every figure is compared.

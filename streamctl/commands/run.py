@@ -14,7 +14,7 @@ def command(
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
-    """Run every stage that is not complete, from tokenize to eval, TIGER and evidence among them.
+    """Run every stage that is not complete, from tokenize to eval, TIGER among them.
 
     Reads: the data stage of the run. Writes: every other stage folder.
     Interrupt it at any time; the same command continues.

@@ -54,9 +54,8 @@ def command(
 ) -> None:
     """Serve a trained run: an API under /v1, its description at /docs, a page at /.
 
-    Reads: the best finished stage of the run (rl, else sft, else pretrain), its evidence stage,
-    and the journal of changes; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS. Writes: the
-    journal.
+    Reads: the best finished stage of the run (rl, else sft, else pretrain) and the journal of
+    changes; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS. Writes: the journal.
     Next: `curl -X POST localhost:8000/v1/recommend -H 'content-type: application/json'
     -d '{"user_id": "u0017"}'`, or open http://localhost:8000/.
     """

@@ -2,7 +2,16 @@
 
 from streamctl.decode.beam import recommend
 from streamctl.decode.exact import exact_top
-from streamctl.decode.ranking import Ranking, Trace
+from streamctl.decode.recommender import PolicyRecommender
 from streamctl.decode.sample import Rollout, rollout, rollout_logprobs
+from streamctl.decode.trace import Trace
 
-__all__ = ["Ranking", "Rollout", "Trace", "exact_top", "recommend", "rollout", "rollout_logprobs"]
+__all__ = [
+    "PolicyRecommender",
+    "Rollout",
+    "Trace",
+    "exact_top",
+    "recommend",
+    "rollout",
+    "rollout_logprobs",
+]

@@ -10,7 +10,6 @@ import torch
 
 from streamctl import kernels
 from streamctl.decode.items import best_items, legal_nodes
-from streamctl.decode.ranking import Ranking, Trace
 from streamctl.decode.think import (
     Thought,
     beam_thoughts,
@@ -19,10 +18,12 @@ from streamctl.decode.think import (
     no_thought,
     sample_thoughts,
 )
+from streamctl.decode.trace import Trace
 from streamctl.device import autocast, derive_seed
 from streamctl.distributed import Share
 from streamctl.errors import UsageError
 from streamctl.model.policy import DecoderName, Encoded, Policy
+from streamctl.ranking import Ranking
 from streamctl.tokenizer.trie import PrefixTrie
 
 Mode = Literal["greedy", "joint", "marginal"]

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from streamctl.decode.items import best_items, legal_nodes
-from streamctl.decode.ranking import Ranking
 from streamctl.decode.think import beam_thoughts, given_thought, no_thought
 from streamctl.model.policy import DecoderName, Encoded, Policy
+from streamctl.ranking import Ranking
 from streamctl.tokenizer.trie import PrefixTrie
 
 CHUNK = 64  # users searched together

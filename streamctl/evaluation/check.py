@@ -18,7 +18,6 @@ from streamctl.progress import say
 from streamctl.runs import RunDir, Stage, provenance, read_json
 from streamctl.tokenizer.stage import tokenize
 from streamctl.training.annotate import annotate
-from streamctl.training.evidence import evidence
 from streamctl.training.pretrain import pretrain
 from streamctl.training.rl import rl
 from streamctl.training.sft import TWIN, sft
@@ -31,7 +30,6 @@ _MAKERS: dict[str, tuple[Callable[..., Stage], type]] = {
     "annotate": (annotate, configs.AnnotateConfig),
     "sft": (sft, configs.SftConfig),
     "rl": (rl, configs.RlConfig),
-    "evidence": (evidence, configs.EvidenceConfig),
     TWIN: (functools.partial(sft, twin=True), configs.SftConfig),
 }
 _BASELINE = (train_baseline, configs.BaselineConfig)

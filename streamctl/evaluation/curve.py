@@ -18,14 +18,14 @@ import torch
 
 from streamctl.config import EvalConfig
 from streamctl.data import Examples, Split, load_data
-from streamctl.decode import exact_top, recommend
+from streamctl.decode import PolicyRecommender, exact_top, recommend
+from streamctl.decode.recommender import random_thoughts
 from streamctl.errors import StreamctlError
-from streamctl.evaluation.evaluate import batches_by_length, evaluate, sample_users
-from streamctl.evaluation.generative import PolicyRecommender, random_thoughts
 from streamctl.evaluation.methods import Models
-from streamctl.evaluation.metrics import ranking_metrics, target_ranks
 from streamctl.files import atomic_file
 from streamctl.progress import progress_bar
+from streamctl.ranking import evaluate, ranking_metrics, sample_users, target_ranks
+from streamctl.ranking.evaluate import batches_by_length
 from streamctl.runs import RunDir, Stage
 
 CURVE, LOSSES = "think-curve", "beam-losses"

@@ -16,7 +16,6 @@ from streamctl.errors import StreamctlError
 from streamctl.files import disk_errors
 from streamctl.runs import MANIFEST, RunDir
 from streamctl.training.annotate import annotate
-from streamctl.training.evidence import evidence
 from streamctl.training.pretrain import pretrain
 from streamctl.training.rl import rl
 from streamctl.training.sft import sft
@@ -117,11 +116,6 @@ def _plain_rl(run: RunDir, plan: Plan, seed: int) -> None:
     rl(run, config, device=plan.device)
 
 
-def _evidence(run: RunDir, plan: Plan, seed: int) -> None:
-    """The thinker that looks evidence up, with its controls."""
-    evidence(run, plan.resolve(configs.EvidenceConfig, seed), device=plan.device)
-
-
 def _nothing(run: RunDir, plan: Plan, seed: int) -> None:
     """Popularity is counted by the evaluation."""
 
@@ -144,7 +138,6 @@ JOBS: dict[str, Job] = {
         _long_tiger, {"tiger": "tiger_long"}, _CODES, ("baseline", *_SECTIONS), {"name": "tiger"}
     ),
     "stream": Job(_stream, {}, _CODES, _SECTIONS),
-    "evidence": Job(_evidence, {}, _CODES, ("evidence", "eval")),
     "stream_plain_rl": Job(
         _plain_rl,
         {"stream_rl": "stream_plain_rl"},

@@ -11,23 +11,18 @@ import numpy as np
 import torch
 
 from streamctl.baselines.registry import BASELINES, baseline_class
-from streamctl.config import BaselineConfig, EvalConfig, EvidenceConfig
+from streamctl.config import BaselineConfig, EvalConfig
 from streamctl.data import Examples, Split, load_data
-from streamctl.decode.evidence import EvidenceThinker, Memo
+from streamctl.decode.recommender import PolicyRecommender, random_thoughts
 from streamctl.decode.retrieved import retrieved_codes
 from streamctl.device import resolve_device
 from streamctl.errors import UsageError, close_matches
-from streamctl.evaluation.evaluate import Recommender
-from streamctl.evaluation.generative import PolicyRecommender, random_thoughts
 from streamctl.model.policy import Policy
-from streamctl.progress import say
+from streamctl.ranking import Recommender
 from streamctl.runs import RunDir
 from streamctl.training.annotate import label
-from streamctl.training.evidence import load_thinker
 from streamctl.training.material import Material
 from streamctl.training.sft import TWIN
-
-EVIDENCE = ("tokenizer", "evidence")
 
 
 class Models:
@@ -44,8 +39,6 @@ class Models:
         self.run, self.config, self.examples = run, config, examples
         self.device = resolve_device(device)
         self.policy = cache(self._policy)
-        self._say_once = cache(say)
-        self.memo = Memo()
 
     @cached_property
     def split(self) -> Split:
@@ -101,20 +94,6 @@ class Models:
 
         return self.generative(stage, thoughts=thoughts)
 
-    def evidence(self, look_ups: int | None = None, **options: Any) -> EvidenceThinker:
-        """The evidence thinker; as many look-ups as were chosen on validation if not told.
-
-        Validation users trained its reader, so that they cannot judge it: for them it sums.
-        """
-        thinker = load_thinker(
-            self.run, self.device, look_ups=look_ups, material=self.material, **options
-        )
-        thinker.memo = self.memo
-        if self.config.split == "valid" and thinker.reader is not None:
-            thinker.reader = None
-            self._say_once("evidence: by the sum, since validation users trained its reader")
-        return thinker
-
     def baseline(self, name: str) -> Recommender:
         return baseline_class(name).load(self.run.stage(f"baselines/{name}")).to(self.device)
 
@@ -148,12 +127,6 @@ class Row:
     note: str = ""
 
 
-def _most_look_ups(run: RunDir) -> int:
-    """The most look-ups that the run's evidence can make, or would by default."""
-    stage = run.stage("evidence")
-    return stage.manifest["config"]["look_ups"] if stage.complete else EvidenceConfig().look_ups
-
-
 def known_rows(run: RunDir) -> dict[str, Row]:
     """Every row there could be, in the order of the table; TIGER as good as the run has it."""
     own_tiger = run.stage("baselines/tiger").complete
@@ -185,31 +158,6 @@ def known_rows(run: RunDir) -> dict[str, Row]:
             )
             for stage in ("sft", "rl")
         ),
-        Row("stream_evidence", EVIDENCE, Models.evidence),
-        *(
-            Row(
-                f"evidence_l{count}",
-                EVIDENCE,
-                lambda models, count=count: models.evidence(count),
-                control=True,
-                note=f"the same model and settings with {count} look-up{'s' * (count != 1)}",
-            )
-            for count in range(_most_look_ups(run) + 1)  # the row has as many as help
-        ),
-        Row(
-            "random_evidence",
-            EVIDENCE,
-            lambda models: models.evidence(random=models.config.seed),
-            control=True,
-            note="as many rows of other users, drawn at random and weighed alike",
-        ),
-        Row(
-            "wide_evidence",
-            EVIDENCE,
-            lambda models: models.evidence(wide=True),
-            control=True,
-            note="one look-up with as many rows as the most look-ups have together",
-        ),
         Row(
             "no_thinking",
             ("tokenizer", TWIN),
@@ -236,18 +184,14 @@ def known_rows(run: RunDir) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
-WIDE_BEAM = "wide_beam"
-
-
-def choose_rows(run: RunDir, names: tuple[str, ...]) -> tuple[list[Row], bool, list[str]]:
+def choose_rows(run: RunDir, names: tuple[str, ...]) -> tuple[list[Row], list[str]]:
     """The rows to evaluate.
 
     Args:
         names: the wanted ones; empty for all that the run has the stages of.
 
     Returns:
-        the rows; whether the wide beam, which needs the others' latency, is wanted; and the names
-        of rows left out because a stage of theirs is not complete.
+        the rows; and the names of rows left out because a stage of theirs is not complete.
 
     Raises:
         UsageError: an unknown name.
@@ -255,16 +199,16 @@ def choose_rows(run: RunDir, names: tuple[str, ...]) -> tuple[list[Row], bool, l
     """
     rows = known_rows(run)
     for name in names:
-        if name not in rows and name != WIDE_BEAM:
-            raise UsageError(f"unknown method {name!r}; {close_matches(name, [*rows, WIDE_BEAM])}")
+        if name not in rows:
+            raise UsageError(f"unknown method {name!r}; {close_matches(name, rows)}")
     if names:
         chosen = [row for row in rows.values() if row.name in names]
         for row in chosen:
             for stage in row.stages:
                 run.require(stage)
-        return chosen, WIDE_BEAM in names, []
+        return chosen, []
     present = {
         name for name, row in rows.items() if all(run.stage(stage).complete for stage in row.stages)
     }
     chosen = [row for row in rows.values() if row.name in present]
-    return chosen, True, [name for name in rows if name not in present]
+    return chosen, [name for name in rows if name not in present]

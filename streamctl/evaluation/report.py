@@ -23,15 +23,10 @@ TITLES = {
     "stream_pt": "STREAM-Rec pretrained",
     "stream_sft": "STREAM-Rec SFT",
     "stream_rl": "STREAM-Rec RL",
-    "stream_evidence": "STREAM-Rec evidence",
-    **{f"evidence_l{n}": f"evidence, {n} look-up{'s' * (n != 1)}" for n in range(9)},
-    "random_evidence": "random evidence",
-    "wide_evidence": "one wide look-up",
     "no_thinking": "no thinking, as long",
     "random_thinking": "random thoughts, SFT",
     "random_thinking_rl": "random thoughts, RL",
     "oracle_thinking": "oracle thoughts",
-    "wide_beam": "no thinking, wider",
 }
 SAME = "HR@k = recall@k: each user has one target."
 _COLUMNS = ("recall@10", "ndcg@10")  # what fits 80 characters; --json has the rest
@@ -103,13 +98,11 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def plot_all(run: RunDir, result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write the plots there is data for: ndcg.png, look-ups.png, training.png, codes.png."""
+    """Write the plots there is data for: ndcg.png, training.png, codes.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     plots = {"ndcg.png": plot_ndcg(result)}
-    if "evidence_l0" in result["controls"]:
-        plots["look-ups.png"] = plot_look_ups(result)
     curves = training_curves(run)
     if curves:
         plots["training.png"] = plot_training(curves)
@@ -157,34 +150,6 @@ def plot_ndcg(result: Mapping[str, Any]) -> Any:
         f"{result['split']} split, {result['users']:,} users: methods (blue) and controls (grey)",
         loc="left",
     )
-    return figure
-
-
-def plot_look_ups(result: Mapping[str, Any]) -> Any:
-    """Unmasked ndcg@10 after 0, 1, ... look-ups with 95% intervals, beside the controls."""
-    rows = result["controls"]
-    curve = [rows[f"evidence_l{n}"] for n in range(len(rows)) if f"evidence_l{n}" in rows]
-    values = [row["ndcg@10"] for row in curve]
-    below = [row["ndcg@10"] - row["interval"][0] for row in curve]
-    above = [row["interval"][1] - row["ndcg@10"] for row in curve]
-    figure, (axis,) = _figure(7, 4)
-    axis.errorbar(
-        range(len(curve)), values, yerr=[below, above], color=_BLUE, marker="o", capsize=3,
-        label="look-ups of different questions",
-    )  # fmt: skip
-    for place, row in enumerate(curve):
-        axis.annotate(
-            f"{row['ndcg@10']:.4f}\n{row['ms_per_user']:.2f} ms", (place, row["ndcg@10"]), (8, -4),
-            textcoords="offset points", va="top", fontsize="small", color=_MUTED,
-        )  # fmt: skip
-    for name, style in (("wide_evidence", "--"), ("random_evidence", ":")):
-        if name in rows:
-            axis.axhline(rows[name]["ndcg@10"], color=_GREY, linestyle=style, label=TITLES[name])
-    axis.set_xticks(range(len(curve)))
-    axis.set_xlabel("look-ups (milliseconds a user, in batches)")
-    axis.set_ylabel("ndcg@10, seen items left in")
-    axis.set_title(f"{result['split']} split, {result['users']:,} users", loc="left")
-    axis.legend(frameon=False, fontsize="small", loc="lower right")
     return figure
 
 

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 
 from streamctl import config as configs
 from streamctl.errors import StreamctlError, UsageError, close_matches
-from streamctl.evaluation.compare import bootstrap_mean
 from streamctl.evaluation.jobs import (
     JOBS,
     Plan,
@@ -24,10 +23,10 @@ from streamctl.evaluation.jobs import (
     identity,
     job_path,
 )
-from streamctl.evaluation.metrics import gains
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
 from streamctl.files import BROKEN_ZIP
 from streamctl.progress import say, warn
+from streamctl.ranking import bootstrap_mean, gains
 from streamctl.runs import RunDir, atomic_file, provenance, read_json
 
 # recall@5, ndcg@5, recall@10, ndcg@10 as printed elsewhere: leave-one-out, whole catalogue.
@@ -46,13 +45,9 @@ LAST = 255  # a rank as it is kept: all that no metric reads are one
 COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 REFERENCES = ("tiger", "sasrec_ce")  # what every row is compared with
 TWINS = {  # what a thought is measured by: the answer without one (RL's is the twin of SFT)
-    "evidence_l0": (
-        "stream_evidence", *(f"evidence_l{count}" for count in range(1, 9)),
-        "random_evidence", "wide_evidence",
-    ),
     "no_thinking": (
         "stream_sft", "stream_rl", "stream_plain_rl", "random_thinking", "random_thinking_rl",
-        "oracle_thinking", "wide_beam",
+        "oracle_thinking",
     ),
 }  # fmt: skip
 

@@ -11,35 +11,28 @@ import torch
 
 from streamctl.config import EvalConfig, to_dict
 from streamctl.data import Examples, load_data
-from streamctl.evaluation.compare import bootstrap_mean, paired_difference
-from streamctl.evaluation.evaluate import Recommender, evaluate, sample_users
-from streamctl.evaluation.methods import WIDE_BEAM, Models, Row, choose_rows
-from streamctl.evaluation.metrics import gains, nested
+from streamctl.evaluation.methods import Models, Row, choose_rows
 from streamctl.evaluation.report import plot_all
-from streamctl.evaluation.wide import widen
 from streamctl.progress import say
+from streamctl.ranking import (
+    Interval,
+    Recommender,
+    bootstrap_mean,
+    evaluate,
+    gains,
+    paired_difference,
+    sample_users,
+)
 from streamctl.runs import RunDir, Stage, StageWriter
 
 METRICS, RANKS = "metrics.json", "ranks.safetensors"
 TIES = {"keep": "kept", "shuffle": "shuffled", "runs": "shuffled, all runs of ascending ids"}
 # What each row is compared with, besides TIGER: the strongest baseline, and its own controls.
 AGAINST = {
-    "stream_evidence": (
-        "sasrec",
-        "evidence_l0",
-        "evidence_l1",
-        "random_evidence",
-        "wide_evidence",
-    ),
-    "evidence_l0": ("sasrec",),
-    "evidence_l1": ("evidence_l0",),
-    "evidence_l2": ("evidence_l1",),
     "stream_pt": ("sasrec",),
     "stream_sft": ("sasrec", "no_thinking", "random_thinking"),
     "stream_rl": ("sasrec", "no_thinking", "random_thinking_rl", "stream_sft"),
 }
-SLOW = ("stream_sft", "stream_rl")  # the latency that the wide beam gets, the first one present
-FAST = ("no_thinking", "tiger")  # whose beam is widened
 
 
 def evaluate_run(
@@ -48,8 +41,8 @@ def evaluate_run(
     """Evaluate every method and control that the run has the stages of.
 
     Redone whenever a stage it reads, the set of stages, or a setting has changed; the last one is
-    kept as `eval.previous`. Its artifacts hold no timing: latencies, and the wide beam that
-    depends on them, are in the manifest. `read_result` joins them.
+    kept as `eval.previous`. Its artifacts hold no timing: latencies are in the manifest.
+    `read_result` joins them.
 
     Returns:
         the eval stage.
@@ -59,7 +52,7 @@ def evaluate_run(
         StreamctlError: no data stage, or a stage that is read is missing or stale.
     """
     run.require("data")
-    rows, wants_wide, absent = choose_rows(run, config.methods)
+    rows, absent = choose_rows(run, config.methods)
     parents = list(dict.fromkeys(["data", *(stage for row in rows for stage in row.stages)]))
     if absent:
         say(f"not in this run: {', '.join(absent)}")
@@ -76,8 +69,7 @@ def evaluate_run(
         for row in rows:
             if row.name not in table.entries:
                 table.add(row.name, row.make(models))
-        wide = _wide_beam(models, rows, table) if wants_wide else None
-        _publish(run, stage, config, rows, table, wide)
+        _publish(run, stage, config, rows, table)
     return run.stage("eval")
 
 
@@ -125,9 +117,9 @@ class _Table:
             self.stage.log(
                 method=name, masked=masked, **done.metrics, ms_per_user=round(done.ms_per_user, 4)
             )
-        return nested(found[False], found[True])
+        return {**found[False], "masked": found[True]}
 
-    def bootstrap(self, ranks: np.ndarray):
+    def bootstrap(self, ranks: np.ndarray) -> Interval:
         """Interval of a row's own ndcg@10."""
         config = self.config
         return bootstrap_mean(gains(ranks, 10), resamples=config.bootstrap, seed=config.seed)
@@ -149,26 +141,8 @@ class _Table:
                 paired_difference(self.ranks[name + end], self.ranks[other + end], **options)
                 for end in ("", "/masked")
             )
-            found[other] = nested(unmasked.as_dict(), masked.as_dict())
+            found[other] = {**unmasked.as_dict(), "masked": masked.as_dict()}
         return found
-
-
-def _wide_beam(models: Models, rows: list[Row], table: _Table) -> dict[str, Any] | None:
-    """The fast row again, its beam as wide as the slow row's latency allows."""
-    by_name = {row.name: row for row in rows}
-    slow = next((name for name in SLOW if name in by_name), None)
-    fast = next((name for name in FAST if name in by_name), None)
-    if slow is None or fast is None:
-        return None
-    recommender = by_name[fast].make(models)
-    found = widen(recommender, table.examples, table.latency, slow=slow, fast=fast)
-    entry = table.run(WIDE_BEAM, found.recommender)
-    entry["note"] = (
-        f"{fast} with beam {found.beam} instead of {models.config.beam}, "
-        f"to take the {table.latency[slow]:.2f} ms of {slow}"
-    )
-    entry |= {"beam": found.beam, "ms_per_user": table.latency.pop(WIDE_BEAM)}
-    return {"entry": entry, "comparisons": table.compare(WIDE_BEAM)}
 
 
 def _publish(
@@ -177,7 +151,6 @@ def _publish(
     config: EvalConfig,
     rows: list[Row],
     table: _Table,
-    wide: dict[str, Any] | None,
 ) -> None:
     data = run.stage("data")
     groups: dict[str, dict[str, Any]] = {"methods": {}, "controls": {}}
@@ -200,13 +173,9 @@ def _publish(
         "collapsed": any(report["collapsed"] for report in labels.values()),
     }
     stage.save_json(METRICS, result)
-    kept = {
-        name: torch.from_numpy(ranks)
-        for name, ranks in table.ranks.items()
-        if not name.startswith(WIDE_BEAM)
-    }
+    kept = {name: torch.from_numpy(ranks) for name, ranks in table.ranks.items()}
     stage.save_tensors(RANKS, kept | {"users": torch.from_numpy(table.examples.users.copy())})
-    extra = {"latency_ms": table.latency, WIDE_BEAM: wide}
+    extra = {"latency_ms": table.latency}
     plot_all(run, _joined(result, extra), stage.path)
     stage.publish(**extra)
 
@@ -225,7 +194,7 @@ def _labels(run: RunDir, parents: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def read_result(stage: Stage) -> dict[str, Any]:
-    """The whole result of a complete eval stage: metrics.json, the latencies and the wide beam."""
+    """The whole result of a complete eval stage: metrics.json and the latencies."""
     return _joined(stage.json(METRICS), stage.manifest)
 
 
@@ -233,7 +202,4 @@ def _joined(result: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     for group in ("methods", "controls"):
         for name, entry in result[group].items():
             entry["ms_per_user"] = extra["latency_ms"][name]
-    if extra[WIDE_BEAM]:
-        result["controls"][WIDE_BEAM] = extra[WIDE_BEAM]["entry"]
-        result["comparisons"][WIDE_BEAM] = extra[WIDE_BEAM]["comparisons"]
     return result

@@ -29,7 +29,7 @@ from streamctl.files import atomic_file_each, file_hash
 from streamctl.progress import progress_bar, say
 from streamctl.runs import RunDir
 from streamctl.serving.catalogue import Refused
-from streamctl.serving.engine import EVIDENCE, Engine
+from streamctl.serving.engine import Engine
 from streamctl.serving.job import Job
 from streamctl.serving.model import servable
 from streamctl.serving.schemas import Query
@@ -139,7 +139,7 @@ def recommend_file(
 
     Args:
         run: a run with a finished model; items added by a server are known.
-        query: k, think, thinker and the rest of the question; its user is replaced.
+        query: k, think and the rest of the question; its user is replaced.
 
     Returns:
         rows, answered, problems, seconds and rows_per_s of this worker; `complete`, if the
@@ -151,7 +151,7 @@ def recommend_file(
     began = time.monotonic()
     users = Input(source)
     options = query.model_dump(exclude={"user_id", "history", "explain", "deadline_ms"})
-    stage = run.require(EVIDENCE) if query.thinker == EVIDENCE else servable(run)
+    stage = servable(run)
     plan = {"input": file_hash(source), "model": stage.hash, "part": PART, **options}
     job = Bulk(output, plan, run.path / "serving" / "items.jsonl")
     summary = {"rows": 0, "answered": 0, "problems": 0}
@@ -164,8 +164,7 @@ def recommend_file(
     mine = parts[rank * len(parts) // world : (rank + 1) * len(parts) // world]
     left = [part for part in mine if not job.path(part).exists()]
     if left:
-        only = query.thinker == EVIDENCE
-        engine = Engine(run, journal=job.journal, device=device, only_evidence=only)
+        engine = Engine(run, journal=job.journal, device=device)
         total = sum(part.rows for part in mine)
         with progress_bar("recommend", total, "users") as bar:
             bar.start_at(total - sum(part.rows for part in left))

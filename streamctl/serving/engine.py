@@ -1,4 +1,4 @@
-"""The engine: a run's thinkers, live items and live users. It answers queries and knows no HTTP."""
+"""The engine: a run's model, live items and live users. It answers queries and knows no HTTP."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import numpy as np
 import torch
 
 from streamctl.data import load_data
-from streamctl.errors import StreamctlError
-from streamctl.progress import warn
 from streamctl.runs import RunDir
 from streamctl.serving.catalogue import LiveCatalogue, Refused
-from streamctl.serving.explain import Explained, Meanings, Reason
+from streamctl.serving.explain import Explained, Meanings
 from streamctl.serving.job import STRANGER, Job, Reply
 from streamctl.serving.model import servable
 from streamctl.serving.report import run_report
@@ -24,8 +22,6 @@ from streamctl.serving.stream import Stream
 from streamctl.serving.users import LiveUsers
 from streamctl.tokenizer import SemanticIds
 
-STREAM, EVIDENCE = "stream", "evidence"
-
 
 class Engine:
     """One run in service.
@@ -33,7 +29,7 @@ class Engine:
     Questions may be asked from any thread; `recommend` and the catalogue's changes belong to one.
 
     Attributes:
-        thinkers: by name; the first is the one that answers where a query names none.
+        stream: the policy that answers.
     """
 
     def __init__(
@@ -43,30 +39,21 @@ class Engine:
         journal: Path,
         device: str = "auto",
         beam: int = 20,
-        only_evidence: bool = False,
     ):
-        """Load the best finished stage of a run, its evidence, and what came since.
-
-        Args:
-            only_evidence: leave out, and do not check, what does not think by evidence.
+        """Load the best finished stage of a run, and what came since.
 
         Raises:
             StreamctlError: the run cannot be served, or the journal is damaged.
         """
         self.run, self.name, self.beam = run, run.path.resolve().name, beam
-        self.stage = run.require(EVIDENCE) if only_evidence else servable(run)
+        self.stage = servable(run)
         catalog, self.split = load_data(run)
         ids = SemanticIds.load(run.stage("tokenizer"))
         meanings = Meanings(catalog.titles, ids.codes)
-        self.thinkers: dict[str, Any] = {}
-        if self.stage.name != EVIDENCE:
-            self.thinkers[STREAM] = Stream(run, self.stage, ids, meanings, device)
-        if run.stage(EVIDENCE).complete:
-            self._load_evidence(meanings, device)
+        self.stream = Stream(run, self.stage, ids, meanings, device)
         # Nothing below may refer to the engine: after a reload its memory must be free at once.
-        joined = self.thinkers[STREAM].join if STREAM in self.thinkers else _not_read
-        learn = self.thinkers[EVIDENCE].learn if EVIDENCE in self.thinkers else _not_learned
-        self.users = LiveUsers(self.split.log, learn)
+        joined = self.stream.join
+        self.users = LiveUsers(self.split.log)
         self.catalogue = LiveCatalogue(
             catalog, ids, ids.tokens(), run.stage("tokenizer"), journal, joined, self.users
         )
@@ -74,18 +61,8 @@ class Engine:
 
     @property
     def model(self) -> dict[str, Any]:
-        """The stage that answers where a query names no thinker."""
-        return next(iter(self.thinkers.values())).model
-
-    def _load_evidence(self, meanings: Meanings, device: str) -> None:
-        from streamctl.serving.evidence import Evidence
-
-        try:
-            self.thinkers[EVIDENCE] = Evidence(self.run, meanings, device, self.split.history)
-        except StreamctlError as error:
-            if not self.thinkers:
-                raise
-            warn(f"served without its evidence: {error}")
+        """Which run and stage answers."""
+        return self.stream.model
 
     def warm_up(self, batch: int) -> dict[Hashable, float]:
         """Run the paths that queries take, so that the first ones find everything compiled.
@@ -95,21 +72,18 @@ class Engine:
         """
         longest, base = self.split.history, self.catalogue.items.base
         costs = {}
-        for name, thinker in self.thinkers.items():
-            for think in sorted({0, thinker.think}):
-                rows = np.arange(batch * longest).reshape(batch, longest) % base
-                self.recommend([self._trial(rows[0], name, think, explain=True)])
-                jobs = [self._trial(row, name, think, explain=False) for row in rows]
-                began = time.perf_counter()
-                self.recommend(jobs)
-                costs[jobs[0].kind] = (time.perf_counter() - began) / batch
+        for think in sorted({0, self.stream.think}):
+            rows = np.arange(batch * longest).reshape(batch, longest) % base
+            self.recommend([self._trial(rows[0], think, explain=True)])
+            jobs = [self._trial(row, think, explain=False) for row in rows]
+            began = time.perf_counter()
+            self.recommend(jobs)
+            costs[jobs[0].kind] = (time.perf_counter() - began) / batch
         return costs
 
-    def _trial(self, history: np.ndarray, thinker: str, think: int, explain: bool) -> Job:
+    def _trial(self, history: np.ndarray, think: int, explain: bool) -> Job:
         none = np.empty(0, np.int64)
-        return Job(
-            self, history, none, None, 10, think, "greedy", explain, thinker, self._width(10)
-        )
+        return Job(self, history, none, None, 10, think, "greedy", explain, self._width(10))
 
     def prepare(self, query: Query, prefix: str = "") -> Job:
         """A query as a job.
@@ -118,8 +92,7 @@ class Engine:
             prefix: where the query stands in the request, for error messages.
 
         Raises:
-            Refused: an unknown item, user or field; an empty history; a thinker that the run
-                does not have.
+            Refused: an unknown item, user or field; an empty history.
         """
         catalogue, user = self.catalogue, STRANGER
         if query.user_id is not None:
@@ -129,14 +102,8 @@ class Engine:
             seen = catalogue.known(query.history, f"{prefix}/history")
         if not len(seen):
             raise Refused("invalid", f"{prefix}/history", "a history needs an item or more")
-        name, thinker = self._thinker(query, prefix)
-        history = thinker.readable(seen)[-self.split.history :]
-        if not len(history):
-            raise Refused(
-                "invalid",
-                f"{prefix}/history",
-                "the evidence knows none of these items: they were added after it was gathered",
-            )
+        thinker = self.stream
+        history = seen[-self.split.history :]
         denied = [catalogue.items.index_ever(item) for item in query.deny]
         exclude = [np.array([item for item in denied if item is not None], np.int64)]
         if query.exclude_seen:
@@ -150,17 +117,9 @@ class Engine:
             think=thinker.think if query.think == "auto" else min(query.think, thinker.most),
             mode=query.mode,
             explain=query.explain,
-            thinker=name,
             beam=self._width(query.k),
             user=user,
         )
-
-    def _thinker(self, query: Query, prefix: str) -> tuple[str, Any]:
-        name = next(iter(self.thinkers)) if query.thinker == "auto" else query.thinker
-        if name not in self.thinkers:
-            hint = f"this run has no such thinker in service; it has {', '.join(self.thinkers)}"
-            raise Refused("invalid", f"{prefix}/thinker", hint)
-        return name, self.thinkers[name]
 
     def _width(self, k: int) -> int:
         """The engine's beam, doubled until it holds k items."""
@@ -197,9 +156,8 @@ class Engine:
         if not live:
             return answers
         wanted = [jobs[place] for place in live]
-        thinker = self.thinkers[jobs[0].thinker]
         with torch.inference_mode():
-            replies: list[Reply] = thinker.answer(wanted, self.catalogue.trie, removed)
+            replies: list[Reply] = self.stream.answer(wanted, self.catalogue.trie, removed)
         for place, reply in zip(live, replies, strict=True):
             answers[place]["items"] = self._ranked(reply.items, reply.scores)
             if reply.explained is not None:
@@ -227,19 +185,11 @@ class Engine:
                 "words": step.meaning.words,
                 "items": [self._named(item) for item in step.meaning.items],
                 "moved": step.moved,
-                "reasons": [self._reason(reason) for reason in step.reasons],
                 "ranking": self._ranked(step.items, step.scores),
             }
             for step in explained.steps
         ]
         return {"before": self._ranked(explained.items, explained.scores), "steps": steps}
-
-    def _reason(self, reason: Reason) -> dict[str, Any]:
-        had, took = [self._named(item) for item in reason.had], self._named(reason.took)
-        *first, last = [item["title"] for item in had]
-        what = f"{', '.join(first)} and {last}" if first else last
-        text = f"A user who had {what} took {took['title']}."
-        return {"text": text, "had": had, "took": took}
 
     def user(self, user_id: str) -> dict[str, Any]:
         """What the model reads of a user.
@@ -260,11 +210,3 @@ class Engine:
         if self._report is None:
             self._report = run_report(self.run, self.name, self.stage.name)
         return self._report
-
-
-def _not_read(item: int, tokens: np.ndarray) -> None:
-    """What an added item means to thinkers that do not read it."""
-
-
-def _not_learned(user: int, before: np.ndarray, items: np.ndarray) -> None:
-    """What a user has taken, to thinkers that remember nobody."""

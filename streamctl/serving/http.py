@@ -149,11 +149,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
 
 def _served(service: Service) -> dict[str, Any]:
-    thinkers = [
-        {"name": name, "stage": one.model["stage"], "think": one.think, "most": one.most}
-        for name, one in service.engine.thinkers.items()
-    ]
-    return {"status": "ok", "model": service.engine.model, "thinkers": thinkers}
+    stream = service.engine.stream
+    return {"status": "ok", "model": stream.model, "think": stream.think, "most": stream.most}
 
 
 def _add_recommend(app: FastAPI, service: Service) -> None:
@@ -195,7 +192,6 @@ def _answer(job: Any, timed: Any) -> dict[str, Any]:
     return {
         **timed.answer,
         "think": job.think,
-        "thinker": job.thinker,
         "mode": job.mode,
         "model": job.model,
         "timing": {
@@ -285,7 +281,7 @@ def _add_changes(app: FastAPI, service: Service) -> None:
         **options,
     )
     async def take(taken: schemas.Taken) -> dict[str, Any]:
-        """Add what a user took: to the history that is read, and to the evidence for others."""
+        """Add what a user took: to the history that is read."""
         return await service.take(taken)
 
     @app.post(

@@ -1,4 +1,4 @@
-"""A query in the engine's terms, and what a thinker answers it with."""
+"""A query in the engine's terms, and what the model answers it with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ class Job:
         exclude: int64, items that must not be recommended.
         allow: int64, the only items wanted; None for all.
         user: dense number of a user of the log, or STRANGER.
-        thinker: "stream" or "evidence".
         beam: prefixes that the search keeps; it depends on the query alone.
     """
 
@@ -37,7 +36,6 @@ class Job:
     think: int
     mode: str
     explain: bool
-    thinker: str
     beam: int
     user: int = STRANGER
 
@@ -49,12 +47,12 @@ class Job:
     @property
     def kind(self) -> tuple[Hashable, ...]:
         """Jobs that take about equally long."""
-        return self.thinker, self.think, self.mode, self.beam, self.explain
+        return self.think, self.mode, self.beam, self.explain
 
     @property
     def model(self) -> dict[str, Any]:
         """Which run and stage answers."""
-        return self.engine.thinkers[self.thinker].model
+        return self.engine.model
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ _TIMES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.6, 1.0, 2.0, 5
 
 LATENCY = Histogram(
     "streamctl_recommend_seconds",
-    "Time from a recommendation request's arrival to its answer, by thinker and think length.",
-    ["thinker", "think"],
+    "Time from a recommendation request's arrival to its answer, by think length.",
+    ["think"],
     buckets=_TIMES,
 )
 BATCH = Histogram(

@@ -11,11 +11,11 @@ from streamctl.model import Policy
 from streamctl.runs import RunDir, Stage
 from streamctl.tokenizer import SemanticIds
 
-BEST_FIRST = ("rl", "sft", "pretrain", "evidence")
+BEST_FIRST = ("rl", "sft", "pretrain")
 
 
 def best_stage(run: RunDir) -> Stage | None:
-    """The furthest finished stage that holds a model: rl, sft or pretrain, else evidence."""
+    """The furthest finished stage that holds a model: rl, sft or pretrain."""
     stages = (run.stage(name) for name in BEST_FIRST)
     return next((stage for stage in stages if stage.complete), None)
 

@@ -12,7 +12,7 @@ import numpy as np
 from streamctl.runs import RunDir, Stage
 from streamctl.tokenizer import SemanticIds
 
-STAGES = ("data", "tokenizer", "pretrain", "annotate", "sft", "rl", "evidence")
+STAGES = ("data", "tokenizer", "pretrain", "annotate", "sft", "rl")
 MOST_POINTS = 200  # of a curve
 _METRICS = ("recall@", "ndcg@", "coverage@")
 _SILENT = ("seconds", "_s", "lr", "memory", "per_s")

@@ -20,7 +20,6 @@ ItemId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=
 Text = Annotated[str, StringConstraints(max_length=10_000)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=_CLEAN)]
 Mode = Literal["greedy", "joint", "marginal"]
-Thinker = Literal["stream", "evidence"]
 
 
 class _Strict(BaseModel):
@@ -42,17 +41,10 @@ class Query(_Strict):
     k: int = Field(10, ge=1, le=MAX_K, description="Items wanted.")
     think: Annotated[int, Field(ge=0, le=MAX_THINK)] | Literal["auto"] = Field(
         "auto",
-        description='Think tokens, or look-ups of the evidence: 0 is the fast way; "auto" as many '
-        "as it was trained with. The answer says how many there were.",
+        description='Think tokens: 0 is the fast way; "auto" as many as it was trained with. The '
+        "answer says how many there were.",
     )
-    thinker: Thinker | Literal["auto"] = Field(
-        "auto",
-        description='How it thinks: "stream" in tokens, "evidence" by looking up what other users '
-        'took; "auto" is stream where the run has it.',
-    )
-    mode: Mode = Field(
-        "greedy", description="How thoughts of tokens are chosen; evidence has one way."
-    )
+    mode: Mode = Field("greedy", description="How thoughts are chosen.")
     allow: Annotated[list[ItemId], Field(max_length=MAX_LIST)] | None = Field(
         None, description="Only these items."
     )
@@ -89,23 +81,14 @@ class Ranked(BaseModel):
     id: str
     title: str
     score: float = Field(
-        description="Log-probability of the item given history and thought; of evidence: that of "
-        "the state, raised by log(1 + weighted evidence), and corrected where the run has a "
-        "reader; only its order within one answer has a meaning."
+        description="Log-probability of the item given history and thought; only its order within "
+        "one answer has a meaning."
     )
 
 
 class CodeItem(BaseModel):
     id: str
     title: str
-
-
-class Reason(BaseModel):
-    """What another user had and took."""
-
-    text: str = Field(description="In words.")
-    had: list[CodeItem] = Field(description="The latest items of that user, latest first.")
-    took: CodeItem
 
 
 class Step(BaseModel):
@@ -119,7 +102,6 @@ class Step(BaseModel):
     level: int | None = Field(None, description="Level of the code that the token is, if it is.")
     code: int | None = None
     moved: float | None = Field(None, description="Distance the state moved, if it did.")
-    reasons: list[Reason] = Field(description="The heaviest evidence of a look-up.")
 
 
 class Explanation(BaseModel):
@@ -142,7 +124,6 @@ class Timing(BaseModel):
 class Answer(BaseModel):
     items: list[Ranked]
     think: int
-    thinker: Thinker
     mode: Mode
     model: Model
     timing: Timing
@@ -203,19 +184,11 @@ class Reload(_Strict):
     run: Name | None = Field(None, description="By default the present run, read again.")
 
 
-class Available(BaseModel):
-    """A way to think that the present run offers; the first is "auto"."""
-
-    name: Thinker
-    stage: str
-    think: int = Field(description='Tokens or look-ups where a query says "auto".')
-    most: int = Field(description="More than these are not made.")
-
-
 class Health(BaseModel):
     status: Literal["ok", "loading", "draining"]
     model: Model | None = None
-    thinkers: list[Available] = []
+    think: int = Field(0, description='Think tokens where a query says "auto".')
+    most: int = Field(0, description="More think tokens than these are not made.")
 
 
 RunReport = dict[str, Any]

@@ -159,7 +159,7 @@ class Service:
         except Late:
             raise Problem(504, f"no answer within {limit * 1000:.0f} ms") from None
         for job in jobs:
-            metrics.LATENCY.labels(job.thinker, job.think).observe(time.monotonic() - arrived)
+            metrics.LATENCY.labels(job.think).observe(time.monotonic() - arrived)
         return list(zip(jobs, answers, strict=True))
 
     async def overloaded(self) -> Problem | None:

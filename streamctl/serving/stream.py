@@ -1,4 +1,4 @@
-"""The thinker of think tokens in service: the best finished stage of rl, sft and pretrain."""
+"""The policy in service: the best finished stage of rl, sft and pretrain."""
 
 from __future__ import annotations
 
@@ -49,10 +49,6 @@ class Stream:
         known = self._policy.item_tokens
         row = torch.from_numpy(tokens).to(known)[None]
         self._policy.item_tokens = torch.cat([known[:item], row])
-
-    def readable(self, history: np.ndarray) -> np.ndarray:
-        """The items of a history that the model can read: all of them."""
-        return history
 
     def answer(self, jobs: Sequence[Job], trie: PrefixTrie, removed: np.ndarray) -> list[Reply]:
         """Replies to jobs of one group.

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from streamctl.data.log import InteractionLog
-
-# (user, what they had taken before, what they took now): dense numbers, int64 (H,) and (n,)
-Learn = Callable[[int, np.ndarray, np.ndarray], None]
 
 
 class LiveUsers:
@@ -19,11 +14,10 @@ class LiveUsers:
 
     Args:
         log: the run's.
-        learn: called with what every `take` adds.
     """
 
-    def __init__(self, log: InteractionLog, learn: Learn):
-        self._log, self._learn = log, learn
+    def __init__(self, log: InteractionLog):
+        self._log = log
         self.ids = list(log.user_ids)
         self._index = {user: number for number, user in enumerate(self.ids)}
         self._since: dict[int, np.ndarray] = {}
@@ -46,12 +40,10 @@ class LiveUsers:
             items: int64 (n,), oldest first.
         """
         user = self._index.get(user_id, len(self.ids))
-        before = self.taken(user)
-        self._since[user] = np.concatenate([self._since.get(user, before[:0]), items])
+        self._since[user] = np.concatenate([self._since.get(user, np.empty(0, np.int64)), items])
         if user == len(self.ids):
             self.ids.append(user_id)
             self._index[user_id] = user
-        self._learn(user, before, items)
 
     def beginning(self, letters: str, limit: int) -> dict[str, object]:
         """Users whose ids begin so, evenly over all of them."""

@@ -10,8 +10,8 @@ import torch
 from streamctl.decode.beam import recommend
 from streamctl.device import derive_seed
 from streamctl.distributed import ranks
-from streamctl.evaluation.metrics import ranking_metrics, target_ranks
 from streamctl.model.policy import DecoderName, Policy
+from streamctl.ranking import ranking_metrics, target_ranks
 from streamctl.training.material import Material
 
 USERS = 2000

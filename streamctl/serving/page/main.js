@@ -27,5 +27,5 @@ show();
 newest("model", async (signal) => {
   const health = await call("readyz", undefined, signal);
   byId("model").textContent = `${health.model.run}, stage ${health.model.stage}`;
-  startRecommend(health.thinkers);
+  startRecommend(health);
 });

@@ -5,20 +5,16 @@ import { byId, make } from "./dom.js";
 import { clearThought, showThought } from "./thought.js";
 
 const K = 10;
-const UNITS = { stream: "think token", evidence: "look-up" };
-let thinkers = []; // what the run offers: {name, think, most}
-let thinker = null; // the chosen one
 let history = []; // {id, title}
 let options = []; // what the search found
 let chosen = -1; // which of them the arrow keys are on
 
-export function startRecommend(offered) {
-  thinkers = offered;
-  const radios = [...byId("thinkers").querySelectorAll("input")];
-  for (const radio of radios) radio.addEventListener("change", () => choose(radio.value));
-  byId("thinkers").hidden = thinkers.length < 2;
-  radios.find((radio) => radio.value === thinkers[0].name).checked = true;
-  choose(thinkers[0].name);
+export function startRecommend({ think, most }) {
+  const slider = byId("think");
+  slider.max = most;
+  slider.value = think;
+  slider.disabled = most === 0;
+  byId("think-value").textContent = slider.value;
   const search = byId("search");
   search.addEventListener("input", () => find(search.value));
   search.addEventListener("focus", () => find(search.value));
@@ -34,19 +30,8 @@ export function startRecommend(offered) {
   update();
 }
 
-function choose(name) {
-  thinker = thinkers.find((one) => one.name === name);
-  const slider = byId("think");
-  slider.max = thinker.most;
-  slider.value = thinker.think;
-  slider.disabled = thinker.most === 0;
-  byId("think-value").textContent = slider.value;
-  byId("think-label").textContent = { stream: "Think tokens", evidence: "Look-ups" }[name];
-  update();
-}
-
-// `3 look-ups`, `1 think token`
-const steps = (count) => `${count} ${UNITS[thinker.name]}${count === 1 ? "" : "s"}`;
+// `3 think tokens`, `1 think token`
+const steps = (count) => `${count} think token${count === 1 ? "" : "s"}`;
 
 function find(words) {
   newest("search", async (signal) => {
@@ -148,7 +133,7 @@ function update() {
     return newest("recommend", async () => {});
   }
   newest("recommend", async (signal) => {
-    const question = { history: history.map((item) => item.id), k: K, thinker: thinker.name };
+    const question = { history: history.map((item) => item.id), k: K };
     const began = performance.now();
     const fast = await call("v1/recommend", { ...question, think: 0 }, signal);
     const between = performance.now();

@@ -1,4 +1,4 @@
-// The thought as a path from the history over think tokens or look-ups to the items.
+// The thought as a path from the history over think tokens to the items.
 
 import { byId, make } from "./dom.js";
 import { rank } from "./recommend.js";
@@ -12,18 +12,17 @@ export function clearThought() {
 
 const LETTERS = "abcdefgh";
 
-// A think token by its code, a look-up by its number.
-function nameOf(step, index) {
-  if (step.token === null) return `Look-up ${index + 1}`;
+// A think token by its code.
+function nameOf(step) {
   return step.level === null ? `o${step.code}` : `${LETTERS[step.level]}${step.code}`;
 }
 
 export function showThought(answer) {
   const { before, steps } = answer.explain;
   stops = [{ name: "History", words: "before thinking", ranking: before, before: null, step: null }];
-  for (const [index, step] of steps.entries()) {
+  for (const step of steps) {
     stops.push({
-      name: nameOf(step, index),
+      name: nameOf(step),
       words: step.words.slice(0, 3).join(", ") || step.title,
       ranking: step.ranking,
       before: stops[stops.length - 1].ranking,
@@ -81,14 +80,13 @@ function choose(index) {
 }
 
 function meaning(step) {
-  const found = step.reasons.length ? evidence(step) : examples(step);
   const moved = step.moved === null ? null : make("p", { class: "quiet" }, `The state moved by ${step.moved.toFixed(2)}.`);
   const words = step.words.map((word) => make("li", {}, word));
   return [
     make("h3", {}, step.title),
     moved,
     make("ul", { class: "words-list", "aria-label": "What it stands for" }, ...words),
-    ...found,
+    ...examples(step),
   ].filter((one) => one !== null);
 }
 
@@ -97,18 +95,4 @@ const titles = (items) => items.map((item) => make("li", {}, item.title));
 function examples(step) {
   if (!step.items.length) return [];
   return [make("p", {}, "Such as"), make("ul", { class: "plain" }, ...titles(step.items))];
-}
-
-function evidence(step) {
-  const rows = step.reasons.map(({ had, took }) =>
-    make(
-      "li",
-      {},
-      make("span", { class: "quiet" }, "A user who had"),
-      make("ul", { class: "plain" }, ...titles(had)),
-      make("span", { class: "quiet" }, "took "),
-      make("b", {}, took.title),
-    ),
-  );
-  return [make("ul", { class: "reasons", "aria-label": "Evidence" }, ...rows)];
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamctl.device import derive_seed
-from streamctl.evaluation.metrics import gains
+from streamctl.ranking.metrics import gains
 
 _CHUNK = 1 << 24  # resampled values held at a time
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 MISSING = np.iinfo(np.int32).max  # the rank of a target that is not in the list
@@ -61,8 +59,3 @@ def coverage(items: np.ndarray, n_items: int) -> float:
         n_items: size of the catalogue.
     """
     return len(np.unique(items[items >= 0])) / n_items
-
-
-def nested(unmasked: dict[str, Any], masked: dict[str, Any]) -> dict[str, Any]:
-    """A method's entry: seen items left in at the top level, and masked below `masked`."""
-    return {**unmasked, "masked": masked}

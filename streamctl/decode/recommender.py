@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from streamctl.decode.beam import recommend
-from streamctl.decode.ranking import Ranking
 from streamctl.device import derive_seed
 from streamctl.model.policy import Policy
+from streamctl.ranking import Ranking
 from streamctl.tokenizer.tokens import Tokens
 from streamctl.tokenizer.trie import PrefixTrie
 
@@ -22,7 +22,7 @@ Thoughts = Callable[[torch.Tensor, np.ndarray], torch.Tensor]  # (history, users
 
 @dataclass(frozen=True)
 class PolicyRecommender:
-    """`evaluation.evaluate.Recommender` over one of a policy's decoders.
+    """`ranking.Recommender` over one of a policy's decoders.
 
     Attributes:
         policy, trie: the model, on its device, and the catalogue it may recommend.
@@ -46,29 +46,32 @@ class PolicyRecommender:
     margin: float | None = None
     exact: bool = False
 
-    def rank(
+    def recommend(
         self,
-        history: torch.Tensor,
+        histories: torch.Tensor,
         k: int,
         *,
         users: np.ndarray | None = None,
-        exclude: list[np.ndarray] | None = None,
+        think: int | None = None,
+        exclude: Sequence[np.ndarray] | None = None,
+        allow: Sequence[np.ndarray | None] | None = None,
     ) -> Ranking:
         """The k best items for each history; `users` is only needed for given thoughts.
 
         A beam narrower than k finds no more than its width; the rest are -1.
         """
-        history = history.to(self.policy.item_tokens.device)
+        histories = histories.to(self.policy.item_tokens.device)
         ranking, _ = recommend(
             self.policy,
             self.trie,
-            history,
+            histories,
             min(k, self.beam),
-            think=self.think,
+            think=self.think if think is None else think,
             beam=self.beam,
             decoder=self.decoder,
-            thoughts=None if self.thoughts is None else self.thoughts(history, users),
+            thoughts=None if self.thoughts is None else self.thoughts(histories, users),
             exclude=exclude,
+            allow=allow,
             seed=self.seed,
             mode=self.mode,
             margin=self.margin,

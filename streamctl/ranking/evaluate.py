@@ -5,41 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from streamctl.data import Examples
-from streamctl.decode.ranking import Ranking
 from streamctl.device import derive_seed
 from streamctl.distributed import ranks
-from streamctl.evaluation.metrics import DEPTH, coverage, ranking_metrics, target_ranks
 from streamctl.progress import progress_bar
+from streamctl.ranking.metrics import DEPTH, coverage, ranking_metrics, target_ranks
+from streamctl.ranking.recommender import Recommender
 
 _WARM_UP = 8  # users ranked before the clock starts: compilation and first allocations
-
-
-class Recommender(Protocol):
-    """What the evaluator asks of a method."""
-
-    def rank(
-        self,
-        history: torch.Tensor,
-        k: int,
-        *,
-        users: np.ndarray | None = None,
-        exclude: list[np.ndarray] | None = None,
-    ) -> Ranking:
-        """The k best items of the whole catalogue for each history.
-
-        Args:
-            history: int64 (B, H) item indexes, oldest first, -1 on the right.
-            k: length of the ranking.
-            users: int64 (B,) dense user indexes, for methods that learn about single users.
-            exclude: items that must not be recommended to each user.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -86,13 +63,12 @@ def evaluate(
     found = np.zeros(len(examples), dtype=np.int32)
     top = np.zeros((len(examples), 10), dtype=np.int64)
     _rank(recommender, examples, np.arange(min(_WARM_UP, len(examples))), masked)
-    _saved(recommender)
     spent = 0.0
     with progress_bar(title or "evaluate", len(examples), "users") as bar:
         for index in ranks().mine(list(batches_by_length(examples.lengths, batch))):
             began = time.perf_counter()
             items = _rank(recommender, examples, index, masked)
-            spent += time.perf_counter() - began + _saved(recommender)
+            spent += time.perf_counter() - began
             found[index] = target_ranks(items, examples.targets[index])
             top[index] = -1
             top[index, : items.shape[1]] = items[:, :10]
@@ -108,17 +84,8 @@ def _rank(
 ) -> np.ndarray:
     history = torch.from_numpy(examples.histories(index))
     exclude = examples.seen(index) if masked else None
-    ranking = recommender.rank(history, DEPTH, users=examples.users[index], exclude=exclude)
+    ranking = recommender.recommend(history, DEPTH, users=examples.users[index], exclude=exclude)
     return ranking.items.cpu().numpy()
-
-
-def _saved(recommender: Recommender) -> float:
-    """Seconds of work that the last call took over from another row's, counted as its own."""
-    memo = getattr(recommender, "memo", None)
-    if memo is None:
-        return 0.0
-    saved, memo.saved_s = memo.saved_s, 0.0
-    return saved
 
 
 def batches_by_length(lengths: np.ndarray, batch: int) -> Iterator[np.ndarray]:
