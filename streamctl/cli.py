@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib.metadata import version
 
 import typer
 
-from streamctl import __version__
 from streamctl.distributed import is_main, joined
 from streamctl.errors import StreamctlError
 
@@ -38,7 +38,7 @@ DATA_COMMANDS = (
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"streamctl {__version__}")
+        typer.echo(f"streamctl {version('streamctl')}")
         raise typer.Exit
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from streamctl.errors import StreamctlError, UsageError
 from streamctl.files import atomic_file, disk_errors, read_json
 from streamctl.progress import warn
 from streamctl.provenance import provenance
-from streamctl.stage import MANIFEST, Stage, StageWriter
+from streamctl.stage import MANIFEST, Stage, StageWriter, command_for
 
 __all__ = [
     "MANIFEST",
@@ -42,22 +41,6 @@ __all__ = [
     "read_json",
 ]
 
-COMMANDS = {
-    "data": "data prepare SOURCE",
-    "tokenizer": "tokenize",
-    "think-curve": "eval --think-curve",
-    "beam-losses": "eval --decode exact",
-    "baselines/no_thinking": "run",
-}
-
-
-def command_for(stage: str) -> str:
-    """The command that makes a stage: `tokenize` for "tokenizer", `baseline NAME`, ..."""
-    if stage in COMMANDS:
-        return COMMANDS[stage]
-    name = stage.removeprefix("baselines/")
-    return name if name == stage else f"baseline {name}"
-
 
 class RunDir:
     """A run's folder. `RunDir(path)` makes it when the first stage begins."""
@@ -67,27 +50,15 @@ class RunDir:
 
     def command(self, stage: str) -> str:
         """The command line that makes `stage` of this run."""
-        return f"streamctl {command_for(stage)} --run {shlex.quote(str(self.path))}"
+        return self.stage(stage).command
 
     def again(self, name: str, changes: Sequence[str] = ()) -> str:
-        """The command line that makes a stage anew, with the settings that its config.toml has.
-
-        Args:
-            changes: `stage.key=value` texts of the settings that are to differ.
-        """
-        folder, command = self.path / name, self.command(name)
-        if command_for(name) == "run":  # which does nothing again
-            old = shlex.quote(str(folder))
-            return f"mv {old} {old}.previous, then {command}"
-        made = folder / "config.toml"
-        # Of the data its command asks for the source; what else there is to it was typed, too.
-        kept = f" --config {shlex.quote(str(made))}" if made.is_file() and name != "data" else ""
-        sets = [f"--set {shlex.quote(text)}" for text in changes]
-        return " ".join([command + kept, *sets, "--force"])
+        """The command line that makes a stage anew (`Stage.again`)."""
+        return self.stage(name).again(changes)
 
     def stage(self, name: str) -> Stage:
         """A stage, complete or not."""
-        return Stage(self, name)
+        return Stage(self.path, name)
 
     def _check_folder(self) -> None:
         """Refuse a run whose path is, or goes through, a file."""
@@ -144,7 +115,7 @@ class RunDir:
         """
         self._check_folder()
         hashes = {parent: self.require(parent).hash for parent in parents}
-        writer = StageWriter(self, name, config, hashes)
+        writer = StageWriter(self.path, name, config, hashes)
         job = ranks()
         job.agree()  # all have read what the main process is about to change
         if not job.main:

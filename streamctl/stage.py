@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,21 +21,59 @@ from streamctl.errors import StreamctlError
 from streamctl.files import atomic_file, disk_errors, file_hash, read_json, tensors_hash
 from streamctl.provenance import provenance
 
-if TYPE_CHECKING:
-    from streamctl.runs import RunDir
-
 SCHEMA = 1
 MANIFEST = "manifest.json"
+COMMANDS = {
+    "data": "data prepare SOURCE",
+    "tokenizer": "tokenize",
+    "think-curve": "eval --think-curve",
+    "beam-losses": "eval --decode exact",
+    "baselines/no_thinking": "run",
+}
 _ESSENTIAL = {"hash", "artifacts", "parents", "config"}  # of a manifest of any version
 
 
-class Stage:
-    """A finished stage, to read."""
+def command_for(stage: str) -> str:
+    """The command that makes a stage: `tokenize` for "tokenizer", `baseline NAME`, ..."""
+    if stage in COMMANDS:
+        return COMMANDS[stage]
+    name = stage.removeprefix("baselines/")
+    return name if name == stage else f"baseline {name}"
 
-    def __init__(self, run: RunDir, name: str):
-        self.run = run
-        self.name = name
-        self.path = run.path / name
+
+class Stage:
+    """A finished stage, to read.
+
+    Args:
+        root: the run's folder.
+        name: the stage's folder below it.
+    """
+
+    def __init__(self, root: Path, name: str):
+        self.root, self.name = root, name
+        self.path = root / name
+
+    @property
+    def command(self) -> str:
+        """The command line that makes this stage."""
+        return f"streamctl {command_for(self.name)} --run {shlex.quote(str(self.root))}"
+
+    def again(self, changes: Sequence[str] = ()) -> str:
+        """The command line that makes this stage anew, with the settings of its config.toml.
+
+        Args:
+            changes: `stage.key=value` texts of the settings that are to differ.
+        """
+        if command_for(self.name) == "run":  # which does nothing again
+            old = shlex.quote(str(self.path))
+            return f"mv {old} {old}.previous, then {self.command}"
+        made = self.path / "config.toml"
+        # Of the data its command asks for the source; what else there is to it was typed, too.
+        kept = (
+            f" --config {shlex.quote(str(made))}" if made.is_file() and self.name != "data" else ""
+        )
+        sets = [f"--set {shlex.quote(text)}" for text in changes]
+        return " ".join([self.command + kept, *sets, "--force"])
 
     @property
     def complete(self) -> bool:
@@ -48,16 +87,16 @@ class Stage:
             StreamctlError: it is missing, no JSON, or not as it was written.
         """
         path = self.path / MANIFEST
-        manifest = read_json(path, run=self._again)
+        manifest = read_json(path, run=self.again())
         if not isinstance(manifest, dict) or not manifest.keys() >= _ESSENTIAL:
             raise StreamctlError(
-                "the manifest is damaged (it is not one of a stage)", where=path, run=self._again
+                "the manifest is damaged (it is not one of a stage)", where=path, run=self.again()
             )
         if "seal" in manifest and manifest["seal"] != _seal(manifest):
             raise StreamctlError(
                 "the manifest is damaged (its seal differs from what it says)",
                 where=path,
-                run=self._again,
+                run=self.again(),
             )
         return manifest
 
@@ -71,7 +110,7 @@ class Stage:
         return [
             parent
             for parent, seen in self.manifest["parents"].items()
-            if not self.run.stage(parent).complete or self.run.stage(parent).hash != seen
+            if not (made := Stage(self.root, parent)).complete or made.hash != seen
         ]
 
     def file(self, name: str) -> Path:
@@ -82,19 +121,15 @@ class Stage:
         """
         if name not in self.manifest["artifacts"]:
             raise StreamctlError(
-                f"stage {self.name} has no artifact {name}", where=self.path, run=self._again
+                f"stage {self.name} has no artifact {name}", where=self.path, run=self.again()
             )
         path = self.path / name
         if not path.is_file():
             raise self._artifact("is missing", path)
         return path
 
-    @property
-    def _again(self) -> str:
-        return self.run.again(self.name)
-
     def _artifact(self, problem: str, path: Path) -> StreamctlError:
-        return StreamctlError(f"artifact {problem}", where=path, run=self._again)
+        return StreamctlError(f"artifact {problem}", where=path, run=self.again())
 
     def array(self, name: str) -> np.ndarray:
         """A `.npy` artifact."""
@@ -124,8 +159,8 @@ class StageWriter(Stage):
     `resumed` is true when a checkpoint of an interrupted run with the same settings was found.
     """
 
-    def __init__(self, run: RunDir, name: str, config: Any, parents: Mapping[str, str]):
-        super().__init__(run, name)
+    def __init__(self, root: Path, name: str, config: Any, parents: Mapping[str, str]):
+        super().__init__(root, name)
         self.config = config
         self.parents = dict(parents)
         self.started = time.monotonic()
@@ -227,7 +262,7 @@ class StageWriter(Stage):
             raise StreamctlError(
                 "the checkpoint is damaged (its hash differs)",
                 where=file,
-                run=f"{self.run.command(self.name)} after removing it: the stage begins anew",
+                run=f"{self.command} after removing it: the stage begins anew",
             )
         log = self.path / "metrics.jsonl"
         if is_main() and log.exists():

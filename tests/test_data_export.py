@@ -81,7 +81,10 @@ def test_what_is_exported_reads_back_as_the_same_data(strange, plain, tmp_path, 
     assert all(file.name.endswith(f".{compression}") for file in files) or compression == "none"
     stage = read_back(folder, tmp_path)
     assert stage.json("statistics.json")["format"] == sink.source
-    (catalog, split), (same_catalog, same_split) = load_data(stage.run), load_data(original)
+    (catalog, split), (same_catalog, same_split) = (
+        load_data(RunDir(stage.root)),
+        load_data(original),
+    )
     assert catalog.ids == same_catalog.ids
     assert catalog.titles == same_catalog.titles
     held = set(same_catalog.fields).intersection(sink.columns or same_catalog.fields)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import shutil
 import subprocess
 import sys
@@ -13,37 +12,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-
-# A layer may import from the ones after it, never from one before it.
-LAYERS = (
-    {"cli", "__main__"},
-    {"commands"},
-    {"pipeline"},
-    {"serving"},
-    {"training", "baselines", "evaluation"},
-    {"decode"},
-    {"model"},
-    {"tokenizer", "retrieval"},
-    {"data"},
-    {
-        "config",
-        "runs",
-        "stage",
-        "provenance",
-        "device",
-        "distributed",
-        "errors",
-        "files",
-        "progress",
-    },
-)
-
-
-def rank_of(package: str) -> int:
-    for rank, names in enumerate(LAYERS):
-        if package in names:
-            return rank
-    raise AssertionError(f"streamctl.{package} is in no layer: add it to LAYERS and DESIGN")
 
 
 def imports_of(path: Path) -> set[str]:
@@ -59,18 +27,6 @@ def imports_of(path: Path) -> set[str]:
 
 def source_files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", source_files("streamctl"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_never_point_upward(path):
-    parts = path.relative_to(ROOT / "streamctl").with_suffix("").parts
-    if parts == ("__init__",):
-        return
-    own = rank_of(parts[0])
-    for name in imports_of(path):
-        match = re.match(r"streamctl\.(\w+)", name)
-        if match and match[1] not in ("kernels", "__version__"):
-            assert rank_of(match[1]) >= own, f"{path.name} imports {name}, which lies above it"
 
 
 def test_kernels_import_nothing_of_streamctl():

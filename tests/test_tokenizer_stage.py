@@ -71,12 +71,12 @@ def test_the_stage_writes_what_later_stages_read(shop, tmp_path, change):
     assert stage.array("codebooks.npy").shape[:2] == (3, 8)
     vectors = stage.array("item_vectors.npy")
     assert vectors.shape == (200, 16)
-    rows = unit_vectors(stage.run)
+    rows = unit_vectors(RunDir(stage.root))
     assert rows.dtype == np.float32 and np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     assert np.allclose(rows, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), atol=1e-5)
     assert stage.array("neighbours.npy").shape == (200, 50)
 
-    catalog = Catalog.load(stage.run.stage("data"))
+    catalog = Catalog.load(RunDir(stage.root).stage("data"))
     index = stage.json("index.json")
     assert index[catalog.ids[3]][1] == f"<b_{ids.codes[3, 1]}>"
     tokenizer = Tokenizer.load(stage)

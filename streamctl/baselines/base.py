@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -12,10 +12,8 @@ from torch import nn
 from streamctl.config import BaselineConfig, resolve
 from streamctl.data import Split, load_data
 from streamctl.ranking import Ranking, rank_scores
-
-if TYPE_CHECKING:
-    from streamctl.runs import RunDir, Stage, StageWriter
-    from streamctl.training.loop import Batch
+from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.training.loop import Batch
 
 WEIGHTS = "model.safetensors"
 
@@ -62,7 +60,7 @@ class Baseline(nn.Module):
         from safetensors.torch import load_file
 
         config = resolve(BaselineConfig, base=stage.manifest["config"])
-        model = cls.build(stage.run, config)
+        model = cls.build(RunDir(stage.root), config)
         model.load_state_dict(load_file(stage.file(WEIGHTS)))
         return model.eval()
 

@@ -71,7 +71,7 @@ class Tiger(Baseline):
     @classmethod
     def load(cls, stage: Stage) -> Self:
         config = resolve(BaselineConfig, base=stage.manifest["config"])
-        return cls(config, Policy.load(stage.path, cls._item_tokens(stage.run)[1])).eval()
+        return cls(config, Policy.load(stage.path, cls._item_tokens(RunDir(stage.root))[1])).eval()
 
     def save(self, stage: StageWriter) -> None:
         for name in self.policy.save(stage.path):

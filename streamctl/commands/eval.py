@@ -112,6 +112,7 @@ def render(stage: Stage, json_: bool, *, strict: bool = False) -> None:
     from streamctl.errors import StreamctlError
     from streamctl.evaluation.report import show
     from streamctl.evaluation.stage import read_result
+    from streamctl.runs import RunDir
 
     result = read_result(stage)
     if json_:
@@ -122,6 +123,6 @@ def render(stage: Stage, json_: bool, *, strict: bool = False) -> None:
     if strict and result["collapsed"]:
         raise StreamctlError(
             "the think labels have collapsed",
-            where=stage.run.path,
-            run=stage.run.again("annotate", ["annotate.fit_epochs=0"]),
+            where=stage.root,
+            run=RunDir(stage.root).again("annotate", ["annotate.fit_epochs=0"]),
         )

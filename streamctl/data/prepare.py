@@ -86,7 +86,7 @@ def _check_unchanged(stage: Stage) -> None:
             raise StreamctlError(
                 "the file has changed since the data stage was made of it",
                 where=name,
-                run=f"{stage.run.command('data')} --force",
+                run=f"{stage.command} --force",
             )
 
 

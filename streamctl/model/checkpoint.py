@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from streamctl.errors import StreamctlError
+from streamctl.model.backbone import BackboneConfig
 from streamctl.runs import atomic_file, read_json
 from streamctl.tokenizer.tokens import Tokens
 
-if TYPE_CHECKING:
-    from streamctl.model.policy import Policy, PolicyConfig
 
-
-def huggingface_config(config: PolicyConfig, start: int) -> dict[str, Any]:
+def huggingface_config(shape: BackboneConfig, start: int) -> dict[str, Any]:
     """config.json of transformers' T5; `start` is the token that its decoder begins with."""
-    shape = config.backbone
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
@@ -52,11 +50,16 @@ def huggingface_config(config: PolicyConfig, start: int) -> dict[str, Any]:
     }
 
 
-def save(policy: Policy, folder: Path) -> list[str]:
-    """Write `policy` into `folder`; returns the names of the files, relative to it."""
-    weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()
-    }
+def save(
+    state: Mapping[str, torch.Tensor], config: Any, shape: BackboneConfig, folder: Path
+) -> list[str]:
+    """Write a policy into `folder`; returns the names of the files, relative to it.
+
+    Args:
+        state: its weights by name.
+        config: its PolicyConfig, a dataclass; shape: of its T5.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def part(*prefixes: str) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in weights.items() if name.startswith(prefixes)}
@@ -71,9 +74,9 @@ def save(policy: Policy, folder: Path) -> list[str]:
         "thinker.safetensors": part("thinker."),
     }
     texts = {
-        "config.json": huggingface_config(policy.config, Tokens.THINK),
-        "direct/config.json": huggingface_config(policy.config, Tokens.BOS),
-        "policy.json": dataclasses.asdict(policy.config),
+        "config.json": huggingface_config(shape, Tokens.THINK),
+        "direct/config.json": huggingface_config(shape, Tokens.BOS),
+        "policy.json": dataclasses.asdict(config),
     }
     (folder / "direct").mkdir(parents=True, exist_ok=True)
     for name, content in tensors.items():
@@ -85,31 +88,18 @@ def save(policy: Policy, folder: Path) -> list[str]:
     return [*tensors, *texts]
 
 
-def load(cls: type[Policy], folder: Path, item_tokens: torch.Tensor) -> Policy:
-    """The policy in `folder`, on the CPU in evaluation mode.
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The values of the PolicyConfig in `folder`, and the weights by name.
 
     Raises:
-        StreamctlError: a file is missing, damaged, or of another shape.
+        StreamctlError: a file is missing or damaged.
     """
-    from streamctl.model.policy import PolicyConfig
-
     values = read_json(folder / "policy.json")
-    try:
-        config = PolicyConfig(**{**values, "sizes": tuple(values["sizes"])})
-    except (TypeError, KeyError) as error:
-        raise StreamctlError(f"not a policy: {error}", where=folder / "policy.json") from error
-    policy = cls(config, item_tokens)
     weights = _read(folder / "model.safetensors")
     for name, tensor in _read(folder / "direct" / "model.safetensors").items():
         if name.startswith("decoder."):
             weights[name.replace("decoder.", "direct.", 1)] = tensor
-    weights |= _read(folder / "thinker.safetensors")
-    try:
-        policy.load_state_dict(weights)
-    except RuntimeError as error:
-        problem = str(error).splitlines()[-1].strip()
-        raise StreamctlError(f"weights do not fit: {problem}", where=folder) from error
-    return policy.eval()
+    return values, weights | _read(folder / "thinker.safetensors")
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from streamctl.errors import StreamctlError
-from streamctl.model import frozen
+from streamctl.model import checkpoint, frozen
 from streamctl.model.backbone import BackboneConfig, Decoder, Encoder, Memory, initialise
 from streamctl.model.frozen import Branches
 from streamctl.model.legal import LegalCodes
@@ -370,9 +370,7 @@ class Policy(nn.Module):
 
     def save(self, folder: str | Path) -> list[str]:
         """Write the policy; see `streamctl.model.checkpoint`. Returns the files' names."""
-        from streamctl.model.checkpoint import save
-
-        return save(self, Path(folder))
+        return checkpoint.save(self.state_dict(), self.config, self.config.backbone, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, item_tokens: torch.Tensor) -> Policy:
@@ -381,6 +379,16 @@ class Policy(nn.Module):
         Raises:
             StreamctlError: a file is missing, damaged, or of another shape.
         """
-        from streamctl.model.checkpoint import load
-
-        return load(cls, Path(folder), item_tokens)
+        folder = Path(folder)
+        values, weights = checkpoint.load(folder)
+        try:
+            config = PolicyConfig(**{**values, "sizes": tuple(values["sizes"])})
+        except (TypeError, KeyError) as error:
+            raise StreamctlError(f"not a policy: {error}", where=folder / "policy.json") from error
+        policy = cls(config, item_tokens)
+        try:
+            policy.load_state_dict(weights)
+        except RuntimeError as error:
+            problem = str(error).splitlines()[-1].strip()
+            raise StreamctlError(f"weights do not fit: {problem}", where=folder) from error
+        return policy.eval()

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,6 @@ from fastapi.responses import FileResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 
-from streamctl import __version__
 from streamctl.serving import metrics, problems, schemas
 from streamctl.serving.closing import FIRST_REQUEST_S
 from streamctl.serving.limits import Limits
@@ -52,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(
         title="streamctl",
-        version=__version__,
+        version=version("streamctl"),
         description="Recommendations by slow thinking, and the thoughts behind them.",
         lifespan=lifespan,
         redoc_url=None,

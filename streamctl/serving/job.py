@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from streamctl.serving.engine import Engine
-    from streamctl.serving.explain import Explained
+from streamctl.serving.explain import Explained
 
 STRANGER = -1
 
@@ -28,7 +26,7 @@ class Job:
         beam: prefixes that the search keeps; it depends on the query alone.
     """
 
-    engine: Engine
+    engine: Any  # the one that prepared it
     history: np.ndarray
     exclude: np.ndarray
     allow: np.ndarray | None

@@ -206,7 +206,7 @@ def check_strict(stage: Stage, strict: bool) -> Stage:
         raise StreamctlError(
             "the think labels have collapsed (--strict)",
             where=stage.path / "report.json",
-            run=stage.run.again("annotate", ["annotate.fit_epochs=0"]),
+            run=stage.again(["annotate.fit_epochs=0"]),
         )
     return stage
 
