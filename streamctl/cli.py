@@ -79,6 +79,8 @@ def main() -> None:
     """
     if not is_main():
         _silence()
+    for stream in (sys.stdout, sys.stderr):  # a terminal without the characters gets their codes
+        stream.reconfigure(errors="backslashreplace")
     # OpenMP's threads spin while they wait. Beside another busy process that costs most of the
     # machine (training was 8 times slower), so that they sleep here; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -98,21 +100,21 @@ def _silence() -> None:
     from streamctl.progress import console
 
     console.quiet = True
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
 
 
 def _report(error: BaseException) -> int:
-    from rich.console import Console
+    from streamctl.progress import plain_console
 
     alike = not is_main() and not joined()  # the first process fails in the same way and says so
-    console = Console(stderr=True, soft_wrap=True, quiet=alike)
+    console = plain_console(stderr=True, soft_wrap=True, quiet=alike)
     if isinstance(error, KeyboardInterrupt):
         console.print("interrupted: the same command continues", style="yellow")
         return 130
     if isinstance(error, StreamctlError):
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        console.print(f"error: {error}", style="red")
         return error.exit_code
     where = f"{error.filename}: " if getattr(error, "filename", None) else ""
     text = f"error: {where}{error.strerror or error}"
-    console.print(text, style="red", markup=False, highlight=False)
+    console.print(text, style="red")
     return 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,10 +13,11 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from streamctl.distributed import is_main
 from streamctl.errors import StreamctlError
+from streamctl.progress import warn
 
 # What zipfile raises while it reads a damaged archive.
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
@@ -73,9 +76,32 @@ def disk_errors(path: Path) -> Iterator[None]:
 def _sync_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with suppress(OSError):  # some network file systems sync files alone
+            os.fsync(folder)
     finally:
         os.close(folder)
+
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+def lock(file: TextIO, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; False if another process has it (`wait`: until not).
+
+    On a file system without locks (some network mounts) it warns and goes on.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn(
+            f"{Path(file.name).parent}: this file system has no locks; "
+            "let one command at a time work here"
+        )
+    return True
 
 
 def file_hash(path: Path) -> str:
@@ -104,11 +130,11 @@ def read_json(path: Path, *, run: str | None = None) -> Any:
         StreamctlError: it cannot be read or is not JSON, with file and line.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StreamctlError(f"cannot be read: {error.strerror}", where=path, run=run) from error
     except UnicodeDecodeError as error:
-        raise StreamctlError("not a text file", where=path, run=run) from error
+        raise StreamctlError("not a text file in UTF-8", where=path, run=run) from error
     except json.JSONDecodeError as error:
         what = f"not JSON: {error.msg}"
         raise StreamctlError(what, where=path, line=error.lineno, run=run) from error

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,8 +18,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
 LINE_EVERY_S = 15.0
+
+
+def plain_console(**options: Any) -> Console:
+    """A rich console that prints texts as they are: no markup, no emoji codes, no highlighting.
+
+    Titles, ids and paths may hold anything, `[/b]` and `:smile:` too; styles go by `style=`.
+    """
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+console = plain_console(stderr=True)
 
 
 class Bar:
@@ -61,11 +72,11 @@ def progress_bar(title: str, total: int, unit: str = "steps") -> Iterator[Bar]:
         yield Bar(title, total, unit, None)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
@@ -74,9 +85,9 @@ def progress_bar(title: str, total: int, unit: str = "steps") -> Iterator[Bar]:
 
 def say(text: str) -> None:
     """A line of information on stderr."""
-    console.print(text, highlight=False)
+    console.print(text)
 
 
 def warn(text: str) -> None:
     """A warning on stderr, in yellow."""
-    console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+    console.print(f"warning: {text}", style="yellow")

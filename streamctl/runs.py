@@ -13,7 +13,6 @@ file or the new one and never half of one.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import shutil
@@ -25,7 +24,7 @@ from typing import Any
 from streamctl.config import BEFORE, as_text, to_dict
 from streamctl.distributed import SINGLE, ranks
 from streamctl.errors import StreamctlError, UsageError
-from streamctl.files import atomic_file, disk_errors, read_json
+from streamctl.files import atomic_file, disk_errors, lock, read_json
 from streamctl.progress import warn
 from streamctl.provenance import provenance
 from streamctl.stage import MANIFEST, Stage, StageWriter, command_for
@@ -156,7 +155,7 @@ class RunDir:
                 )
             _write_config(writer.path / "config.toml", config)
             with atomic_file(progress / "state.json") as path:
-                path.write_text(json.dumps(state))
+                path.write_text(json.dumps(state), encoding="utf-8")
         for leftover in writer.path.rglob(".*.part"):  # of a process that was killed
             leftover.unlink()
         if same and not writer.resumed:
@@ -208,19 +207,17 @@ class RunDir:
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        lock = self.path / f".{name.replace('/', '-')}.lock"
-        with disk_errors(lock):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            handle = open(lock, "w")  # noqa: SIM115 - closed below, outside of the disk's errors
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+        path = self.path / f".{name.replace('/', '-')}.lock"
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+        with file:
+            if not lock(file):
                 raise StreamctlError(
                     f"another process works on stage {name}",
                     where=self.path,
                     run="wait for it to end, or use another --run",
-                ) from error
+                )
             yield
 
 

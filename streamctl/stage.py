@@ -196,7 +196,9 @@ class StageWriter(Stage):
 
     def save_json(self, name: str, value: Any) -> None:
         with self.writing(name) as path:
-            path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            path.write_text(
+                json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
     def save_table(self, name: str, table: Any) -> None:
         """Write a pyarrow table as parquet."""
@@ -217,7 +219,7 @@ class StageWriter(Stage):
         if not is_main():
             return
         path = self.path / "metrics.jsonl"
-        with disk_errors(path), open(path, "a") as handle:
+        with disk_errors(path), open(path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(metrics) + "\n")
 
     def save_checkpoint(self, tensors: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -296,7 +298,7 @@ class StageWriter(Stage):
         manifest = json.loads(json.dumps(manifest))
         manifest["seal"] = _seal(manifest)
         with atomic_file(self.path / MANIFEST) as path:
-            path.write_text(json.dumps(manifest, indent=1) + "\n")
+            path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(self._progress, ignore_errors=True)
 
 

@@ -12,7 +12,8 @@ from conftest import ROOT
 
 # Lowest first. A file of the package's own folder is a layer by itself.
 LAYERS = (
-    "errors", "progress", "distributed", "device", "files", "config", "provenance", "stage", "runs",
+    "cache", "errors", "progress", "distributed", "device", "files", "config", "provenance",
+    "stage", "runs",
     "kernels", "data", "tokenizer", "retrieval", "ranking", "model", "decode", "training",
     "baselines", "evaluation", "pipeline", "serving", "commands", "cli", "__init__", "__main__",
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -50,8 +51,9 @@ Force = Annotated[
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    """One JSON object on stdout; other letters than ASCII as codes where stdout is not UTF-8."""
+    ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=ascii_only))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
@@ -59,8 +61,9 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
     Where it is wider than the terminal its cells break into lines, short names last of all.
     """
-    from rich.console import Console
     from rich.table import Table
+
+    from streamctl.progress import plain_console
 
     table = Table(title=title, title_justify="left")
     whole = all(len(str(row[0])) <= NAME_WIDTH for row in rows)
@@ -70,7 +73,7 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
         table.add_column(column, justify=justify, overflow="fold", no_wrap=first and whole)
     for row in rows:
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def print_stage(stage: Any, json_: bool, rows: list[list[Any]]) -> None:

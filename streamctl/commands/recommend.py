@@ -135,32 +135,32 @@ def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
 
 def show(answer: dict[str, Any]) -> None:
     """Print history, thought and ranking."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    console.print(f"[bold]History[/] ({answer['model']['stage']} of {answer['model']['run']})")
+    from streamctl.progress import plain_console
+
+    console = plain_console()
+    console.print(f"History ({answer['model']['stage']} of {answer['model']['run']})", style="bold")
     for item in answer["history"]:
-        console.print(f"  {escape(item['title'])}  [dim]{escape(item['id'])}[/]")
+        console.print(f"  {item['title']}  ({item['id']})")
     steps = answer["explain"]["steps"]
-    console.print("[bold]Thought[/]" if steps else "[bold]No thought[/] (l = 0)")
+    console.print("Thought" if steps else "No thought (l = 0)", style="bold")
     before = [item["id"] for item in answer["explain"]["before"]]
     for number, step in enumerate(steps, 1):
         words = ", ".join(step["words"]) or "-"
-        console.print(f"  {number}. {escape(step['title'])}: [cyan]{escape(words)}[/]")
+        console.print(f"  {number}. {step['title']}: {words}")
         for item in step["items"][:3]:
-            console.print(f"        such as {escape(item['title'])}", style="dim")
+            console.print(f"        such as {item['title']}", style="dim")
         ranking = [item["id"] for item in step["ranking"]]
         new = [item for item in ranking if item not in before]
         top = step["ranking"][0]["title"] if ranking else "-"
-        console.print(f"        now first: {escape(top)}; {len(new)} new among {len(ranking)}")
+        console.print(f"        now first: {top}; {len(new)} new among {len(ranking)}")
         before = ranking
     table = Table(title="Recommended", title_justify="left")
     for name in ("", "item", "title", "score"):
         table.add_column(name, justify="right" if name in ("", "score") else "left")
     for place, item in enumerate(answer["items"], 1):
-        row = (str(place), escape(item["id"]), escape(item["title"]), f"{item['score']:.3f}")
+        row = (str(place), item["id"], item["title"], f"{item['score']:.3f}")
         table.add_row(*row)
     console.print(table)
 

@@ -64,11 +64,11 @@ def command(
     run and a receipt for each job, table.json).
     Next: `streamctl eval --run RUN/reproduce/stream-0`.
     """
-    from rich.console import Console
 
     from streamctl.errors import UsageError
     from streamctl.evaluation.jobs import JOBS, Plan
     from streamctl.evaluation.reproduce import reproduce, save_receipts
+    from streamctl.progress import plain_console
     from streamctl.runs import RunDir
 
     if size not in ("tiny", "small", "paper"):
@@ -92,7 +92,7 @@ def command(
         print_json(table)
         return
     columns = ("recall@10", "ndcg@10", "ndcg@10_masked")
-    between = "\n" if Console().width < ONE_LINE else " "
+    between = "\n" if plain_console().width < ONE_LINE else " "
     rows = []
     for row in table["rows"]:
         published = row["published"]

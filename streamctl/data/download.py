@@ -114,7 +114,7 @@ class _Part:
         self._about = target.with_name(f".{target.name}.part.json")
         self.version: str | None = None
         try:
-            about = json.loads(self._about.read_text())
+            about = json.loads(self._about.read_text(encoding="utf-8"))
             known = about["url"] == url and isinstance(about["version"], str)
         except (OSError, ValueError, KeyError, TypeError):
             known = False
@@ -132,7 +132,9 @@ class _Part:
         self.discard()
         self.version = version
         with atomic_file(self._about) as temporary:
-            temporary.write_text(json.dumps({"url": self.url, "version": version}))
+            temporary.write_text(
+                json.dumps({"url": self.url, "version": version}), encoding="utf-8"
+            )
 
     def discard(self) -> None:
         with disk_errors(self.path):

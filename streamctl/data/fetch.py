@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from streamctl.data.archives import unpack
 from streamctl.data.download import damage, download
 from streamctl.data.public import PublicSet, Remote
 from streamctl.errors import StreamctlError
-from streamctl.files import atomic_file, disk_errors, file_hash, read_json
+from streamctl.files import atomic_file, disk_errors, file_hash, lock, read_json
 from streamctl.progress import say
 
 RECORD = ".fetched.json"  # written last: which files the folder holds, and their hashes
@@ -50,7 +49,9 @@ def fetch(public: PublicSet, folder: Path, mirror: str | None = None) -> list[Pa
                 files.append(path)
         record = {str(path.relative_to(folder)): file_hash(path) for path in files}
         with atomic_file(folder / RECORD) as temporary:
-            temporary.write_text(json.dumps({"set": public.name, "sha256": record}, indent=1))
+            temporary.write_text(
+                json.dumps({"set": public.name, "sha256": record}, indent=1), encoding="utf-8"
+            )
     return files
 
 
@@ -92,12 +93,10 @@ def _recorded(public: PublicSet, folder: Path) -> list[Path] | None:
 def _alone(folder: Path) -> Iterator[None]:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")  # noqa: SIM115 - held until the block ends
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - closed below
+    with file:
+        if not lock(file):
             raise StreamctlError(
                 "another process fetches into this folder", where=folder, run="wait for it"
-            ) from error
+            )
         yield

@@ -23,7 +23,7 @@ from streamctl.decode.recommender import random_thoughts
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import Models
 from streamctl.files import atomic_file
-from streamctl.progress import progress_bar
+from streamctl.progress import plain_console, progress_bar
 from streamctl.ranking import evaluate, ranking_metrics, sample_users, target_ranks
 from streamctl.ranking.evaluate import batches_by_length
 from streamctl.runs import RunDir, Stage
@@ -270,7 +270,6 @@ def _figure(value: float | None) -> str:
 
 
 def _print(result: Mapping[str, Any], head: tuple, rows: list[tuple], caption: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     title = f"{result['stage']}, {result['split']} split, {result['users']:,} users"
@@ -279,4 +278,4 @@ def _print(result: Mapping[str, Any], head: tuple, rows: list[tuple], caption: s
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    plain_console().print(table)

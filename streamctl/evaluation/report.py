@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from streamctl.progress import plain_console
 from streamctl.runs import RunDir, atomic_file
 
 TITLES = {
@@ -76,19 +76,18 @@ def _interval(difference: Mapping[str, float] | None) -> str:
 
 def show(result: Mapping[str, Any]) -> None:
     """Print the table, which rows are what, and whether the think labels are worth anything."""
-    console = Console()
+    console = plain_console()
     console.print(table(result))
     for group in ("methods", "controls"):
         for name, row in result[group].items():
             if note := row.get("note"):
-                console.print(f"{name}: {note}", style="dim", highlight=False)
+                console.print(f"{name}: {note}", style="dim")
     for stage, report in result["thinking"].items():
         if "distinct_chains" in report:
             steps = ", ".join(f"{value:.1f}" for value in report["perplexity_by_step"])
             console.print(
                 f"think labels of {stage}: {report['distinct_chains']:,} distinct chains for "
                 f"{report['distinct_targets']:,} targets, perplexity by step {steps}",
-                highlight=False,
             )
     if result["collapsed"]:
         console.print(
@@ -161,7 +160,7 @@ def training_curves(run: RunDir) -> dict[str, list[dict[str, float]]]:
         name = str(path.parent.relative_to(run.path))
         if ".previous" in name or not run.stage(name).complete:
             continue
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if any("valid/ndcg@10" in record or "loss" in record for record in records):
             curves[name] = records
     return curves

@@ -101,7 +101,7 @@ def reproduce(run: RunDir, plan: Plan, *, force: bool = False) -> dict[str, Any]
         value = run_job(run, plan, name, seed) | {"plan": wanted}
         save_ranks(job_path(run, name, seed), value["rows"], ranks_path(receipt))
         with atomic_file(receipt) as path:
-            path.write_text(json.dumps(value, indent=1) + "\n")
+            path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     return write_table(run, plan)
 
 
@@ -225,7 +225,7 @@ def _job_folder(run: RunDir, plan: Plan, name: str, seed: int) -> RunDir:
             shutil.rmtree(previous, ignore_errors=True)
             job.path.rename(previous)
         with atomic_file(job.path / "plan.json") as path:
-            path.write_text(json.dumps(wanted, indent=1) + "\n")
+            path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     copy_stages(run, name, seed)
     return job
 
@@ -288,7 +288,7 @@ def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
         **provenance(),
     }
     with atomic_file(run.path / "reproduce" / "table.json") as path:
-        path.write_text(json.dumps(table, indent=1) + "\n")
+        path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return table
 
 

@@ -84,7 +84,7 @@ def save(
             save_file(content, path, {"format": "pt"})
     for name, value in texts.items():
         with atomic_file(folder / name) as path:
-            path.write_text(json.dumps(value, indent=1) + "\n")
+            path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     return [*tensors, *texts]
 
 

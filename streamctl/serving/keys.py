@@ -92,7 +92,7 @@ class KeyRing:
         if self.path is not None:
             try:
                 stamp = self._stamp_now()
-                text = self.path.read_text()
+                text = self.path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 reason = getattr(error, "strerror", None) or "not a text file"
                 raise StreamctlError(f"cannot be read: {reason}", where=self.path) from error

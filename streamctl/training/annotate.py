@@ -192,7 +192,6 @@ def announce(report: dict[str, Any], title: str) -> None:
             "Thinking trained on them cannot help; try --set annotate.mode=normalised, another "
             "annotate.fit_epochs, or a longer pretraining.",
             style="bold red",
-            highlight=False,
         )
 
 
