@@ -47,7 +47,10 @@ class Toy(nn.Module):
         return self.output(self.dropout(self.embedding(history)).mean(1))
 
 
-def train(path, *, stop_at=None, scores=None, epochs=4, patience=0):
+SETTINGS = {"batch": 16, "lr": 0.05, "weight_decay": 0.1, "warmup": 0.1, "seed": 3}
+
+
+def train(path, *, stop_at=None, scores=None, epochs=4, patience=0, **options):
     """Train the toy; raise KeyboardInterrupt in step `stop_at`. Returns (weights, result)."""
     module, calls = Toy(), []
 
@@ -63,10 +66,10 @@ def train(path, *, stop_at=None, scores=None, epochs=4, patience=0):
         return {"ndcg@10": float((scores or range(100))[epoch])}
 
     with RunDir(path).begin("toy", BaselineConfig()) as stage:
+        config = BaselineConfig(epochs=epochs, patience=patience, **SETTINGS)
         result = loop.fit(
-            stage, module, loss=loss, examples=Rows(), epochs=epochs, batch=16, lr=0.05,
-            weight_decay=0.1, warmup=0.1, patience=patience, validate=validate, seed=3,
-            device="cpu",
+            stage, module, config, loss=loss, examples=Rows(), validate=validate, device="cpu",
+            **options,
         )  # fmt: skip
     return {name: t.clone() for name, t in module.state_dict().items()}, result
 
@@ -131,6 +134,28 @@ def test_the_best_epoch_is_kept_and_patience_stops(tmp_path):
     assert same(peak, longer)
 
 
+def test_the_start_is_a_candidate_and_is_kept_where_nothing_is_better(tmp_path):
+    began = Toy().state_dict()
+    kept, result = train(tmp_path / "a", scores=[7, 5, 6, 4, 3], start=True, patience=3)
+    assert (result.best_epoch, result.epochs) == (-1, 3) and result.start == {"ndcg@10": 7.0}
+    assert same(kept, began)
+    kept, result = train(tmp_path / "b", scores=[3, 9, 4, 4], start=True, safe=lambda *_: False)
+    assert result.best_epoch == -1 and same(kept, began), "weights that are not safe are kept"
+
+
+@pytest.mark.parametrize("stop_at", [None, 9, 20])
+def test_steps_instead_of_epochs_are_validated_in_parts_and_resume(tmp_path, monkeypatch, stop_at):
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY_S", 0.0)
+    parts = {"steps": 14, "validate_every": 4, "repeats": 2}
+    whole, result = train(tmp_path / "whole", **parts)
+    assert [found["step"] for found in result.validations] == [4, 8, 12, 14]
+    assert (result.steps, result.epochs, result.best_epoch) == (14, 4, 3)
+    if stop_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut", stop_at=stop_at, **parts)
+        assert same(whole, train(tmp_path / "cut", **parts)[0])
+
+
 def test_a_finished_fit_is_not_trained_again(tmp_path):
     first, _ = train(tmp_path)
     again, result = train(tmp_path, stop_at=1)
@@ -149,9 +174,9 @@ def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path):
         pytest.raises(StreamctlError, match="not a finite number"),
     ):
         loop.fit(
-            stage, module, loss=lambda batch: (module(batch.history).sum() * float("nan"), {}),
-            examples=Rows(), epochs=1, batch=16, lr=0.05, weight_decay=0.0, warmup=0.0,
-            patience=0, validate=None, seed=0, device="cpu",
+            stage, module, BaselineConfig(**SETTINGS), epochs=1, patience=0,
+            loss=lambda batch: (module(batch.history).sum() * float("nan"), {}),
+            examples=Rows(), validate=None, device="cpu",
         )  # fmt: skip
 
 
@@ -161,8 +186,8 @@ def test_no_examples_is_one_clear_error(tmp_path):
         pytest.raises(StreamctlError, match="nothing to train on"),
     ):
         loop.fit(
-            stage, Toy(), loss=lambda batch: None, examples=Rows(0), epochs=1, batch=16, lr=0.05,
-            weight_decay=0.0, warmup=0.0, patience=0, validate=None, seed=0, device="cpu",
+            stage, Toy(), BaselineConfig(**SETTINGS), loss=lambda batch: None, examples=Rows(0),
+            epochs=1, validate=None, device="cpu",
         )  # fmt: skip
 
 

@@ -252,10 +252,10 @@ def annotate(
         if config.fit_epochs:
             policy.thinker.requires_grad_(True)
             fit(
-                stage, policy.thinker, loss=lambda batch: heads_loss(policy, batch, config),
-                examples=material.split.train, epochs=config.fit_epochs, batch=config.batch,
-                lr=config.lr, weight_decay=0.0, warmup=0.05, patience=0, validate=None,
-                seed=config.seed, device=where, title="annotate: heads",
+                stage, policy.thinker, config,
+                loss=lambda batch: heads_loss(policy, batch, config),
+                examples=material.split.train, epochs=config.fit_epochs, validate=None,
+                device=where, title="annotate: heads",
             )  # fmt: skip
         thoughts, report = label_all(
             policy, material.split.train, config.length, config.mode, config.batch

@@ -1,4 +1,4 @@
-"""The training loop of every supervised stage and of the trained baselines."""
+"""The training loop of every stage and of the trained baselines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +45,8 @@ class Batch:
     share: Share
     seed: int
     epoch: int
+    step: int  # training steps before this one, over all epochs
+    update: int = 0  # of `repeats` updates on this batch, which one
 
     def __len__(self) -> int:
         return len(self.target)
@@ -54,13 +56,29 @@ class Batch:
         return torch.Generator().manual_seed(derive_seed(self.seed, what))
 
 
+Loss = Callable[[Batch], tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]]
+Safe = Callable[[Mapping[str, float], Mapping[str, float]], bool]
+
+
 @dataclass
 class FitResult:
-    """Metrics of the best epoch, which epoch it was (from 0), and how many were run."""
+    """What was kept.
+
+    Attributes:
+        best: metrics of the kept weights.
+        best_epoch: the epoch (from 0) they are of, or the part of so many steps; -1: the start's.
+        epochs: how many were trained.
+        steps: training steps in all.
+        start: metrics before any training, where the start was a candidate.
+        validations: metrics after each epoch, with `step`.
+    """
 
     best: dict[str, float] = field(default_factory=dict)
     best_epoch: int = -1
     epochs: int = 0
+    steps: int = 0
+    start: dict[str, float] = field(default_factory=dict)
+    validations: list[dict[str, float]] = field(default_factory=list)
 
 
 class MetricLog:
@@ -130,12 +148,11 @@ class _Trainer:
 
     def __init__(self, stage: StageWriter, module: nn.Module, optimizer: torch.optim.Optimizer):
         self.stage, self.module, self.optimizer = stage, module, optimizer
-        self.epoch = self.step = self.total_steps = 0
+        self.step = 0
         self.stopped = False
         self.sums: dict[str, torch.Tensor] = {}
         self.weight = 0.0
-        self.best: dict[str, float] = {}
-        self.best_epoch = -1
+        self.result = FitResult()
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.saved_at = time.monotonic()
 
@@ -150,16 +167,21 @@ class _Trainer:
         means = {name: float(total) / self.weight for name, total in self.sums.items()}
         if not math.isfinite(means["loss"]):
             raise StreamctlError(
-                f"the loss of epoch {self.epoch + 1} is not a finite number",
+                f"the loss of epoch {self.result.epochs + 1} is not a finite number",
                 where=self.stage.path,
                 run="the same command with --set lr=... lower",
             )
         return means
 
-    def keep_best(self, metrics: dict[str, float]) -> None:
-        if not self.best or metrics["ndcg@10"] > self.best["ndcg@10"]:
-            self.best, self.best_epoch = metrics, self.epoch
+    def judge(self, found: dict[str, float], patience: int, safe: Safe | None) -> None:
+        """Keep the weights if they are the best so far; stop after `patience` that are not."""
+        result, epoch = self.result, self.result.epochs
+        result.validations.append({"step": self.step, **found})
+        allowed = safe is None or safe(found, result.start)
+        if allowed and (not result.best or found["ndcg@10"] > result.best["ndcg@10"]):
+            result.best, result.best_epoch = found, epoch
             self.best_weights = checkpoint.snapshot(self.module)
+        self.stopped = 0 < patience <= epoch - result.best_epoch
 
     def save(self) -> None:
         tensors = checkpoint.prefixed("module", checkpoint.weights(self.module))
@@ -167,61 +189,60 @@ class _Trainer:
         if self.best_weights is not None:
             tensors |= checkpoint.prefixed("best", self.best_weights)
         meta = {
-            "epoch": self.epoch,
             "step": self.step,
-            "total_steps": self.total_steps,
             "stopped": self.stopped,
             "sums": {name: float(value) for name, value in self.sums.items()},
             "weight": self.weight,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
+            "result": vars(self.result),
         }
         self.stage.save_checkpoint(tensors, json.loads(json.dumps(meta)))
         self.saved_at = time.monotonic()
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device) -> bool:
+        """Go on from the stage's checkpoint; False where it has none."""
         loaded = self.stage.load_checkpoint()
         if loaded is None:
-            return
+            return False
         tensors, meta = loaded
         checkpoint.restore(self.module, checkpoint.take("module", tensors))
         checkpoint.restore_optimizer(self.optimizer, checkpoint.take("optimizer", tensors))
         self.best_weights = {
             name: tensor.to(device) for name, tensor in checkpoint.take("best", tensors).items()
         } or None
-        sums = meta.pop("sums")
         self.sums = {
             name: torch.tensor(value, dtype=torch.float64, device=device)
-            for name, value in sums.items()
+            for name, value in meta["sums"].items()
         }
-        for name, value in meta.items():
-            setattr(self, name, value)
+        self.step, self.stopped, self.weight = meta["step"], meta["stopped"], meta["weight"]
+        self.result = FitResult(**meta["result"])
+        return True
 
 
 def fit(
     stage: StageWriter,
     module: nn.Module,
+    config: Any,
     *,
-    loss: Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor | float]]],
+    loss: Loss,
     examples: Examples,
-    epochs: int,
-    batch: int,
-    lr: float,
-    weight_decay: float,
-    warmup: float,
-    patience: int,
     validate: Callable[[], dict[str, float]] | None,
-    seed: int,
+    epochs: int | None = None,
+    steps: int | None = None,
+    validate_every: int | None = None,
+    repeats: int = 1,
+    patience: int | None = None,
+    start: bool = False,
+    safe: Safe | None = None,
     device: str | torch.device = "auto",
     bf16: bool = True,
     title: str = "training",
     before_epoch: Callable[[int], None] | None = None,
 ) -> FitResult:
-    """Train `module` and leave the best epoch's weights in it.
+    """Train `module` and leave the best weights in it.
 
     Batches hold histories of one length each, so nothing is padded; a batch that came out
-    smaller than `batch` counts by its size. AdamW, gradient norm clipped to 1, warm-up and
-    cosine over all epochs, bf16 autocast where the device has it. Killed at any time and called
+    smaller than `config.batch` counts by its size. AdamW, gradient norm clipped to 1, warm-up and
+    cosine over all steps, bf16 autocast where the device has it. Killed at any time and called
     again with a stage of the same settings, it continues from the last checkpoint (end of an
     epoch, or at most a minute old) and, on the CPU, ends with bit-identical weights. Under torchrun
     each process computes its rows of every batch, and all end with the weights of the whole batch.
@@ -229,14 +250,21 @@ def fit(
     Args:
         stage: receives metrics.jsonl and the checkpoints.
         module: on `device` already or not; parameters with `requires_grad` are trained.
+        config: the stage's own: `batch`, `lr` and `seed`, of which order and per-step randomness
+            derive; where it has them `epochs`, `patience`, `weight_decay` (else 0) and `warmup`, a
+            share of all steps (else 0.05).
         loss: `Batch -> (loss, metrics to log)`; called in training mode under autocast.
         examples: rows with `.lengths`, `.targets`, `.users` and `.histories(rows)`.
-        epochs, batch, lr, weight_decay, warmup: as their names say; warmup is a share of all
-            steps.
-        patience: epochs without a better `ndcg@10` before stopping; 0 never stops early.
         validate: called after each epoch in evaluation mode without gradients; its `ndcg@10`
-            picks the best epoch. Without it the last epoch is kept.
-        seed: order and per-step randomness derive from it.
+            picks the best. Without it the last weights are kept.
+        epochs: instead of `config.epochs`.
+        steps, validate_every: so many steps instead of epochs, in parts of `validate_every`, each
+            of which is logged and judged as an epoch is.
+        repeats: updates on each batch, told to the loss by `Batch.update`.
+        patience: epochs (or parts) without better weights before stopping, instead of
+            `config.patience`; 0 never stops early.
+        start: what the module is now is a candidate, too: it ends no worse than it began.
+        safe: `(metrics, those of the start) -> whether these weights may be kept`.
         before_epoch: called with the number (from 0) of an epoch about to start or continue.
 
     Raises:
@@ -248,74 +276,111 @@ def fit(
             "there is nothing to train on", run="`streamctl data doctor` shows what was kept"
         )
     module.to(device)
-    lengths = np.asarray(examples.lengths)
-    steps = len(batches(lengths, batch, seed, 0))
-    state = _Trainer(stage, module, checkpoint.adamw(module.parameters(), lr, weight_decay))
-    state.load(device)
+    patience = getattr(config, "patience", 0) if patience is None else patience
+    order = _Order(np.asarray(examples.lengths), config.batch, config.seed)
+    if steps is None:
+        steps = order.per_epoch * (config.epochs if epochs is None else epochs)
+    every = order.per_epoch if validate_every is None else validate_every
+    optimizer = checkpoint.adamw(
+        module.parameters(), config.lr, getattr(config, "weight_decay", 0.0)
+    )
+    state = _Trainer(stage, module, optimizer)
+    resumed = state.load(device)
     log = MetricLog(stage)
-    with progress_bar(title, epochs * len(examples), "sequences") as bar:
-        bar.start_at(state.epoch * len(examples) + int(state.weight))
-        while state.epoch < epochs and not state.stopped:
+
+    def judged() -> dict[str, float]:
+        module.eval()
+        with torch.no_grad():
+            return validate()
+
+    with progress_bar(title, steps, "steps") as bar:
+        bar.start_at(state.step)
+        if start and not resumed:
+            state.result.epochs = -1  # the epoch before the first
+            state.result.start = judged()
+            state.judge(state.result.start, 0, None)
+            state.result.epochs = 0
+            state.save()
+        while state.step < steps and not state.stopped:
             if before_epoch is not None:
-                before_epoch(state.epoch)
-            began = time.monotonic()
-            begun_at = state.weight
+                before_epoch(state.step // order.per_epoch)
+            began, begun_at = time.monotonic(), state.weight
+            end = min((state.step // every + 1) * every, steps)
             module.train()
-            rows = batches(lengths, batch, seed, state.epoch)
-            for data in _load(examples, rows, state, device, seed):
-                rate = learning_rate(state.total_steps, steps * epochs, lr, warmup)
-                _step(state, data, loss, rate, batch, device, bf16)
-                bar.advance(data.share.total)
+            for data in _load(examples, order, range(state.step, end), device):
+                warmup = getattr(config, "warmup", 0.05)
+                rate = learning_rate(state.step, steps, config.lr, warmup)
+                for update in range(repeats):
+                    again = replace(data, update=update)
+                    _step(state, again, loss, rate, config.batch, device, bf16)
+                state.step += 1
+                bar.advance()
                 if ranks().agree(time.monotonic() - state.saved_at > CHECKPOINT_EVERY_S):
-                    bar.note(f"epoch {state.epoch + 1} loss {state.means()['loss']:.3f}")
+                    bar.note(f"epoch {state.result.epochs + 1} loss {state.means()['loss']:.3f}")
                     state.save()
             metrics = state.means()
-            rate = (state.weight - begun_at) / max(time.monotonic() - began, 1e-9)
-            note = f"epoch {state.epoch + 1} loss {metrics['loss']:.3f}"
+            rate = (state.weight - begun_at) / repeats / max(time.monotonic() - began, 1e-9)
+            note = f"epoch {state.result.epochs + 1} loss {metrics['loss']:.3f}"
             if validate is not None:
-                module.eval()
-                with torch.no_grad():
-                    found = validate()
+                found = judged()
                 metrics |= {f"valid/{name}": value for name, value in found.items()}
-                state.keep_best(found)
-                state.stopped = 0 < patience <= state.epoch - state.best_epoch
+                state.judge(found, patience, safe)
                 note += f" ndcg@10 {found['ndcg@10']:.4f}"
             bar.note(note)
+            counted = {"step": state.step} if validate_every else {"epoch": state.result.epochs}
             log(
-                state.epoch,
-                epoch=state.epoch,
+                state.step if validate_every else state.result.epochs,
+                **counted,
                 **metrics,
                 sequences_per_s=round(rate, 1),
                 wall_s=round(stage.wall_s(), 1),
             )
-            state.epoch, state.step, state.sums, state.weight = state.epoch + 1, 0, {}, 0.0
+            state.result.epochs += 1
+            state.result.steps = state.step
+            state.sums, state.weight = {}, 0.0
             state.save()
     if state.best_weights is not None:
         checkpoint.restore(module, state.best_weights)
     module.eval()
-    best_epoch = state.best_epoch if state.best else state.epoch - 1
-    return FitResult(state.best, best_epoch, state.epoch)
+    result = state.result
+    return result if result.best else replace(result, best_epoch=result.epochs - 1)
 
 
-def _load(
-    examples: Examples, rows: list[np.ndarray], state: _Trainer, device: torch.device, seed: int
-) -> Iterator[Batch]:
-    """The process's share of the epoch's batches, from the current step on."""
+class _Order:
+    """Which rows each step trains on."""
+
+    def __init__(self, lengths: np.ndarray, batch: int, seed: int):
+        self._lengths, self._batch, self.seed = lengths, batch, seed
+        self._epoch, self._rows = 0, batches(lengths, batch, seed, 0)
+        self.per_epoch = len(self._rows)
+
+    def at(self, step: int) -> tuple[np.ndarray, int, int]:
+        """Rows of a step counted over all epochs; its epoch and its place in it."""
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._rows = batches(self._lengths, self._batch, self.seed, epoch)
+            self._epoch = epoch
+        return self._rows[place], epoch, place
+
+
+def _load(examples: Examples, order: _Order, steps: range, device: torch.device) -> Iterator[Batch]:
+    """The process's share of the batch of each step."""
     targets, users = np.asarray(examples.targets), np.asarray(examples.users)
-    for whole in rows[state.step :]:
+    for step in steps:
+        whole, epoch, place = order.at(step)
         share = ranks().share(len(whole))
         index = share.of(whole)
         arrays = (index, examples.histories(index), targets[index], users[index], targets[whole])
         tensors = (torch.as_tensor(np.ascontiguousarray(a), dtype=torch.int64) for a in arrays)
         moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        step_seed = derive_seed(seed, "step", state.epoch, state.step)
-        yield Batch(*moved, share, step_seed, state.epoch)
+        step_seed = derive_seed(order.seed, "step", epoch, place)
+        yield Batch(*moved, share, step_seed, epoch, step)
 
 
 def _step(
     state: _Trainer,
     data: Batch,
-    loss: Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor | float]]],
+    loss: Loss,
     rate: float,
     batch: int,
     device: torch.device,
@@ -323,7 +388,8 @@ def _step(
 ) -> None:
     job, share = ranks(), data.share
     # Dropout differs between ranks: equal masks on all of them would be less noise.
-    torch.manual_seed(data.seed if job.main else derive_seed(data.seed, "rank", job.rank))
+    seed = derive_seed(data.seed, "update", data.update) if data.update else data.seed
+    torch.manual_seed(seed if job.main else derive_seed(seed, "rank", job.rank))
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
@@ -335,5 +401,3 @@ def _step(
     nn.utils.clip_grad_norm_(trained, CLIP_NORM)
     state.optimizer.step()
     state.add(job.mean({"loss": value, **metrics}, share), share.total)
-    state.step += 1
-    state.total_steps += 1

@@ -88,11 +88,10 @@ def pretrain(
         look_alikes = material.look_alikes(where, config.neighbours)
         validator = Validator(policy, material, config.seed)
         result = fit(
-            stage, policy, loss=lambda batch: pretrain_loss(policy, batch, look_alikes, config),
-            examples=material.split.train, epochs=config.epochs, batch=config.batch,
-            lr=config.lr, weight_decay=config.weight_decay, warmup=config.warmup,
-            patience=config.patience, validate=lambda: validator(decoder="direct"),
-            seed=config.seed, device=where, title="pretrain",
+            stage, policy, config,
+            loss=lambda batch: pretrain_loss(policy, batch, look_alikes, config),
+            examples=material.split.train, validate=lambda: validator(decoder="direct"),
+            device=where, title="pretrain",
         )  # fmt: skip
         count = look_alikes.shape[1]
         slow = validator(thoughts=lambda history, _: retrieved_codes(policy, history, count))

@@ -255,11 +255,10 @@ def sft(
             policy.thinker.load_state_dict(load_file(annotation.file("thinker.safetensors")))
             before = Rounds(stage, tuner, material, annotation)
         result = fit(
-            stage, policy, loss=tuner.twin_loss if twin else tuner.loss,
+            stage, policy, config, loss=tuner.twin_loss if twin else tuner.loss,
             examples=material.split.train, epochs=config.rounds * config.epochs,
-            batch=config.batch, lr=config.lr, weight_decay=config.weight_decay,
-            warmup=config.warmup, patience=config.patience * config.epochs,
-            validate=lambda: validator(think=length), seed=config.seed, device=where,
+            patience=config.patience * config.epochs,
+            validate=lambda: validator(think=length), start=True, device=where,
             title=name, before_epoch=before,
         )  # fmt: skip
         report: dict[str, Any] = {
@@ -268,7 +267,9 @@ def sft(
             "valid": {"self": result.best, "direct": validator(decoder="direct")},
         }
         if before is not None:
-            before(result.epochs - 1)  # resumed after the last epoch, it was called for none
+            before(
+                max(result.epochs, 1) - 1
+            )  # resumed after the last epoch, it was called for none
             report["valid"]["oracle"] = validator(
                 think=length,
                 thoughts=lambda history, target: label(policy, history, target, length, tuner.mode),
