@@ -89,9 +89,10 @@ def test_a_run_made_under_another_locale_is_read_here_and_keeps_its_words(foreig
     from streamctl.data import Catalog
     from streamctl.tokenizer.tokenizer import Tokenizer
 
-    catalog = Catalog.load(foreign_run := RunDir(foreign).require("data"))
+    run = RunDir(foreign)
+    catalog = Catalog.load(run.require("data"))
     assert {title.rpartition(" ")[0] for title in catalog.titles} == set(TITLES)
-    stage = foreign_run.run.require("tokenizer")
+    stage = run.require("tokenizer")
     assert Tokenizer.load(stage).vectors(["杭州特级绿茶"]).any()
     assert set(stage.json("index.json")) == set(catalog.ids)
 
