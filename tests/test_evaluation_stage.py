@@ -25,7 +25,7 @@ from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import curve
 from streamctl.evaluation import stage as stage_module
-from streamctl.evaluation.methods import Models, choose_rows, known_rows
+from streamctl.evaluation.methods import Models, best_method, choose_rows, known_rows, load_best
 from streamctl.evaluation.report import SAME, plot_all, table
 from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.ranking import evaluate
@@ -216,6 +216,36 @@ def test_oracle_thoughts_depend_on_the_target(models):
     assert thoughts.shape == (40, 2)
     other = Models(models.run, CONFIG, load_data(models.run)[1].valid, "cpu").oracle("sft")
     assert not torch.equal(thoughts, other.thoughts(history, users))
+
+
+def test_the_best_on_validation_answers_and_not_what_was_trained_last(run, tmp_path, capsys):
+    """Its last stage is spoilt: every weight drawn anew."""
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    shutil.rmtree(copy.path / "eval", ignore_errors=True)
+    shutil.rmtree(copy.path / "rl")
+    material = Material.load(copy)
+    policy = material.policy(copy.stage("pretrain"), torch.device("cpu"))
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.normal_(std=0.3)
+    with copy.begin("rl", RlConfig(), ["data", "tokenizer", "annotate", "sft"]) as stage:
+        save_policy(stage, policy)
+        stage.publish()
+    name, why = best_method(copy)
+    assert name == "stream_rl" and "streamctl eval" in why
+    found = read_result(evaluate_run(copy, CONFIG, device="cpu"))
+    winner = found["winner"]
+    name, why = best_method(copy)
+    assert name == winner["method"] != "stream_rl" and winner["next"]["method"] in why
+    assert winner["next"]["low"] <= winner["next"]["difference"] <= winner["next"]["high"]
+    chosen, recommender = load_best(copy, "cpu")
+    assert chosen == name and name in capsys.readouterr().err
+    split = load_data(copy)[1]
+    valid = evaluate(recommender, split.valid, n_items=N_ITEMS, masked=True)
+    assert valid.metrics["ndcg@10"] == pytest.approx(winner["ndcg@10"])
+    assert load_best(copy, "cpu", method="popularity")[0] == "popularity"
+    with pytest.raises(UsageError, match="did you mean popularity"):
+        load_best(copy, "cpu", method="popularty")
 
 
 def test_a_sample_of_users_and_some_rows_can_be_asked_for(run, tmp_path):

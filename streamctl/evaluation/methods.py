@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -16,13 +16,17 @@ from streamctl.data import Examples, Split, load_data
 from streamctl.decode.recommender import PolicyRecommender, random_thoughts
 from streamctl.decode.retrieved import retrieved_codes
 from streamctl.device import resolve_device
-from streamctl.errors import UsageError, close_matches
+from streamctl.errors import StreamctlError, UsageError, close_matches
 from streamctl.model.policy import Policy
+from streamctl.progress import say
 from streamctl.ranking import Recommender
 from streamctl.runs import RunDir
 from streamctl.training.annotate import label
 from streamctl.training.material import Material
 from streamctl.training.sft import TWIN
+
+EVAL = "eval"
+UNJUDGED = ("stream_rl", "stream_sft", "stream_pt", "tiger")  # before there is an evaluation
 
 
 class Models:
@@ -31,11 +35,12 @@ class Models:
     Args:
         run: every stage that a row names is complete.
         config: beam and seed.
-        examples: the users to evaluate, one row each; oracle thoughts see their targets.
+        examples: the users to evaluate, one row each; oracle thoughts see their targets. None where
+            nobody is evaluated.
         device: where the models go.
     """
 
-    def __init__(self, run: RunDir, config: EvalConfig, examples: Examples, device: str):
+    def __init__(self, run: RunDir, config: EvalConfig, examples: Examples | None, device: str):
         self.run, self.config, self.examples = run, config, examples
         self.device = resolve_device(device)
         self.policy = cache(self._policy)
@@ -198,17 +203,71 @@ def choose_rows(run: RunDir, names: tuple[str, ...]) -> tuple[list[Row], list[st
         StreamctlError: a wanted row lacks a stage; names the command that makes it.
     """
     rows = known_rows(run)
-    for name in names:
-        if name not in rows:
-            raise UsageError(f"unknown method {name!r}; {close_matches(name, rows)}")
     if names:
-        chosen = [row for row in rows.values() if row.name in names]
-        for row in chosen:
-            for stage in row.stages:
-                run.require(stage)
+        chosen = [_row(rows, name) for name in rows if name in names]
+        for name in names:
+            _row(rows, name)
+        for stage in dict.fromkeys(stage for row in chosen for stage in row.stages):
+            run.require(stage)
         return chosen, []
-    present = {
-        name for name, row in rows.items() if all(run.stage(stage).complete for stage in row.stages)
-    }
-    chosen = [row for row in rows.values() if row.name in present]
-    return chosen, [name for name in rows if name not in present]
+    chosen = [row for row in rows.values() if _present(run, row)]
+    return chosen, [name for name, row in rows.items() if row not in chosen]
+
+
+def _row(rows: Mapping[str, Row], name: str) -> Row:
+    if name not in rows:
+        raise UsageError(f"unknown method {name!r}; {close_matches(name, rows)}")
+    return rows[name]
+
+
+def _present(run: RunDir, row: Row) -> bool:
+    return all(run.stage(stage).complete for stage in row.stages)
+
+
+def method_names(run: RunDir) -> list[str]:
+    """The methods that a run can answer with, in the order of the table."""
+    return [name for name, row in known_rows(run).items() if not row.control and _present(run, row)]
+
+
+def load_method(run: RunDir, name: str, device: str = "auto", *, beam: int = 50) -> Recommender:
+    """One method of a run, ready to answer.
+
+    Raises:
+        UsageError: there is no method of that name.
+        StreamctlError: a stage that it is read from is missing, damaged or stale.
+    """
+    row = _row(known_rows(run), name)
+    for stage in row.stages:
+        run.require(stage)
+    return row.make(Models(run, EvalConfig(beam=beam), None, device))
+
+
+def best_method(run: RunDir) -> tuple[str, str]:
+    """The method that a run answers with where nobody names another, and why it is this one.
+
+    Raises:
+        StreamctlError: the run has no method at all.
+    """
+    names = method_names(run)
+    stage = run.stage(EVAL)
+    winner = stage.manifest.get("winner") if stage.complete else None
+    if winner and winner["method"] in names and not stage.stale_parents():
+        said = f"best on validation, masked ndcg@10 {winner['ndcg@10']:.4f}"
+        if after := winner["next"]:
+            said += f", {after['difference']:+.4f} over {after['method']}"
+            said += f" (95%: {after['low']:+.4f} to {after['high']:+.4f})"
+        return winner["method"], said
+    for name in (*UNJUDGED, *names):
+        if name in names:
+            state = "is out of date" if stage.complete else "has not been made"
+            return name, f"trained last; `{run.command(EVAL)}` finds the best, which {state}"
+    raise StreamctlError("the run has no method", where=run.path, run=run.command("data"))
+
+
+def load_best(
+    run: RunDir, device: str = "auto", *, method: str | None = None, beam: int = 50
+) -> tuple[str, Recommender]:
+    """The run's best method, or the one that is named, said on stderr; and its recommender."""
+    name, why = (method, "as told") if method else best_method(run)
+    say(f"answers by {name}: {why}")
+    return name, load_method(run, name, device, beam=beam)

@@ -82,6 +82,12 @@ def show(result: Mapping[str, Any]) -> None:
         for name, row in result[group].items():
             if note := row.get("note"):
                 console.print(f"{name}: {note}", style="dim")
+    if winner := result["winner"]:
+        said = f"best on validation: {winner['method']}, masked ndcg@10 {winner['ndcg@10']:.4f}"
+        if after := winner["next"]:
+            bounds = _interval(after)
+            said += f", {after['difference']:+.4f} over {after['method']} (95%: {bounds})"
+        console.print(f"{said}; `recommend` and `serve` answer by it", highlight=False)
     for stage, report in result["thinking"].items():
         if "distinct_chains" in report:
             steps = ", ".join(f"{value:.1f}" for value in report["perplexity_by_step"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from streamctl.ranking import (
 from streamctl.runs import RunDir, Stage, StageWriter
 
 METRICS, RANKS = "metrics.json", "ranks.safetensors"
+CHOICE = "choice/"  # ranks of the validation users who choose
+DECIDERS = 5000
 TIES = {"keep": "kept", "shuffle": "shuffled", "runs": "shuffled, all runs of ascending ids"}
 # What each row is compared with, besides TIGER: the strongest baseline, and its own controls.
 AGAINST = {
@@ -38,7 +40,10 @@ AGAINST = {
 def evaluate_run(
     run: RunDir, config: EvalConfig, *, device: str = "auto", force: bool = False
 ) -> Stage:
-    """Evaluate every method and control that the run has the stages of.
+    """Evaluate every method and control that the run has the stages of, and choose the best.
+
+    Figures are of `config.split`; the winner is the method of the highest masked ndcg@10 on (up to
+    5,000) validation users, whatever the split. It is what the run answers with from then on.
 
     Redone whenever a stage it reads, the set of stages, or a setting has changed; the last one is
     kept as `eval.previous`. Its artifacts hold no timing: latencies are in the manifest.
@@ -66,9 +71,10 @@ def evaluate_run(
         examples = sample_users(getattr(split, config.split), config.users, 0)
         table = _Table(stage, config, examples, split.n_items)
         models = Models(run, config, examples, device)
+        deciders = sample_users(split.valid, DECIDERS, 0)
         for row in rows:
             if row.name not in table.entries:
-                table.add(row.name, row.make(models))
+                table.add(row.name, row.make(models), None if row.control else deciders)
         _publish(run, stage, config, rows, table)
     return run.stage("eval")
 
@@ -124,11 +130,36 @@ class _Table:
         config = self.config
         return bootstrap_mean(gains(ranks, 10), resamples=config.bootstrap, seed=config.seed)
 
-    def add(self, name: str, recommender: Recommender) -> None:
-        """Evaluate one row and keep it, so that an interruption does not lose it."""
+    def add(self, name: str, recommender: Recommender, deciders: Examples | None) -> None:
+        """Evaluate one row and keep it, so that an interruption does not lose it.
+
+        Args:
+            deciders: validation users, for methods that might win.
+        """
         self.entries[name] = self.run(name, recommender)
+        if deciders is not None:
+            found = evaluate(
+                recommender, deciders, n_items=self.n_items, masked=True, batch=self.config.batch,
+                title=f"choose {name}",
+            )  # fmt: skip
+            self.ranks[CHOICE + name] = found.ranks
         tensors = {name: torch.from_numpy(ranks) for name, ranks in self.ranks.items()}
         self.stage.save_checkpoint(tensors, {"entries": self.entries, "latency": self.latency})
+
+    def winner(self, names: Sequence[str]) -> dict[str, Any] | None:
+        """The best of some methods on validation, and how it differs from the next best."""
+        scores = {name: gains(self.ranks[CHOICE + name], 10).mean() for name in names}
+        order = sorted(scores, key=scores.__getitem__, reverse=True)
+        if not order:
+            return None
+        best = order[0]
+        found: dict[str, Any] = {"method": best, "ndcg@10": float(scores[best]), "next": None}
+        if len(order) > 1:
+            pair = self.ranks[CHOICE + best], self.ranks[CHOICE + order[1]]
+            options = {"resamples": self.config.bootstrap, "seed": self.config.seed}
+            interval = paired_difference(*pair, **options).as_dict()
+            found["next"] = {"method": order[1], **interval}
+        return found
 
     def compare(self, name: str) -> dict[str, dict[str, Any]]:
         """Paired differences of a row to those it is measured by, where they are present."""
@@ -172,10 +203,11 @@ def _publish(
         "thinking": labels,
         "collapsed": any(report["collapsed"] for report in labels.values()),
     }
+    result["winner"] = table.winner([row.name for row in rows if not row.control])
     stage.save_json(METRICS, result)
     kept = {name: torch.from_numpy(ranks) for name, ranks in table.ranks.items()}
     stage.save_tensors(RANKS, kept | {"users": torch.from_numpy(table.examples.users.copy())})
-    extra = {"latency_ms": table.latency}
+    extra = {"latency_ms": table.latency, "winner": result["winner"]}
     plot_all(run, _joined(result, extra), stage.path)
     stage.publish(**extra)
 

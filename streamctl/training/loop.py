@@ -45,7 +45,7 @@ class Batch:
     share: Share
     seed: int
     epoch: int
-    step: int  # training steps before this one, over all epochs
+    step: int = 0  # training steps before this one, over all epochs
     update: int = 0  # of `repeats` updates on this batch, which one
 
     def __len__(self) -> int:
