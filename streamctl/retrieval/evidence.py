@@ -1,0 +1,241 @@
+"""Evidence: the items that a user's history brings to mind, hop by hop, and how strongly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from streamctl.kernels import threads
+from streamctl.retrieval import gathering
+from streamctl.retrieval.memory import Memory
+from streamctl.retrieval.transitions import NEXT, Transitions, pair_weights
+from streamctl.tokenizer.neighbours import unit
+
+HOPS = ("next", "alike", "next of next", "next of alike", "others", "own")
+SIZES = (32, 32, 32, 16, 32, 0)  # the most pieces that each hop brings; 0 leaves it out
+_TOGETHER = 32  # histories that one thread takes at a time
+_TEXT = 3
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The evidence of B users, a row each, in the order in which the hops found it.
+
+    Attributes:
+        items: (B, C) int32, -1 where a user has fewer.
+        hops: (B, C) int8, the index in `HOPS` of the hop that brought it, -1 for none.
+        strengths: (B, C, 6) float32, what every hop says of it, 0 for nothing.
+        ranks: (B, C, 6) int16, its place in each hop, from 1; 0 where it is not among the first.
+        text: (B, C, 3) float32, cosines of its vector with the last item's, with the mean of the
+            last items', and the highest with any of them.
+        sums: (B, 6) float32, the strength of all that a hop found.
+        popularity: (B, C + 1) float32, log(1 + count) of each piece and, last, of the last item.
+    """
+
+    items: np.ndarray
+    hops: np.ndarray
+    strengths: np.ndarray
+    ranks: np.ndarray
+    text: np.ndarray
+    sums: np.ndarray
+    popularity: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def rows(self, index: np.ndarray) -> Pieces:
+        """Some users only."""
+        return Pieces(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def features(self) -> np.ndarray:
+        """What a weighing or a ranker reads of each piece: (B, C, F) float32, 0 for no piece.
+
+        For each hop log strength, share of the hop, 1/rank, whether it says anything, and log of
+        the hop's whole strength; then the three cosines and the two popularities.
+        """
+        says = self.strengths > 0
+        sums = np.maximum(self.sums, 1e-9)[:, None]
+        width = self.items.shape[1]
+        parts = (
+            np.log(np.maximum(self.strengths, 1e-5)) * says,
+            self.strengths / sums,
+            np.where(self.ranks > 0, 1 / np.maximum(self.ranks, 1), 0),
+            says,
+            np.broadcast_to(np.log(np.maximum(sums, 1e-5)), self.strengths.shape),
+            self.text,
+            self.popularity[:, :-1, None],
+            np.broadcast_to(self.popularity[:, -1:, None], (len(self), width, 1)),
+        )
+        found = np.concatenate([part.astype(np.float32) for part in parts], 2)
+        return found * (self.items >= 0)[..., None]
+
+
+FEATURES = (
+    *(
+        f"{what} of {hop}"
+        for what in ("log strength", "share", "1/rank", "presence", "log sum")
+        for hop in HOPS
+    ),
+    "cosine with the last item",
+    "cosine with the mean of the last items",
+    "highest cosine with one of them",
+    "log popularity",
+    "log popularity of the last item",
+)
+
+
+class Evidence:
+    """Everything that the hops read: counts, memory, text neighbours.
+
+    Attributes:
+        sizes: (6,) the most pieces of each hop.
+        nearest: rows of the memory that vote.
+    """
+
+    def __init__(
+        self,
+        sequences: tuple[np.ndarray, np.ndarray],
+        vectors: np.ndarray,
+        neighbours: np.ndarray,
+        *,
+        sizes: Sequence[int] = SIZES,
+        nearest: int = 100,
+    ):
+        """Count and index the training sequences.
+
+        Args:
+            sequences: items int32 (T,) and offsets int64 (U + 1,), `Split.training_sequences()`.
+            vectors: (N, D) float32, the items' text. neighbours: (N, K) int, each item's nearest.
+        """
+        items, self._offsets = sequences
+        self._items, n_items = items, len(vectors)
+        self.sizes, self.nearest = tuple(sizes), nearest
+        self.vectors = unit(vectors)
+        self.neighbours = np.ascontiguousarray(neighbours, np.int32)
+        self.transitions = Transitions.count(items, self._offsets, n_items)
+        self.memory = Memory.index(items, self._offsets, n_items)
+        self.popularity = np.bincount(items, minlength=n_items)
+        self._live: dict[int, np.ndarray] = {}  # sequences that have grown since
+        self._live_rows: dict[int, list[int]] = {}
+        self._scratch: list[tuple[np.ndarray, ...]] = []
+
+    @property
+    def n_items(self) -> int:
+        return len(self.popularity)
+
+    def sequence(self, user: int) -> np.ndarray:
+        """int32: what was counted of a user, oldest first; nothing for a stranger."""
+        if user in self._live:
+            return self._live[user]
+        if 0 <= user < len(self._offsets) - 1:
+            return self._items[self._offsets[user] : self._offsets[user + 1]]
+        return self._items[:0]
+
+    def gather(self, histories: np.ndarray, users: np.ndarray | None = None) -> Pieces:
+        """What each history brings to mind.
+
+        Args:
+            histories: int64 (B, H), oldest first, -1 on the right.
+            users: int64 (B,), whose own pairs and rows are taken out exactly; -1, or None for
+                all: strangers.
+        """
+        histories = np.ascontiguousarray(histories, np.int64)
+        batch, most, hops = len(histories), sum(self.sizes), len(HOPS)
+        users = np.full(batch, -1) if users is None else np.asarray(users)
+        mine = [np.ascontiguousarray(self.sequence(int(user)), np.int32) for user in users]
+        found = (
+            np.full((batch, most), -1, np.int32),
+            np.full((batch, most), -1, np.int8),
+            np.zeros((batch, most, hops), np.float32),
+            np.zeros((batch, most, hops), np.int16),
+            np.zeros((batch, most, _TEXT), np.float32),
+            np.zeros((batch, hops), np.float32),
+        )
+        arguments = (
+            np.asarray(self.sizes, np.int64), pair_weights(), *self.transitions.followers.arrays,
+            self.transitions.totals, *self.memory.arrays, self.vectors, self.neighbours,
+        )  # fmt: skip
+
+        def run(first: int, last: int) -> None:
+            scratch = self._take()
+            for row in range(first, last):
+                gathering.gather_one(
+                    histories[row], users[row], mine[row], *arguments, *scratch,
+                    *(array[row] for array in found),
+                )  # fmt: skip
+            self._scratch.append(scratch)
+
+        threads.over_ranges(run, batch, _TOGETHER)
+        last = histories[np.arange(batch), np.maximum((histories >= 0).sum(1) - 1, 0)]
+        known = np.concatenate([found[0], last[:, None]], 1)
+        popularity = np.where(known >= 0, np.log1p(self.popularity[known]), 0)
+        return Pieces(*found, popularity.astype(np.float32))
+
+    def _take(self) -> tuple[np.ndarray, ...]:
+        """Arrays of zeros that one thread works in; whoever takes them leaves zeros."""
+        items, rows = self.n_items, self.memory.room
+        while self._scratch:
+            scratch = self._scratch.pop()
+            if scratch[0].shape[1] >= items and len(scratch[4]) >= rows:
+                return scratch
+        width = max(self.nearest, gathering.SPREAD, sum(self.sizes))
+        return (
+            np.zeros((len(HOPS), items), np.float32),
+            np.zeros((len(HOPS), items), np.int32),
+            np.zeros(items, np.int32),
+            np.zeros(items, np.int8),
+            np.zeros(rows, np.float32),
+            np.zeros(rows, np.int32),
+            np.zeros(rows, np.int8),
+            np.zeros(width, np.int32),
+            np.zeros(self.nearest, np.int32),
+        )
+
+    def append(self, user: int, items: Sequence[int]) -> None:
+        """A user took some more items, oldest first: counts and rows as training makes them.
+
+        Args:
+            user: 0 or more; numbers of training's users are theirs, others are new.
+        """
+        sequence = self.sequence(user)
+        rows = self._live_rows.setdefault(user, [])
+        if not rows and 0 <= user < len(self._offsets) - 1 and len(sequence):
+            # Rows lie user by user, one less than items each.
+            first = int(self._offsets[user]) - self._users_before(user)
+            rows.extend(range(first, first + len(sequence) - 1))
+        for item in items:
+            self.popularity[item] += 1
+            if len(sequence):
+                self.transitions.add(sequence, int(item))
+                rows.append(self.memory.add(user, sequence, int(item)))
+                for step, row in enumerate(rows[-2 : -len(NEXT) - 1 : -1], 1):
+                    self.memory.followed(row, step, int(item))
+            sequence = np.append(sequence, np.int32(item))
+        self._live[user] = sequence
+
+    def _users_before(self, user: int) -> int:
+        """Users before this one who have rows: those with a sequence."""
+        return int((np.diff(self._offsets[: user + 1]) > 0).sum())
+
+    def add_items(self, vectors: np.ndarray, neighbours: np.ndarray) -> None:
+        """New items at the end of the catalogue, which nobody took yet.
+
+        Each also takes the last place among its neighbours' neighbours where it is nearer.
+
+        Args:
+            vectors: (A, D) float32. neighbours: (A, K) int, items known before.
+        """
+        first, count = self.n_items, len(vectors)
+        self.vectors = np.concatenate([self.vectors, unit(vectors)])
+        self.neighbours = np.concatenate([self.neighbours, neighbours.astype(np.int32)])
+        self.popularity = np.concatenate([self.popularity, np.zeros(count, np.int64)])
+        self.transitions.add_items(count)
+        self.memory.add_items(count)
+        for item in range(first, first + count):
+            for other in self.neighbours[item]:
+                last = self.neighbours[other, -1]
+                near, far = self.vectors[[item, last]] @ self.vectors[other]
+                if near > far:
+                    self.neighbours[other, -1] = item

@@ -1,0 +1,120 @@
+"""Other users' prefixes and what came next: what the hop *others* asks (session-kNN)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from streamctl.retrieval.ragged import Ragged
+from streamctl.retrieval.transitions import NEXT, RECENCY
+
+WIDTH = 10  # latest items of a prefix that count: the tenth weighs 1/512 of the last
+
+
+class Memory:
+    """An inverted index over a row for each training prefix.
+
+    A row is a sparse vector over items, of length 1: an item weighs its IDF times RECENCY for
+    every item after it. The latest rows of an item are kept, so that a search costs the same
+    however long the log is.
+
+    Attributes:
+        postings: N rows of (row int32, weight float32): the rows that have item n.
+        owners: (R,) int32, the user of each row.
+        following: (R, 4) int32, what the user took next, -1 past the end.
+        idf: (N,) float32. keep: the most rows of one item.
+    """
+
+    def __init__(
+        self,
+        postings: Ragged,
+        owners: np.ndarray,
+        following: np.ndarray,
+        idf: np.ndarray,
+        keep: int,
+    ):
+        self.postings, self.idf, self.keep = postings, idf, keep
+        self._owners, self._following, self._size = owners, following, len(owners)
+
+    @classmethod
+    def index(
+        cls, items: np.ndarray, offsets: np.ndarray, n_items: int, keep: int = 2048
+    ) -> Memory:
+        """Index every prefix of every sequence, user by user.
+
+        Args:
+            items: int32 (T,) all sequences, one after the other, oldest first.
+            offsets: int64 (U + 1,) where each begins.
+            keep: the most rows kept of one item, the last ones.
+        """
+        lengths = np.diff(offsets)
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        ends = np.flatnonzero(np.arange(len(items)) > np.repeat(offsets[:-1], lengths))
+        owner = owner[ends]
+        popularity = np.bincount(items, minlength=n_items)
+        idf = np.log1p(len(lengths) / (1.0 + popularity)).astype(np.float32)
+
+        position = ends[:, None] - 1 - np.arange(WIDTH)
+        inside = position >= offsets[owner][:, None]
+        item = np.where(inside, items[np.maximum(position, 0)], -1)
+        weight = row_weights(item, idf)
+        row, column = np.nonzero(inside)
+        item, weight = item[row, column], weight[row, column]
+        order = np.lexsort((-row, item))
+        item, row, weight = item[order], row[order], weight[order]
+        kept = np.arange(len(item)) - np.searchsorted(item, item) < keep
+        postings = Ragged.sorted(item[kept], n_items, row[kept].astype(np.int32), weight[kept])
+
+        later = ends[:, None] + np.arange(len(NEXT))
+        within = later < offsets[owner + 1][:, None]
+        following = np.where(within, items[np.minimum(later, len(items) - 1)], -1)
+        return cls(postings, owner.astype(np.int32), following.astype(np.int32), idf, keep)
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The postings, owners, following and idf, as compiled code takes them."""
+        return *self.postings.arrays, self._owners, self._following, self.idf
+
+    @property
+    def room(self) -> int:
+        """Rows there is place for."""
+        return len(self._owners)
+
+    def add_items(self, count: int) -> None:
+        """New items, which no row has yet; they weigh as the rarest of the others."""
+        self.postings.add_rows(count)
+        rarest = np.full(count, self.idf.max(initial=1.0), np.float32)
+        self.idf = np.concatenate([self.idf, rarest])
+
+    def add(self, owner: int, before: np.ndarray, item: int) -> int:
+        """A row: `owner`, who had `before` (oldest first, one item or more), took `item`."""
+        if self._size == self.room:
+            more = max(1024, self.room // 4)
+            self._owners = np.concatenate([self._owners, np.full(more, -1, np.int32)])
+            empty = np.full((more, len(NEXT)), -1, np.int32)
+            self._following = np.concatenate([self._following, empty])
+        row = self._size
+        self._owners[row], self._following[row, 0] = owner, item
+        self._size += 1
+        latest = before[::-1][:WIDTH]
+        for past, weight in zip(latest, row_weights(latest[None], self.idf)[0], strict=True):
+            rows, weights = self.postings.row(int(past))
+            if len(rows) < self.keep:
+                self.postings.append(int(past), row, weight)
+            else:
+                oldest = int(rows.argmin())
+                rows[oldest], weights[oldest] = row, weight
+        return row
+
+    def followed(self, row: int, step: int, item: int) -> None:
+        """The owner of a row took `item` as the `step`-th after it (0: the next)."""
+        self._following[row, step] = item
+
+
+def row_weights(recent: np.ndarray, idf: np.ndarray) -> np.ndarray:
+    """Weights (R, W) float32, of length 1 a row, of items (R, W), latest first, -1 for none."""
+    weight = np.where(recent >= 0, idf[recent] * RECENCY ** np.arange(recent.shape[1]), 0)
+    norm = np.linalg.norm(weight, axis=1, keepdims=True)
+    return (weight / np.maximum(norm, 1e-12)).astype(np.float32)

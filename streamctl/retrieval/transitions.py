@@ -1,0 +1,118 @@
+"""Item-to-item counts: how often one item followed another in the training sequences."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from streamctl.retrieval.ragged import Ragged
+
+# One count is UNIT: the weights are whole numbers, so that a user's own pairs can be taken out
+# exactly, and nothing of them stays behind.
+UNIT = 1024
+NEXT = (1.0, 0.3, 0.1, 0.05)  # weight of the 1st, 2nd, ... item after a prefix
+RECENCY = 0.5  # weight of an item of the prefix against the one after it
+REACH = 10  # pairs further apart weigh less than 1/UNIT of one
+
+
+def pair_weights() -> np.ndarray:
+    """k(d) = sum_t RECENCY^(t-1) NEXT[d - t], in units: int64 (REACH + 1,), k(0) = 0.
+
+    A pair at distance d is counted once for each prefix that ends at or after its first item and
+    at most four items before its second.
+    """
+    weights = np.zeros(REACH + 1)
+    for distance in range(1, REACH + 1):
+        for step, share in enumerate(NEXT):
+            if distance - step >= 1:
+                weights[distance] += RECENCY ** (distance - step - 1) * share
+    return np.round(weights * UNIT).astype(np.int64)
+
+
+class Transitions:
+    """Counts of ordered pairs, the strongest of each item.
+
+    Attributes:
+        followers: N rows of (item int32, count int32 in units): what followed item n.
+        totals: (N,) int64, the sum of all counts of an item, of those not kept too.
+        keep: the most followers of one item.
+    """
+
+    def __init__(self, followers: Ragged, totals: np.ndarray, keep: int):
+        self.followers, self.totals, self.keep = followers, totals, keep
+
+    @classmethod
+    def count(
+        cls, items: np.ndarray, offsets: np.ndarray, n_items: int, keep: int = 1024
+    ) -> Transitions:
+        """Count the pairs of every sequence.
+
+        Args:
+            items: int32 (T,) all sequences, one after the other, oldest first.
+            offsets: int64 (U + 1,) where each begins.
+            keep: the most pairs kept of one first item, the strongest.
+        """
+        first, second, counts = _sum(*_pairs(items, offsets, pair_weights()), n_items)
+        totals = np.bincount(first, counts, n_items).astype(np.int64)
+        order = np.lexsort((second, -counts, first))
+        first, second, counts = first[order], second[order], counts[order]
+        kept = np.arange(len(first)) - np.searchsorted(first, first) < keep
+        counts = np.minimum(counts[kept], np.iinfo(np.int32).max).astype(np.int32)
+        followers = Ragged.sorted(first[kept], n_items, second[kept].astype(np.int32), counts)
+        return cls(followers, totals, keep)
+
+    def add_items(self, count: int) -> None:
+        """New items, which nothing followed yet."""
+        self.followers.add_rows(count)
+        self.totals = np.concatenate([self.totals, np.zeros(count, np.int64)])
+
+    def add(self, before: np.ndarray, item: int) -> None:
+        """A user who had `before` (oldest first) took `item`."""
+        weights = pair_weights()
+        for distance in range(1, min(len(before), REACH) + 1):
+            self._add(int(before[-distance]), item, int(weights[distance]))
+
+    def _add(self, first: int, second: int, weight: int) -> None:
+        self.totals[first] += weight
+        items, counts = self.followers.row(first)
+        place = np.flatnonzero(items == second)
+        if len(place):
+            counts[place[0]] += weight
+        elif len(items) < self.keep:
+            self.followers.append(first, second, weight)
+        elif counts[weakest := int(counts.argmin())] <= weight:
+            items[weakest], counts[weakest] = second, weight
+
+
+def _sum(first, second, weight, n_items):
+    """Pairs (P,) in which one may occur again -> each pair once, with the sum of its weights."""
+    order = np.argsort(first.astype(np.int64) * n_items + second, kind="stable")
+    first, second, weight = first[order], second[order], weight[order]
+    new = np.ones(len(first), bool)
+    new[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+    place = np.flatnonzero(new)
+    counts = np.add.reduceat(weight, place) if len(place) else weight
+    return first[place], second[place], counts
+
+
+@numba.njit(cache=True, nogil=True)
+def _pairs(items, offsets, weights):
+    """All pairs within reach: first, second int32 (P,), weight int64 (P,)."""
+    reach = len(weights) - 1
+    count = 0
+    for user in range(len(offsets) - 1):
+        length = offsets[user + 1] - offsets[user]
+        for place in range(length):
+            count += min(reach, length - 1 - place)
+    first = np.empty(count, np.int32)
+    second = np.empty(count, np.int32)
+    weight = np.empty(count, np.int64)
+    count = 0
+    for user in range(len(offsets) - 1):
+        for place in range(offsets[user], offsets[user + 1]):
+            for distance in range(1, min(reach, offsets[user + 1] - 1 - place) + 1):
+                first[count] = items[place]
+                second[count] = items[place + distance]
+                weight[count] = weights[distance]
+                count += 1
+    return first, second, weight
