@@ -26,9 +26,25 @@ class DataConfig:
     section: ClassVar[str] = "data"
     source: str = ""
     format: str = "auto"
+    items: str = ""  # the file that describes the items; "": the one beside the interactions
+    skip_bad: float = 0.0  # share of a file's lines that may be bad and are then left out
+    # How ids are compared: as they are written, or `number`: 7, 7.0, 007 and " 7" are the same
+    ids: Literal["exact", "number"] = "exact"
+    since: str = ""  # times to keep: a date, or a number in the log's own unit
+    until: str = ""
+    min_rating: float | None = None  # a lower rating, or none, is no interaction
+    events: str = ""  # kinds to keep: view,cart,buy, or with weights view=0.1,cart=0.3,buy=1
+    described: bool = False  # keep only the items that the items file describes
+    # Of rows that repeat: keep all; drop those equal in user, item and time; keep the first or
+    # the last of each (user, item)
+    repeats: Literal["keep", "drop", "first", "last"] = "keep"
+    max_per_user: int | None = None  # the latest interactions that are kept of a user
     # None: 5 for a log with times; a log in order only has been cut already and is left as it is.
-    min_user: int | None = None  # interactions a user needs; never fewer than 3
+    min_user: int | None = None  # interactions a user needs; never fewer than 3 for leave-one-out
     min_item: int | None = None  # interactions an item needs; 0 keeps items nobody took
+    # auto: the source's own parts, else leave-one-out; or the moment where test begins, and before
+    # it that where validation does: 2024-01-01, or 80%,90% of the interactions
+    split: str = "auto"
     history: int = 20  # items of history that a model sees
     # Equal times: input order, or a seeded shuffle; "runs", for a log in order only, shuffles
     # every run of ascending item ids, in which interactions of one time have been sorted by id.

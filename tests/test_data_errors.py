@@ -119,7 +119,7 @@ def source(tmp_path):
         ({"x.inter.json": "{"}, r"x\.inter\.json:1: not JSON"),
         ({"x.inter.json": '{"1": 5}'}, r"user '1' has no list of item ids"),
         ({"a.inter": "x", "b.inter": "x"}, r"2 logs here: a\.inter, b\.inter"),
-        ({"ratings.dat": "1::2::3::4\n1::2\n"}, r"ratings\.dat:2: 3 columns where"),
+        ({"ratings.dat": "1::2::3::4\n1::2\n"}, r"ratings\.dat:2: 2 columns where"),
         ({"photo.png": b"\x89PNG"}, r"nothing here that can be read \(found photo\.png\)"),
         ({}, r"nothing here that can be read; the layouts are"),
     ],
@@ -178,7 +178,7 @@ def test_sequences_sorted_by_item_id_are_called_meaningless(source, tmp_path, ca
     lines = "".join(f"u{n} {' '.join(items)}\n" for n, items in enumerate(rows))
     prepare(RunDir(tmp_path / "r"), DataConfig(source=str(source({"user_sequence.txt": lines}))))
     text = " ".join(capsys.readouterr().err.split())
-    assert "THE SEQUENCES ARE SORTED BY ITEM ID" in text
+    assert "the sequences are sorted by item id" in text
     assert "meaningless" in text
 
 
@@ -205,8 +205,8 @@ def test_the_command_ends_with_one_line_and_exit_code_1(streamctl, source, tmp_p
 )
 def test_usual_oddities_of_csv_are_read(source, content):
     raw = read_source(source({"interactions.csv": content}))
-    assert len(raw.users) == 36
-    assert raw.user_ids.to_pylist() == [f"u{n}" for n in range(6)]
+    assert len(raw) == 36
+    assert raw.names("users") == [f"u{n}" for n in range(6)]
 
 
 def test_lone_surrogates_of_json_do_not_reach_a_file(source, tmp_path):
@@ -229,7 +229,7 @@ def test_parquet_texts_that_are_not_utf_8_are_an_error(source, tmp_path, name):
     table = pa.table({"user_id": ["a", "b"], "item_id": text, "timestamp": [1, 2]})
     pq.write_table(table, folder / name)
     path = folder / name if name.startswith("interactions") else folder
-    with pytest.raises(StreamctlError, match=r"not a parquet file.*(UTF|utf)"):
+    with pytest.raises(StreamctlError, match=r"UTF|utf"):
         read_source(path)
 
 

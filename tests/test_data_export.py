@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import zstandard
 
@@ -35,13 +34,10 @@ def shop_run(folder, *, timed=True, **changes):
            for number, name in enumerate(shop.catalogue.ids)]  # fmt: skip
     ids = changes.pop("ids", ids)
     table = ItemTable(ids, columns | changes, "title", ("title", "genres"))
-    raw = RawLog(
-        users=shop.user,
-        items=shop.item,
-        user_ids=pa.array([f"u{number}" for number in range(60)], pa.string()),
-        item_ids=pa.array(ids, pa.string()),
-        times=shop.times if timed else None,
-        timed=timed,
+    raw = RawLog.of(
+        [f"u{number}" for number in shop.user],
+        [ids[number] for number in shop.item],
+        shop.times if timed else None,
         catalogue=table,
         format="shop",
     )

@@ -8,8 +8,7 @@ import pytest
 from benchmarks.broken_files import CORPUS
 from benchmarks.fuzz import Campaign, generated
 from streamctl.data import columns
-from streamctl.data.columns import Column, Times
-from streamctl.errors import StreamctlError
+from streamctl.data.columns import Column
 
 
 @pytest.fixture(autouse=True)
@@ -45,20 +44,9 @@ def test_the_campaign_notices_a_traceback(tmp_path, monkeypatch):
 
 def test_a_long_column_goes_to_disk_and_reads_the_same(monkeypatch):
     monkeypatch.setattr(columns, "MEMORY_BYTES", 100)
-    column = Column(np.int32)
+    column = Column(np.int32, 1000)
     for start in range(0, 1000, 10):
         column.append(np.arange(start, start + 10))
     values = column.finish()
     assert isinstance(values, np.memmap)
     assert values.tolist() == list(range(1000))
-
-
-def test_times_become_thousandths_from_the_first_fraction_on(monkeypatch):
-    monkeypatch.setattr(columns, "MEMORY_BYTES", 16)
-    times = Times()
-    times.append(np.array([1, 2, 3]))
-    times.append(np.array([4.0, 5.5]))
-    times.append(np.array([6]))
-    assert times.finish().tolist() == [1000, 2000, 3000, 4000, 5500, 6000]
-    with pytest.raises(StreamctlError, match="too large for a time"):
-        Times().append(np.array([1e300]))

@@ -21,6 +21,10 @@ def command(
     columns: Annotated[
         str, typer.Option("--columns", help="user=NAME,item=NAME,time=NAME, if unusual.")
     ] = "",
+    items: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--items", help="The file that describes the items, if it lies elsewhere."),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with code 1 when there is an ERROR.")
     ] = False,
@@ -40,7 +44,14 @@ def command(
     from streamctl.data.doctor import examine
     from streamctl.data.sources import parse_columns
 
-    settings = resolve(DataConfig, file=config, sets=set_ or (), source=str(source), format=format_)
+    settings = resolve(
+        DataConfig,
+        file=config,
+        sets=set_ or (),
+        source=str(source),
+        format=format_,
+        items=None if items is None else str(items),
+    )
     found = examine(source, settings, columns=parse_columns(columns))
     if json_:
         print_json(found.to_dict())

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from streamctl.config import DataConfig
-from streamctl.data import raw_checks, split_checks
-from streamctl.data.findings import Finding
-from streamctl.data.prepare import build
-from streamctl.data.salvage import Damage, salvage
-from streamctl.data.sources import find_source
+from streamctl.data import checks
+from streamctl.data.checks import Finding
+from streamctl.data.prepare import build, reading_of
+from streamctl.data.sources import find_source, read_source
+from streamctl.data.sources.raw import database_errors
 from streamctl.errors import StreamctlError
 
 
@@ -44,38 +44,35 @@ def examine(
     Raises:
         StreamctlError: no such path, no format that fits, or nothing at all can be read.
     """
-    kind, files = find_source(source, config.format)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            raw = kind.read(files, columns)
-            damages: list[Damage] = []
-        except StreamctlError as first:
-            kept, damages = salvage(files, Path(folder), columns)
-            if not damages:
-                raise
-            try:
-                raw = kind.read(kept, columns)
-            except StreamctlError:
-                raise first from None  # it names the source's file, not the copy
-    raw.files = tuple(filter(None, (files.interactions, files.items)))
-    findings = [
-        *raw_checks.files_found(raw),
-        *raw_checks.bad_lines(damages),
-        *raw_checks.repeated_and_unordered(raw),
-        *raw_checks.clock(raw),
-        *raw_checks.described_items(raw),
-    ]
+    kind, _ = find_source(source, config.format)
+    reading = reading_of(dataclasses.replace(config, skip_bad=1.0), columns)
+    items = Path(config.items) if config.items else None
+    try:
+        raw = read_source(source, config.format, items=items, reading=reading)
+    except StreamctlError:
+        # Where bad lines alone are in the way, the first one says more than what is left.
+        reading = reading_of(dataclasses.replace(config, skip_bad=0.0), columns)
+        raw = read_source(source, config.format, items=items, reading=reading)
+    with database_errors():
+        findings = [
+            *checks.files_found(raw),
+            *checks.bad_lines(reading.damages, len(raw)),
+            *checks.repeated_and_unordered(raw),
+            *checks.clock(raw),
+            *checks.described_items(raw),
+            *checks.parts(raw),
+        ]
     statistics = None
     try:
         catalog, log, statistics = build(raw, config)
     except StreamctlError as error:
-        findings.append(Finding("filters", "error", error.what, error.run or ""))
+        findings.append(checks.Finding("filters", "error", error.what, error.run or ""))
     else:
         findings += [
-            *split_checks.filters(statistics),
-            *split_checks.order(log, statistics),
-            *split_checks.leakage(catalog, log),
-            *split_checks.as_published(statistics),
+            *checks.filters(statistics),
+            *checks.order(log, statistics),
+            *checks.leakage(catalog, log, config.history),
+            *checks.as_published(statistics),
         ]
     names = [str(path) for path in raw.files]
     return Examination(str(source), kind.name, names, findings, statistics)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from streamctl.data.columns import forget
 from streamctl.errors import StreamctlError
 from streamctl.runs import Stage, StageWriter
 
@@ -36,13 +37,19 @@ class InteractionLog:
             of a file while a long log is prepared.
         offsets: int64 (U + 1,); user u has items[offsets[u]:offsets[u + 1]].
         user_ids: external ids of the U users.
-        timestamps: int64 (T,) in the source's own unit, or None where only the order is known.
+        timestamps: int64 (T,) in the order of the source's times, whole numbers as they are, or
+            None where only the order is known.
+        weights: float32 (T,) of the kinds of events, or None: all are worth the same.
+        cuts: int64 (U, 2) where in `items` each user's validation and test begin, or None: the
+            last two interactions, leave-one-out.
     """
 
     items: np.ndarray
     offsets: np.ndarray
     user_ids: list[str]
     timestamps: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    cuts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.user_ids) + 1 or self.offsets[-1] != len(self.items):
@@ -69,13 +76,17 @@ class InteractionLog:
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
     def save(self, stage: StageWriter) -> None:
-        """Write interactions.parquet (user, item[, timestamp]) and users.parquet (user_id)."""
+        """Write interactions.parquet and users.parquet.
+
+        (user, item[, timestamp][, weight]) a row, and (user_id[, valid, test]) with `cuts`.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = [("user", pa.int32()), ("item", pa.int32())]
-        if self.timestamps is not None:
-            schema.append(("timestamp", pa.int64()))
+        columns = {"item": self.items, "timestamp": self.timestamps, "weight": self.weights}
+        columns = {name: values for name, values in columns.items() if values is not None}
+        schema = [("user", pa.int32())]
+        schema += [(name, pa.from_numpy_dtype(values.dtype)) for name, values in columns.items()]
         with (
             stage.writing("interactions.parquet") as path,
             pq.ParquetWriter(path, pa.schema(schema), compression="zstd") as writer,
@@ -83,14 +94,15 @@ class InteractionLog:
             for first, last in ranges(self.offsets):
                 part = slice(self.offsets[first], self.offsets[last])
                 users = np.arange(first, last, dtype=np.int32)
-                columns = {"user": np.repeat(users, self.lengths[first:last])}
-                columns["item"] = self.items[part]
-                if self.timestamps is not None:
-                    columns["timestamp"] = self.timestamps[part]
-                writer.write_table(pa.table(columns))
-        stage.save_table(
-            "users.parquet", pa.table({"user_id": pa.array(self.user_ids, pa.string())})
-        )
+                row = {"user": np.repeat(users, self.lengths[first:last])}
+                row |= {name: values[part] for name, values in columns.items()}
+                writer.write_table(pa.table(row))
+                for values in columns.values():
+                    forget(values)
+        users = {"user_id": pa.array(self.user_ids, pa.string())}
+        if self.cuts is not None:
+            users |= {"valid": self.cuts[:, 0], "test": self.cuts[:, 1]}
+        stage.save_table("users.parquet", pa.table(users))
 
     @classmethod
     def load(cls, stage: Stage) -> InteractionLog:
@@ -105,13 +117,18 @@ class InteractionLog:
         path = stage.file("interactions.parquet")
         try:
             table = pq.read_table(path)
-            users = pq.read_table(stage.file("users.parquet"))["user_id"].to_pylist()
+            users = pq.read_table(stage.file("users.parquet"))
+            user_ids = users["user_id"].to_pylist()
         except (pa.ArrowException, KeyError) as error:
             raise StreamctlError("damaged artifact", where=path, run="data prepare") from error
-        counts = np.bincount(table["user"].to_numpy(), minlength=len(users))
+        counts = np.bincount(table["user"].to_numpy(), minlength=len(user_ids))
         return cls(
             items=table["item"].to_numpy().astype(np.int32, copy=False),
             offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            user_ids=users,
+            user_ids=user_ids,
             timestamps=table["timestamp"].to_numpy() if "timestamp" in table.column_names else None,
+            weights=table["weight"].to_numpy() if "weight" in table.column_names else None,
+            cuts=np.stack([users["valid"].to_numpy(), users["test"].to_numpy()], 1)
+            if "valid" in users.column_names
+            else None,
         )

@@ -2,126 +2,146 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 
 from streamctl.config import DataConfig
-from streamctl.data.columns import Column, chunks
-from streamctl.data.core import Core
-from streamctl.data.log import RANGE_ROWS, InteractionLog, ranges
+from streamctl.data.clean import LEFT, moment, parse_events
+from streamctl.data.columns import Column, forget
+from streamctl.data.log import InteractionLog, ranges
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.statistics import id_rank
 from streamctl.device import derive_seed
-from streamctl.errors import UsageError
+from streamctl.errors import StreamctlError, UsageError
 from streamctl.progress import warn
 
-MOST_RANGES = 500  # of users that are sorted by themselves: each has a file open for its rows
+BATCH = 1 << 20
 
 
-def number(raw: RawLog, core: Core, config: DataConfig) -> tuple[InteractionLog, list[str]]:
+def number(raw: RawLog, config: DataConfig) -> tuple[InteractionLog, list[str]]:
     """(the interactions left, in order and with dense indexes; external id of each item index).
 
-    One pass over the source's columns deals the rows out to ranges of users; each range is then
-    sorted by itself: memory holds one range, however long the log is.
+    By user, then part, time and input order. DuckDB sorts, on disk where the log is long.
 
     Raises:
-        UsageError: a tie policy that does not fit the log.
+        UsageError: a tie policy or a moment that does not fit the log.
     """
     if config.ties == "runs" and raw.timed:
         raise UsageError("--ties runs is for a log without times; this one takes --ties shuffle")
     if config.ties == "shuffle" and not raw.timed:
         warn("--ties shuffle has no effect: the source gives the order only, not times")
-    user_rank, user_ids = _rank(core.users, raw.user_ids)
-    item_rank, item_ids = _rank(core.items, raw.item_ids)
-    if config.ties == "runs":
-        by_value = id_rank(item_ids)[item_rank]  # 9 before 10
-    names, dense = _number_items(raw, core, config)
-    counts = np.zeros(len(user_ids), np.int64)
-    left = core.users > 0
-    counts[user_rank[left]] = core.users[left]
+    names, dense = _number_items(raw, config)
+    counts = raw.array("SELECT n FROM left_u ORDER BY u")
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    rng = np.random.default_rng(derive_seed(config.seed, "ties"))
-    items, moments = Column(np.int32), Column(np.int64)
-    for rows in deal(raw, user_rank, item_rank, offsets):
-        users, codes = rows["user"], rows["item"]
-        times = None if raw.times is None else rows["time"]
-        if config.ties == "runs":
-            order = _shuffle_runs(users, by_value[codes], rng)
-        else:
-            order = _order(users, times, rng if config.ties == "shuffle" and raw.timed else None)
-        items.append(dense[codes[order]])
-        if raw.timed:
-            moments.append(times[order])
+    total = int(offsets[-1])
+    weights = parse_events(config.events)
+    chosen = {"i": np.int32}
+    if raw.timed:
+        chosen["t"] = np.int64
+    if len(set(weights.values())) > 1:
+        cases = " ".join(f"WHEN {_text(name)} THEN {w!r}" for name, w in weights.items())
+        chosen[f"(CASE event {cases} END)::FLOAT"] = np.float32
+    columns = [Column(dtype, total) for dtype in chosen.values()]
+    part = "part, " if raw.split else ""
+    query = f"SELECT {', '.join(chosen)} FROM {LEFT} ORDER BY u, {part}t, row"
+    for batch in raw.con.sql(query).to_arrow_reader(BATCH):
+        values = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
+        columns[0].append(dense[values[0]])
+        for column, more in zip(columns[1:], values[1:], strict=True):
+            column.append(more)
+    arrays = [column.finish() for column in columns]
     log = InteractionLog(
-        items=items.finish(),
+        items=arrays[0],
         offsets=offsets,
-        user_ids=user_ids,
-        timestamps=moments.finish() if raw.timed else None,
+        user_ids=raw.array("SELECT name FROM users SEMI JOIN left_u USING (u) ORDER BY u").tolist(),
+        timestamps=arrays[1] if raw.timed else None,
+        weights=arrays[-1] if len(chosen) > 1 + raw.timed else None,
+        cuts=_cuts(raw, config, offsets),
     )
+    if config.ties != "keep" and (raw.timed or config.ties == "runs"):
+        _shuffle(log, id_rank(names) if config.ties == "runs" else None, config.seed)
     return log, names
 
 
-def deal(
-    raw: RawLog, user_rank: np.ndarray, item_rank: np.ndarray, offsets: np.ndarray
-) -> Iterator[np.ndarray]:
-    """For each range of users, the rows that are left: user rank, raw item code, time if any.
+def _text(name: str) -> str:
+    return "'" + name.replace("'", "''") + "'"
 
-    A range's rows are in input order. There are more ranges the longer the log is, up to
-    MOST_RANGES; from there on they grow.
+
+def _cuts(raw: RawLog, config: DataConfig, offsets: np.ndarray) -> np.ndarray | None:
+    """int64 (U, 2): where each user's validation and test begin; None for leave-one-out.
+
+    Raises:
+        UsageError: no moments, or moments between which there is nothing.
     """
-    most = max(RANGE_ROWS, int(offsets[-1]) // MOST_RANGES)
-    bounds = list(ranges(offsets, most))
-    kinds = [("user", np.int32), ("item", np.int32)]
-    if raw.times is not None:
-        kinds.append(("time", np.int64))
-    piles = [Column(kinds, sharing=len(bounds)) for _ in bounds]
-    lasts = np.array([last for _, last in bounds])
-    for part in chunks(len(raw.users), raw.users, raw.items, raw.times):
-        ranks, codes = user_rank[raw.users[part]], raw.items[part]
-        left = np.flatnonzero((ranks >= 0) & (item_rank[codes] >= 0))
-        pile = np.searchsorted(lasts, ranks[left], side="right").astype(np.uint16)
-        left = left[np.argsort(pile, kind="stable")]
-        rows = np.empty(len(left), kinds)
-        rows["user"], rows["item"] = ranks[left], codes[left]
-        if raw.times is not None:
-            rows["time"] = raw.times[part][left]
-        ends = np.cumsum(np.bincount(pile, minlength=len(piles)))
-        for number, rows_of_pile in enumerate(np.split(rows, ends[:-1])):
-            piles[number].append(rows_of_pile)
-    while piles:
-        yield piles.pop(0).finish()
+    if config.split == "leave-one-out" or (config.split == "auto" and not raw.split):
+        return None
+    if config.split == "auto":
+        train, valid = "part < 1", "part < 2"
+    else:
+        first, second = _moments(raw, config.split)
+        train, valid = f"t < {first}", f"t < {second}"
+    found = raw.con.execute(f"""
+        SELECT count(*) FILTER ({train}) AS train, count(*) FILTER ({valid}) AS valid
+        FROM {LEFT} GROUP BY u ORDER BY u""").fetchnumpy()
+    cuts = np.stack([offsets[:-1] + found["train"], offsets[:-1] + found["valid"]], 1)
+    bounds = np.column_stack([offsets[:-1], cuts, offsets[1:]])
+    for size, name in zip(np.diff(bounds).sum(0), ("train", "validate", "test"), strict=True):
+        if not size:
+            span = raw.ask(f"SELECT min(t), max(t) FROM {LEFT}")[0]
+            raise StreamctlError(
+                f"no interactions are left to {name} of a split {config.split}; the times go from "
+                f"{span[0]} to {span[1]}",
+                where="data.split",
+                run="--split-at 80%,90% for moments by share",
+            )
+    return cuts
 
 
-def _rank(counts: np.ndarray, names: Any) -> tuple[np.ndarray, list[str]]:
-    """(int32 rank of each code's name among those that are left, -1 if gone; these, sorted)."""
-    import pyarrow.compute as pc
+def _moments(raw: RawLog, text: str) -> tuple[int, int]:
+    """(where validation begins, where test does), as times of the log."""
+    if not raw.timed:
+        raise UsageError("--split-at needs a log with times; this one gives the order only")
+    if raw.split:
+        raise UsageError("the source is split already; --split-at is for one that is not")
+    words = [word.strip() for word in text.split(",")]
+    if len(words) > 2 or not all(words):
+        raise UsageError(f"--split-at takes TIME or VALIDATION,TEST, not {text!r}")
 
-    used = np.flatnonzero(counts)
-    values = names.take(used)
-    by_name = pc.sort_indices(values).to_numpy()
-    ranks = np.full(len(names), -1, np.int32)
-    ranks[used[by_name]] = np.arange(len(used))
-    return ranks, values.take(by_name).to_pylist()
+    def at(share: float) -> int:
+        return raw.one(f"SELECT quantile_disc(t, {min(max(share, 0), 1)}) FROM {LEFT}")
+
+    found = []
+    for word in words:
+        if word.endswith("%"):
+            try:
+                found.append(at(float(word[:-1]) / 100))
+            except ValueError:
+                raise UsageError(f"--split-at takes a share like 80%, not {word!r}") from None
+        else:
+            found.append(moment(raw, word, "--split-at"))
+    if len(found) == 1:  # validation gets as many interactions as test
+        test = raw.one(f"SELECT avg((t >= {found[0]})::INTEGER) FROM {LEFT}")
+        found.insert(0, at(1 - 2 * test))
+    if found[0] > found[1]:
+        raise UsageError(f"--split-at {text}: validation comes before test")
+    return found[0], found[1]
 
 
-def _number_items(raw: RawLog, core: Core, config: DataConfig) -> tuple[list[str], np.ndarray]:
-    """(external id of each dense index, int32 dense index of each raw code).
+def _number_items(raw: RawLog, config: DataConfig) -> tuple[list[str], np.ndarray]:
+    """(external id of each dense index, int32 dense index of each number in `items`).
 
     The catalogue holds the items that occur in the filtered log; `--min-item 0` keeps those of
     the items file that nobody took, too. Numbers are a seeded permutation of the sorted ids, so
     that no model can read order or age from an id.
     """
-    used = np.flatnonzero(core.items)
-    names = raw.item_ids.take(used).to_pylist()
+    used = raw.array("SELECT i FROM left_i ORDER BY i")
+    names = raw.array("SELECT name FROM items SEMI JOIN left_i USING (i) ORDER BY i").tolist()
     if config.min_item == 0 and raw.catalogue is not None:
         names += sorted(set(raw.catalogue.ids).difference(names))
     by_name = sorted(range(len(names)), key=names.__getitem__)
     rng = np.random.default_rng(derive_seed(config.seed, "items"))
     place = np.empty(len(names), np.int32)
     place[by_name] = rng.permutation(len(names))
-    dense = np.full(len(raw.item_ids), -1, np.int32)
+    dense = np.full(raw.one("SELECT count(*) FROM items"), -1, np.int32)
     dense[used] = place[: len(used)]
     ordered = [""] * len(names)
     for name, index in zip(names, place.tolist(), strict=True):
@@ -129,27 +149,24 @@ def _number_items(raw: RawLog, core: Core, config: DataConfig) -> tuple[list[str
     return ordered, dense
 
 
-def _order(
-    users: np.ndarray, times: np.ndarray | None, rng: np.random.Generator | None
-) -> np.ndarray:
-    """int64 (T,): rows by user, time, then input order, or a shuffle of equal times by `rng`."""
-    if rng is not None:
-        return np.lexsort((rng.random(len(users)), times, users))
-    if times is None:
-        return np.argsort(users, kind="stable")
-    return np.lexsort((times, users))
-
-
-def _shuffle_runs(users: np.ndarray, ranks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """int64 (T,): rows by user in input order, every run of ascending item ids shuffled.
+def _shuffle(log: InteractionLog, rank: np.ndarray | None, seed: int) -> None:
+    """Shuffle equal times of each user, or, by `rank`, every run of ascending item ids.
 
     Public copies that give the order only have interactions of one time sorted by item id. Which
-    runs are ties cannot be told, so this shuffles true order too: figures on it are a lower bound.
+    runs are ties cannot be told, so runs shuffle true order too: figures are a lower bound.
 
     Args:
-        ranks: int32 (T,) rank of each row's item id, numbers by value.
+        rank: int32 (N,) rank of each item's id, numbers by value.
     """
-    order = np.argsort(users, kind="stable")
-    starts = np.ones(len(order), bool)
-    starts[1:] = (np.diff(users[order]) != 0) | (np.diff(ranks[order]) <= 0)
-    return order[np.lexsort((rng.random(len(order)), np.cumsum(starts)))]
+    rng = np.random.default_rng(derive_seed(seed, "ties"))
+    for first, last in ranges(log.offsets):
+        part = slice(log.offsets[first], log.offsets[last])
+        steps = np.diff(log.timestamps[part] if rank is None else rank[log.items[part]])
+        starts = np.ones(part.stop - part.start, bool)
+        starts[1:] = steps != 0 if rank is None else steps <= 0
+        starts[log.offsets[first:last] - part.start] = True
+        order = np.lexsort((rng.random(len(starts)), np.cumsum(starts)))
+        for column in (log.items, log.timestamps, log.weights):
+            if column is not None:
+                column[part] = column[part][order]
+                forget(column)

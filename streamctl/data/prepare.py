@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamctl.config import DataConfig
 from streamctl.data.catalog import Catalog
-from streamctl.data.core import LEAVE_ONE_OUT, find_core
+from streamctl.data.clean import clean, find_core, minimums
 from streamctl.data.log import InteractionLog
 from streamctl.data.order import number
 from streamctl.data.sources import read_source
-from streamctl.data.sources.raw import RawLog
+from streamctl.data.sources.raw import RawLog, database_errors
+from streamctl.data.sources.reading import Reading
 from streamctl.data.statistics import describe, warn_about
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.files import file_hash
-from streamctl.progress import say
+from streamctl.progress import say, warn
 from streamctl.runs import RunDir, Stage
-
-CORE = 5  # the benchmarks' filter for logs with times
 
 
 def prepare(
@@ -45,9 +45,54 @@ def prepare(
     """
 
     def read() -> RawLog:
-        return read_source(Path(config.source), config.format, columns)
+        reading = reading_of(config, columns)
+        raw = read_source(
+            Path(config.source),
+            config.format,
+            items=Path(config.items) if config.items else None,
+            reading=reading,
+        )
+        check_damages(reading, config.skip_bad, raw)
+        return raw
 
     return write_stage(run, config, read, force=force)
+
+
+def reading_of(config: DataConfig, columns: Mapping[str, str] | None) -> Reading:
+    """How the source is read by a configuration."""
+    if not 0 <= config.skip_bad <= 1:
+        raise UsageError(f"--skip-bad is {config.skip_bad}; it takes a share from 0 to 1")
+    return Reading(
+        columns or {},
+        rating=config.min_rating is not None,
+        event=bool(config.events),
+        numbers=config.ids == "number",
+        skip_bad=config.skip_bad > 0,
+    )
+
+
+def check_damages(reading: Reading, share: float, raw: RawLog) -> None:
+    """Tell of the lines that were left out.
+
+    Raises:
+        StreamctlError: they are more than `share` of a file's.
+    """
+    raw.damages = {damage.path.name: damage.count for damage in reading.damages}
+    for damage in reading.damages:
+        catalogue = raw.catalogue if damage.path not in raw.files[:1] else None
+        rest = len(raw) if catalogue is None else len(catalogue.ids)
+        line, reason = damage.lines[0]
+        if damage.count > share * (rest + damage.count):
+            least = math.ceil(1000 * damage.count / (rest + damage.count)) / 1000
+            raise StreamctlError(
+                f"{damage.count:,} of {rest + damage.count:,} lines are bad, the first: {reason}",
+                where=damage.path,
+                line=line,
+                run=f"--skip-bad {least:g} leaves them out; `data doctor` lists them",
+            )
+        listed = "; ".join(f"line {line}: {reason}" for line, reason in damage.lines)
+        more = "; ..." if damage.count > len(damage.lines) else ""
+        warn(f"{damage.path.name}: {damage.count:,} bad lines are left out ({listed}{more})")
 
 
 def write_stage(
@@ -102,26 +147,19 @@ def build(raw: RawLog, config: DataConfig) -> tuple[Catalog, InteractionLog, dic
     """
     if config.history < 1:
         raise UsageError(f"data.history is {config.history}; a model needs 1 item or more")
-    kept, removed = find_core(raw, *minimums(raw, config))
-    log, names = number(raw, kept, config)
+    with database_errors():
+        read = raw.sizes
+        taken = clean(raw, config)
+        leave_one_out = not raw.split if config.split == "auto" else config.split == "leave-one-out"
+        if leave_one_out:
+            raw.split = False  # of parts one log is made
+        removed = find_core(raw, *minimums(raw, config, leave_one_out))
+        log, names = number(raw, config)
     catalog, without_text = _catalog(raw, names)
-    statistics = describe(raw, log, catalog, config)
-    statistics["removed"] = removed
+    statistics = describe(raw, read, log, catalog, config)
+    statistics |= {"removed": removed, "cleaned": taken, "bad_lines": raw.damages}
     statistics["items_without_text"] = without_text
     return catalog, log, statistics
-
-
-def minimums(raw: RawLog, config: DataConfig) -> tuple[int, int]:
-    """(interactions a user needs, interactions an item needs).
-
-    By default a log with times gets the benchmarks' 5-core. One that gives the order only has
-    been cut by whoever made it: cutting it again would change the published benchmark (of the
-    Amazon 2018 Scientific copy a tenth would be left), so only leave-one-out's need is kept.
-    """
-    core = CORE if raw.timed else 1
-    user = core if config.min_user is None else config.min_user
-    item = core if config.min_item is None else config.min_item
-    return max(user, LEAVE_ONE_OUT), item
 
 
 def _catalog(raw: RawLog, names: list[str]) -> tuple[Catalog, int]:

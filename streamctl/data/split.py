@@ -1,4 +1,8 @@
-"""Leave-one-out split: the last item tests, the one before validates, all prefixes train."""
+"""The split: what of each user's sequence trains, what validates and what tests.
+
+Leave-one-out by default: the last item tests, the one before validates, all prefixes train. A log
+that was split at moments, or came in parts of its own, has `cuts` for each user instead.
+"""
 
 from __future__ import annotations
 
@@ -79,41 +83,47 @@ class Split:
     """The three views of a log.
 
     Args:
-        log: every user has at least 3 interactions.
+        log: without `cuts` every user has at least 3 interactions.
         history: items of history a model sees, the latest ones.
         n_items: size of the catalogue; by default the largest item index + 1.
+
+    Attributes:
+        valid_from, test_from: int64 (U,) where in the log's items each user's validation and test
+            begin; what comes before `valid_from` trains.
 
     Raises:
         StreamctlError: a user has fewer than 3 interactions.
     """
 
     def __init__(self, log: InteractionLog, history: int = 20, n_items: int | None = None):
-        if log.n_users and log.lengths.min() <= HELD_OUT:
-            user = log.user_ids[int(log.lengths.argmin())]
-            raise StreamctlError(
-                f"user {user!r} has {log.lengths.min()} interactions; leave-one-out needs 3"
-            )
+        if log.cuts is not None:
+            self.valid_from, self.test_from = log.cuts.T
+        else:
+            if log.n_users and log.lengths.min() <= HELD_OUT:
+                user = log.user_ids[int(log.lengths.argmin())]
+                raise StreamctlError(
+                    f"user {user!r} has {log.lengths.min()} interactions; leave-one-out needs 3"
+                )
+            self.valid_from, self.test_from = log.offsets[1:] - 2, log.offsets[1:] - 1
         self.log = log
         self.history = history
         self.n_items = int(log.items.max(initial=-1)) + 1 if n_items is None else n_items
 
     @cached_property
     def train(self) -> Examples:
-        """Every prefix, one item of history or more, of each user's first n - 2 interactions."""
-        counts = self.log.lengths - HELD_OUT - 1
-        user = np.repeat(np.arange(self.log.n_users), counts)
-        within = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self._examples(user, self.log.offsets[user] + 1 + within)
+        """Every prefix, one item of history or more, of what trains of each user."""
+        return self._targets(self.log.offsets[:-1], self.valid_from)
 
     @cached_property
     def valid(self) -> Examples:
-        """One example a user: the target is the last interaction but one."""
-        return self._examples(np.arange(self.log.n_users), self.log.offsets[1:] - 2)
+        """What is to be predicted to validate: one example a user under leave-one-out, else each
+        interaction with something before it."""
+        return self._targets(self.valid_from, self.test_from)
 
     @cached_property
     def test(self) -> Examples:
-        """One example a user: the target is the last interaction."""
-        return self._examples(np.arange(self.log.n_users), self.log.offsets[1:] - 1)
+        """What is to be predicted to test, as `valid`."""
+        return self._targets(self.test_from, self.log.offsets[1:])
 
     def training_sequences(self) -> tuple[np.ndarray, np.ndarray]:
         """The interactions that may train: all that counts, neighbours and models may look at.
@@ -122,15 +132,35 @@ class Split:
             int32 (T',) items, oldest first, and int64 (U + 1,) offsets; user u has
             items[offsets[u]:offsets[u + 1]], under leave-one-out the first n - 2 interactions.
         """
-        kept = self.log.lengths - HELD_OUT
-        position = np.arange(len(self.log)) - np.repeat(self.log.offsets[:-1], self.log.lengths)
-        training = position < np.repeat(kept, self.log.lengths)
-        return self.log.items[training], np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
+        kept = self.valid_from - self.log.offsets[:-1]
+        return self.log.items[self._trains()], np.concatenate([[0], np.cumsum(kept)])
+
+    def training_weights(self) -> np.ndarray | None:
+        """float32 (T',): what each of `training_sequences` is worth, or None: all the same."""
+        return None if self.log.weights is None else self.log.weights[self._trains()]
 
     def popularity(self) -> np.ndarray:
-        """int64 (N,): how often each item occurs among the interactions that train."""
-        return np.bincount(self.training_sequences()[0], minlength=self.n_items)
+        """(N,): how often each item occurs among the interactions that train.
 
-    def _examples(self, user: np.ndarray, end: np.ndarray) -> Examples:
+        int64, or, where kinds of events have weights, float64 sums of these.
+        """
+        items, _ = self.training_sequences()
+        return np.bincount(items, self.training_weights(), minlength=self.n_items)
+
+    def count(self, first: np.ndarray, last: np.ndarray) -> int:
+        """How many targets lie in [first, last) of each user (int64 (U,)) behind its first item."""
+        return int(np.maximum(last - np.maximum(first, self.log.offsets[:-1] + 1), 0).sum())
+
+    def _trains(self) -> np.ndarray:
+        """bool (T,)."""
+        return np.arange(len(self.log)) < np.repeat(self.valid_from, self.log.lengths)
+
+    def _targets(self, first: np.ndarray, last: np.ndarray) -> Examples:
+        """The examples whose target lies in [first, last) of its user and is not its first item."""
+        first = np.maximum(first, self.log.offsets[:-1] + 1)
+        counts = np.maximum(last - first, 0)
+        user = np.repeat(np.arange(self.log.n_users), counts)
+        within = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
+        end = first[user] + within
         start = np.maximum(self.log.offsets[user], end - self.history)
         return Examples(self.log.items, self.log.offsets, user.astype(np.int64), start, end)

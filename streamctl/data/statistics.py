@@ -16,32 +16,36 @@ from streamctl.data.columns import forget
 from streamctl.data.known import published
 from streamctl.data.log import InteractionLog, ranges
 from streamctl.data.sources.raw import RawLog
-from streamctl.progress import warn
+from streamctl.data.split import Split
+from streamctl.progress import say, warn
 
 TIE_BIAS = 0.05  # from which P(test id > valid id) is no longer called one half
-SORTED_SHARE = 0.95  # neighbours in ascending id order; order by time gives about one half
+SORTED = 0.95  # neighbours in ascending id order; order by time gives about one half
 
 
 def describe(
-    raw: RawLog, log: InteractionLog, catalog: Catalog, config: DataConfig
+    raw: RawLog,
+    read: dict[str, int],
+    log: InteractionLog,
+    catalog: Catalog,
+    config: DataConfig,
 ) -> dict[str, Any]:
     """Statistics of a prepared log, as statistics.json holds them.
+
+    Args:
+        read: users, items and interactions of the source.
 
     `test_id_above_valid_id` is P(external id of a user's test item > that of the valid item),
     equal ids left out: one half where the order has nothing to do with ids, more where ties in
     time were sorted by id. `ascending_ids` is the same over all neighbours in all sequences.
     """
     users, items, total = log.n_users, len(catalog), len(log)
-    lengths = log.lengths
+    lengths, split = log.lengths, Split(log, config.history, len(catalog))
     sequences = _sequences(log, id_rank(catalog.ids))
     return {
         "source": Path(config.source).name,  # the name alone: the same data in another place
         "format": raw.format,
-        "read": {
-            "users": len(raw.user_ids),
-            "items": len(raw.item_ids),
-            "interactions": len(raw.users),
-        },
+        "read": read,
         "users": users,
         "items": items,
         "items_taken": sequences.items_taken,
@@ -49,8 +53,11 @@ def describe(
         "mean_length": round(total / users, 3),
         "median_length": float(np.median(lengths)),
         "longest": int(lengths.max()),
-        "sparsity": round(1 - total / (users * items), 6),
-        "train_prefixes": int((lengths - 3).sum()),
+        "sparsity": round(1 - (total - sequences.repeats) / (users * items), 6),
+        "train_prefixes": split.count(log.offsets[:-1], split.valid_from),
+        "valid_targets": split.count(split.valid_from, split.test_from),
+        "test_targets": split.count(split.test_from, log.offsets[1:]),
+        "split": config.split if log.cuts is not None else "leave-one-out",
         "repeats": sequences.repeats,
         "order": "time" if raw.timed else "position",
         "ties": config.ties,
@@ -58,6 +65,7 @@ def describe(
         "test_id_above_valid_id": sequences.last.share(),
         "ascending_ids": sequences.all.share(),
         "published": published(raw.format, raw.files),
+        "unread": raw.unread,
     }
 
 
@@ -125,37 +133,56 @@ def _sequences(log: InteractionLog, rank: np.ndarray) -> _Sequences:
     return found
 
 
-def is_sorted_by_id(facts: dict[str, Any]) -> bool:
-    """Whether the sequences are in the order of item ids (or against it) end to end."""
-    share = facts["ascending_ids"]
-    enough = share is not None and facts["interactions"] >= 50
-    return enough and not 1 - SORTED_SHARE < share < SORTED_SHARE
-
-
-def is_tie_biased(facts: dict[str, Any]) -> bool:
-    """Whether P(test id > valid id) is far from one half, chance (4 sigma) allowed for."""
-    above = facts["test_id_above_valid_id"]
-    if above is None:
-        return False
-    return abs(above - 0.5) > max(TIE_BIAS, 2 / facts["users"] ** 0.5)
+def order_fault(facts: dict[str, Any]) -> tuple[str, str, str] | None:
+    """(level, what, remedy) if the order of the sequences has to do with item ids."""
+    share, above, timed = (
+        facts["ascending_ids"],
+        facts["test_id_above_valid_id"],
+        facts["order"] == "time",
+    )
+    if share is not None and facts["interactions"] >= 50 and not 1 - SORTED < share < SORTED:
+        sure = f"({share:.0%} of neighbouring items have ascending ids; 50% is unbiased)"
+        if timed and facts["tied_neighbours"] < 0.5:
+            return (
+                "note",
+                f"item ids follow the times {sure}: later items have higher ids",
+                "nothing here: `data prepare` numbers items at random; other tools may not",
+            )
+        if timed:
+            return (
+                "error",
+                f"the sequences are sorted by item id {sure}: most times are equal, and what is "
+                "taken at the same time is in the order of ids",
+                "--ties shuffle, or times that are finer",
+            )
+        return (
+            "error",
+            f"the sequences are sorted by item id, not by time {sure}: every result on them is "
+            "meaningless",
+            "get the log with its timestamps, or --ties runs (a lower bound)",
+        )
+    # Chance (4 sigma) is allowed for.
+    if above is not None and abs(above - 0.5) > max(TIE_BIAS, 2 / facts["users"] ** 0.5):
+        return (
+            "warning",
+            f"P(id of the test item > id of the valid item) is {above:.2f}, 0.50 is unbiased: "
+            "items taken at the same time were sorted by id, or ids follow the time",
+            "--ties "
+            + ("shuffle" if timed else "runs (a lower bound)")
+            + ", or state it with results",
+        )
+    return None
 
 
 def warn_about(facts: dict[str, Any]) -> None:
     """Warn on stderr about what would make numbers on this log wrong or hard to compare."""
-    above = facts["test_id_above_valid_id"]
-    if is_sorted_by_id(facts):
-        warn(
-            "THE SEQUENCES ARE SORTED BY ITEM ID, not by time "
-            f"({facts['ascending_ids']:.0%} of neighbouring items have ascending ids; 50% is "
-            "unbiased): every result on this data is meaningless. Get the log with its timestamps"
-        )
-    elif is_tie_biased(facts):
-        remedy = "--ties shuffle" if facts["order"] == "time" else "--ties runs (a lower bound)"
-        warn(
-            f"P(id of the test item > id of the valid item) is {above:.2f}, 0.50 is unbiased: "
-            "items taken at the same time were sorted by id, or ids follow the time. State it with "
-            f"results, or use {remedy}"
-        )
+    fault = order_fault(facts)
+    if fault is not None and fault[0] != "note":
+        _, what, remedy = fault
+        warn(f"{what}. Next: {remedy}")
+    for role, column in facts["unread"].items():
+        option = "--min-rating N" if role == "rating" else "--events KIND,KIND"
+        say(f"column {column!r} is not used, every row counts alike; {option} chooses")
     missing = facts["items_without_text"]
     if missing:
         warn(f"{missing:,} of {facts['items']:,} items have no text; they get their id as title")

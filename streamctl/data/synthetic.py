@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from streamctl.config import DataConfig
 from streamctl.data.prepare import write_stage
@@ -141,13 +140,10 @@ def _raw(shop: Shop) -> RawLog:
     """The shop as a reader would give it."""
     users = len(shop.favourite)
     width = len(str(users - 1))
-    return RawLog(
-        users=shop.user,
-        items=shop.item,
-        user_ids=pa.array([f"u{number:0{width}}" for number in range(users)], pa.string()),
-        item_ids=pa.array(shop.catalogue.ids, pa.string()),
-        times=shop.times,
-        timed=True,
+    return RawLog.of(
+        [f"u{number:0{width}}" for number in shop.user],
+        [shop.catalogue.ids[number] for number in shop.item],
+        shop.times,
         catalogue=shop.catalogue,
         format="synthetic",
     )

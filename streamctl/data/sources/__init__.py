@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from streamctl.data.sources import lcrec, movielens, recbole, sequences, table
 from streamctl.data.sources.amazon import AMAZON, AMAZON_2023
+from streamctl.data.sources.items import read_items
 from streamctl.data.sources.raw import RawLog
+from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.source import Files, Source
 from streamctl.errors import StreamctlError, UsageError, close_matches
 
@@ -24,22 +27,37 @@ SOURCES: tuple[Source, ...] = (
 
 
 def read_source(
-    path: Path, format_name: str = "auto", columns: Mapping[str, str] | None = None
+    path: Path,
+    format_name: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    *,
+    items: Path | None = None,
+    reading: Reading | None = None,
 ) -> RawLog:
     """A log of any format.
 
     Args:
         path: a folder or the interactions file.
         format_name: a reader's name, or "auto": the first whose files are there.
-        columns: `user`, `item`, `time` -> column, for tables.
+        columns: `user`, `item`, `time`, `rating`, `event` -> column, for tables.
+        items: the items file, where it is not one that lies beside the interactions.
+        reading: how, and where bad lines are told of; by default the first is an error.
 
     Raises:
         UsageError: an unknown format; names the known ones.
         StreamctlError: no such path, nothing readable there, or what the reader raises.
     """
     source, files = find_source(path, format_name)
-    raw = source.read(files, columns)
-    raw.files = tuple(filter(None, (files.interactions, files.items)))
+    if items is not None:
+        if not items.is_file():
+            raise StreamctlError("no such items file", where=items)
+        files = replace(files, items=items)
+    reading = reading or Reading(columns or {})
+    raw = source.read(files, reading)
+    raw.files = tuple(filter(None, (*(files.parts or (files.interactions,)), files.items)))
+    if files.items:
+        named = source.items if items is None else read_items
+        raw.catalogue = named(files.items, reading)
     return raw
 
 
@@ -86,6 +104,9 @@ def parse_columns(text: str) -> dict[str, str]:
     for part in filter(None, text.split(",")):
         role, equals, name = (word.strip() for word in part.partition("="))
         if not equals or not name or role not in table.ROLES:
-            raise UsageError(f"--columns takes user=NAME,item=NAME,time=NAME, not {text!r}")
+            raise UsageError(
+                "--columns takes user=NAME,item=NAME,time=NAME,rating=NAME,event=NAME, "
+                f"not {text!r}"
+            )
         columns[role] = name
     return columns

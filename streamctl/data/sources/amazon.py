@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from glob import escape
 from pathlib import Path
 
 from streamctl.data.sources.items import read_items
-from streamctl.data.sources.raw import RawLog
+from streamctl.data.sources.raw import ItemTable, RawLog
+from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.source import Files, Source, begins_with, beside, matches, only
 from streamctl.data.sources.table import read_table
 from streamctl.data.sources.text import plain_name
@@ -39,9 +39,12 @@ def _find(path: Path, *, patterns: tuple[str, ...], words: tuple[str, ...]) -> F
     )
 
 
-def _read(files: Files, columns: Mapping[str, str] | None, *, name: str) -> RawLog:
-    catalogue = read_items(files.items, text=TEXT, repeated="first") if files.items else None
-    return read_table(files.interactions, format_name=name, columns=columns, catalogue=catalogue)
+def _read(files: Files, reading: Reading, *, name: str) -> RawLog:
+    return read_table(files, reading, format_name=name)
+
+
+def _items(path: Path, reading: Reading) -> ItemTable:
+    return read_items(path, reading, text=TEXT, repeated="first")
 
 
 AMAZON_2023 = Source(
@@ -50,10 +53,12 @@ AMAZON_2023 = Source(
     "+ meta_CATEGORY.jsonl.gz",
     partial(_find, patterns=("*.csv", "*.jsonl"), words=("user_id", "parent_asin")),
     partial(_read, name="amazon2023"),
+    _items,
 )
 AMAZON = Source(
     "amazon",
     "reviews_CATEGORY_5.json.gz (2014) or CATEGORY_5.json.gz (2018) + meta_CATEGORY.json.gz",
     partial(_find, patterns=("*.json", "*.jsonl"), words=("reviewerID", "asin")),
     partial(_read, name="amazon"),
+    _items,
 )

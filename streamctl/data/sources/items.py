@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from streamctl.data.sources.raw import ItemTable
+from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.text import (
     clean,
     delimiter_of,
     lines,
+    numbered,
     one_line,
     plain_name,
+    records,
     writable,
 )
 from streamctl.errors import StreamctlError, close_matches
@@ -35,6 +39,7 @@ def find_column(names: Iterable[str], wanted: Sequence[str]) -> str | None:
 def make_table(
     rows: Iterable[tuple[int, Mapping[str, Any]]],
     path: Path,
+    reading: Reading,
     *,
     id_column: str | None = None,
     text: Sequence[str] | None = None,
@@ -61,14 +66,17 @@ def make_table(
             near = close_matches(id_column or "item_id", row)
             raise StreamctlError(f"no item id column; columns: {', '.join(row)}; {near}",
                                  where=path, line=line)  # fmt: skip
-        item = _id(row[id_column])
+        item = id_text(row[id_column])
+        if reading.numbers:
+            item = as_number(item)
         if not item.strip():
-            raise StreamctlError("the item id is empty", where=path, line=line)
+            reading.bad(path, line, "the item id is empty")
+            continue
         if item in ids:
-            if repeated == "first":
-                continue
-            raise StreamctlError(f"item id {item!r} occurs twice, first in line {ids[item]}",
-                                 where=path, line=line, run="keep one line an item")  # fmt: skip
+            if repeated != "first":
+                told = f"item id {item!r} occurs twice, first in line {ids[item]}"
+                reading.bad(path, line, told, "--skip-bad 0.1 keeps the first of each")
+            continue
         for name, value in row.items():
             if name == id_column or (text is not None and name not in text):
                 continue
@@ -102,7 +110,7 @@ def make_table(
     return ItemTable(list(ids), columns, title, tuple(described))
 
 
-def read_items(path: Path, **options: Any) -> ItemTable:
+def read_items(path: Path, reading: Reading, **options: Any) -> ItemTable:
     """An items file by its suffix: jsonl or json (an object a line), csv, tsv, parquet.
 
     Raises:
@@ -110,27 +118,28 @@ def read_items(path: Path, **options: Any) -> ItemTable:
     """
     name = plain_name(path)
     if name.endswith((".jsonl", ".json")):
-        return make_table(json_rows(path), path, **options)
-    if name.endswith(".csv"):
-        return make_table(delimited_rows(path, delimiter_of(path)), path, **options)
-    if name.endswith((".tsv", ".item")):
-        rows = delimited_rows(path, "\t", quoted=name.endswith(".tsv"))
-        return make_table(rows, path, **options)
-    if name.endswith(".parquet"):
-        return make_table(parquet_rows(path), path, **options)
-    raise StreamctlError("items are read from .jsonl, .csv, .tsv or .parquet", where=path)
+        rows = json_rows(path, reading)
+    elif name.endswith((".csv", ".tsv", ".item")):
+        delimiter = delimiter_of(path) if name.endswith(".csv") else "\t"
+        rows = delimited_rows(path, reading, delimiter, quoted=not name.endswith(".item"))
+    elif name.endswith(".parquet"):
+        rows = parquet_rows(path)
+    else:
+        raise StreamctlError("items are read from .jsonl, .csv, .tsv or .parquet", where=path)
+    return make_table(rows, path, reading, **options)
 
 
-def json_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+def json_rows(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) of a file with a JSON object a line.
 
     Amazon's files of 2014 hold Python literals (single quotes) instead; both are read.
     """
-    for line, text in lines(path):
+    for line, text in lines(path, "replace" if reading.skip_bad else "utf-8"):
         value = parse_object(text)
         if value is None:
-            raise StreamctlError("not a JSON object", where=path, line=line)
-        yield line, value
+            reading.bad(path, line, "not a JSON object")
+        else:
+            yield line, value
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
@@ -147,49 +156,30 @@ def parse_object(text: str) -> dict[str, Any] | None:
 
 def delimited_rows(
     path: Path,
+    reading: Reading,
     delimiter: str,
     *,
     names: Sequence[str] = (),
     encoding: str = "utf-8",
     quoted: bool = True,
-) -> Iterable[tuple[int, dict[str, str]]]:
+) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, column -> text) of a delimited file.
 
     Args:
         names: the columns; by default the first line holds them.
         quoted: whether texts may be in double quotes.
-
-    Raises:
-        StreamctlError: a line with more or fewer columns than the header.
     """
-    import csv
-
-    numbers: list[int] = []
-
-    def texts() -> Iterable[str]:
-        for number, text in lines(path, encoding):
-            numbers[:] = [number]
-            yield text + "\n"
-
-    if not quoted:
-        rows: Iterable[list[str]] = (text.rstrip("\n").split(delimiter) for text in texts())
-    else:
-        rows = csv.reader(texts(), delimiter=delimiter)
     header = list(names)
-    try:
-        for row in rows:
-            if not header:
-                header = [name.strip() for name in row]
-                continue
-            if len(row) != len(header):
-                raise StreamctlError(
-                    f"{len(row)} columns where the header has {len(header)}",
-                    where=path,
-                    line=numbers[0],
-                )
-            yield numbers[0], dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise StreamctlError(f"not CSV: {error}", where=path, line=numbers[0]) from error
+    if reading.skip_bad and encoding == "utf-8":
+        encoding = "replace"
+    for line, row in records(numbered(path, encoding), delimiter, quoted, path):
+        if not header:
+            header = [name.strip() for name in row]
+        elif len(row) != len(header):
+            told = f"{len(row)} columns where the header has {len(header)}"
+            reading.bad(path, line, told)
+        else:
+            yield line, dict(zip(header, row, strict=True))
 
 
 def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -208,13 +198,26 @@ def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         raise StreamctlError(f"not a parquet file: {one_line(error)}", where=path) from error
 
 
-def _id(value: object) -> str:
-    """An id as it stands, for it must be the one in the interactions; "" if the value is none."""
-    if value is None or isinstance(value, dict | list):
+def id_text(value: object) -> str:
+    """An id, time or number as text, "" if it is none: in every file and question the same.
+
+    Texts stay as they are. A float that is whole, as pandas makes of whole numbers with gaps, is
+    written as a whole number.
+    """
+    if value is None or isinstance(value, dict | list) or value != value:
         return ""
-    if isinstance(value, float) and value.is_integer():  # pandas turns integers with gaps into them
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
     return writable(str(value))
+
+
+def as_number(text: str) -> str:
+    """A whole number, however it is written, as people write it; any other text without blanks."""
+    try:
+        value = Decimal(text.strip()).quantize(Decimal("0.000001"))
+    except ArithmeticError:
+        return text.strip()
+    return str(int(value)) if value == int(value) else text.strip()
 
 
 def _is_number(text: str) -> bool:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from streamctl.data.sources.items import make_table
-from streamctl.data.sources.raw import Coder, RawLog
+from streamctl.data.sources.raw import ItemTable, RawLog
+from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.source import Files, Source, beside, matches, only
 from streamctl.data.sources.text import damaged, open_binary, plain_name, writable, wrong_encoding
 from streamctl.errors import StreamctlError
@@ -52,37 +50,28 @@ def _load(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
+def _read(files: Files, reading: Reading) -> RawLog:
     path = files.interactions
-    sequences = _load(path)
-    items, lengths = Coder(), []
-    for user, taken in sequences.items():
-        if not isinstance(taken, list) or not all(isinstance(i, int | str) for i in taken):
-            raise StreamctlError(f"user {user!r} has no list of item ids", where=path)
-        items.add([writable(str(item)) for item in taken])
-        lengths.append(len(taken))
-    codes, item_ids = items.finish()
-    catalogue = None
-    if files.items:
-        entries = _load(files.items)
-        for item, entry in entries.items():
-            if not isinstance(entry, dict):
-                raise StreamctlError(f"item {item!r} is no object", where=files.items)
-        rows = (
-            (number, {**entry, "item_id": item})
-            for number, (item, entry) in enumerate(entries.items(), 1)
-        )
-        catalogue = make_table(rows, files.items, id_column="item_id")
-    return RawLog(
-        users=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
-        items=codes,
-        user_ids=pa.array(map(writable, sequences), pa.string()),
-        item_ids=item_ids,
-        times=None,
-        timed=False,
-        catalogue=catalogue,
-        format="lcrec",
+
+    def sequences() -> Iterator[tuple[str, list[str]]]:
+        for user, taken in _load(path).items():
+            if not isinstance(taken, list) or not all(isinstance(i, int | str) for i in taken):
+                raise StreamctlError(f"user {user!r} has no list of item ids", where=path)
+            yield writable(user), [writable(str(item)) for item in taken]
+
+    return RawLog.in_order(sequences(), "lcrec", path.stat().st_size, reading.numbers)
+
+
+def _items(path: Path, reading: Reading) -> ItemTable:
+    entries = _load(path)
+    for item, entry in entries.items():
+        if not isinstance(entry, dict):
+            raise StreamctlError(f"item {item!r} is no object", where=path)
+    rows = (
+        (number, {**entry, "item_id": item})
+        for number, (item, entry) in enumerate(entries.items(), 1)
     )
+    return make_table(rows, path, reading, id_column="item_id")
 
 
 SOURCE = Source(
@@ -90,4 +79,5 @@ SOURCE = Source(
     "NAME.inter.json (user -> item ids in order) + NAME.item.json (item -> title, description)",
     _find,
     _read,
+    _items,
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from streamctl.data.sources.items import delimited_rows, make_table
 from streamctl.data.sources.raw import ItemTable, RawLog
+from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.source import Files, Source, beside, pick
 from streamctl.data.sources.table import read_table
 from streamctl.data.sources.text import plain_name
@@ -15,9 +16,7 @@ _GENRES = ("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy"
            "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery",
            "Romance", "Sci-Fi", "Thriller", "War", "Western")  # fmt: skip
 _RATINGS = {"ratings.dat": "movies.dat", "u.data": "u.item", "ratings.csv": "movies.csv"}
-# `::` is read as a colon between which nothing stands: Arrow takes one character.
-_DAT = ("user_id", "", "item_id", " ", "rating", "  ", "timestamp")
-_DATA = ("user_id", "item_id", "rating", "timestamp")
+_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 
 # The items files without a header, which are in Latin-1.
 MOVIE_COLUMNS = {
@@ -33,38 +32,32 @@ def _find(path: Path) -> Files | None:
     return Files(found, beside(path, _RATINGS[plain_name(found)]))
 
 
-def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
-    kind = plain_name(files.interactions)
+def _read(files: Files, reading: Reading) -> RawLog:
     options = {
-        "ratings.dat": {"delimiter": ":", "names": _DAT, "quoted": False},
-        "u.data": {"delimiter": "\t", "names": _DATA, "quoted": False},
-        "ratings.csv": {},
-    }[kind]
-    return read_table(
-        files.interactions,
-        format_name="movielens",
-        columns=columns,
-        catalogue=_movies(files.items) if files.items else None,
-        **options,
-    )
+        "ratings.dat": {"delimiter": "::", "names": _COLUMNS, "quoted": False},
+        "u.data": {"delimiter": "\t", "names": _COLUMNS, "quoted": False},
+    }.get(plain_name(files.interactions), {})
+    return read_table(files, reading, format_name="movielens", **options)
 
 
-def _movies(path: Path) -> ItemTable:
-    return make_table(_movie_rows(path), path, id_column="movieId", text=("title", "genres"))
+def _movies(path: Path, reading: Reading) -> ItemTable:
+    rows = _movie_rows(path, reading)
+    return make_table(rows, path, reading, id_column="movieId", text=("title", "genres"))
 
 
-def _movie_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _movie_rows(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, str]]]:
     kind = plain_name(path)
     names = MOVIE_COLUMNS.get(kind, ())
+    old = {"names": names, "encoding": "latin-1", "quoted": False}
     if kind == "u.item":
-        for line, row in delimited_rows(path, "|", names=names, encoding="latin-1", quoted=False):
+        for line, row in delimited_rows(path, reading, "|", **old):
             genres = ", ".join(genre for genre in _GENRES if row[genre] == "1")
             yield line, {"movieId": row["movieId"], "title": row["title"], "genres": genres}
         return
     if kind == "movies.dat":
-        rows = delimited_rows(path, "::", names=names, encoding="latin-1", quoted=False)
+        rows = delimited_rows(path, reading, "::", **old)
     else:
-        rows = delimited_rows(path, ",")
+        rows = delimited_rows(path, reading, ",")
     for line, row in rows:
         yield line, {**row, "genres": row.get("genres", "").replace("|", ", ")}
 
@@ -74,4 +67,5 @@ SOURCE = Source(
     "ratings.dat + movies.dat, ratings.csv + movies.csv, or u.data + u.item",
     _find,
     _read,
+    _movies,
 )

@@ -1,18 +1,28 @@
-"""What a reader of any format returns: coded interactions and the items' columns."""
+"""What a reader of any format returns: a log in a DuckDB database, and the items' columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
-from streamctl.data.columns import Column
+from streamctl.data.sources.times import as_integers
+from streamctl.errors import StreamctlError
 
-# Rows collected before their ids are folded into the vocabulary, at least.
-_FOLD_ROWS = 1 << 21
+MEMORY = "1GB"  # that DuckDB may use; what is more goes to the folder for temporary files
+HELD_BYTES = 32 << 20  # of a source, up to which its log stays in memory altogether
+PARTS = ("train", "valid", "test")
+# An id that is a whole number, however it is written, as people write it; any other without
+# blanks around it.
+_SAME = """CASE WHEN try_cast(trim({0}) AS DECIMAL(38, 6)) % 1 = 0
+    THEN try_cast(trim({0}) AS DECIMAL(38, 6))::HUGEINT::VARCHAR ELSE trim({0}) END"""
 
 
 @dataclass
@@ -32,74 +42,179 @@ class ItemTable:
     text: tuple[str, ...] = ()
 
 
-@dataclass
 class RawLog:
     """A source as read: nothing filtered, nothing sorted.
 
+    Its tables are `users` (u, name) and `items` (i, name), numbered in the order of their names,
+    and `log` (u, i, t, part, rating, event, row): numbers of user and item; t is a clock time or
+    a position as BIGINT in the order of the source's times, or NULL where the input order is the
+    order; part is 0, 1 or 2 (`PARTS`) where the source is split already; row is the input order.
+
     Attributes:
-        users, items: int32 (T,) codes into `user_ids` and `item_ids`, in input order; like
-            `times` a map of a file where they are long.
-        user_ids, item_ids: string arrays of external ids.
-        times: int64 (T,) clock time or position, or None where the input order is the order.
-        timed: whether `times` are clock times; otherwise the source gives the order only.
+        con: the connection; memory and disk are free again when this object is gone.
+        timed: whether `t` are clock times; otherwise the source gives the order only.
+        split: whether the source is split already.
         catalogue: the items file, or None.
         format: name of the reader.
         files: what was read, interactions first; set by `read_source`.
+        dates, scale: as `times.as_integers`.
+        damages: bad lines that were left out, by file.
+        unread: columns of ratings or kinds of events that are there and were not asked for.
     """
 
-    users: np.ndarray
-    items: np.ndarray
-    user_ids: pa.Array
-    item_ids: pa.Array
-    times: np.ndarray | None
-    timed: bool
-    catalogue: ItemTable | None = None
-    format: str = ""
-    files: tuple[Path, ...] = ()
+    def __init__(self, size: int = 0, numbers: bool = False):
+        """A log to be filled by `add`.
 
-
-class Coder:
-    """Texts -> int32 codes in order of first appearance, a batch at a time.
-
-    Only one copy of every distinct text is held beside a few million waiting ones.
-    """
-
-    def __init__(self) -> None:
-        self._known: pa.Array | None = None
-        self._waiting: list[pa.Array] = []
-        self._rows = 0
-        self._codes = Column(np.int32)
-
-    def add(self, texts: pa.Array | Iterable[str]) -> None:
-        batch = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string())
-        self._waiting.append(batch.dictionary_encode())
-        self._rows += len(batch)
-        # Folding looks at every known text, so that it waits for as many rows.
-        if self._rows >= max(_FOLD_ROWS, len(self._known or ())):
-            self._fold()
-
-    def finish(self) -> tuple[np.ndarray, pa.Array]:
-        """(int32 (T,) codes, string array of the distinct texts).
-
-        Raises:
-            pyarrow.ArrowInvalid: a text is not UTF-8 (parquet files are not checked on reading).
+        Args:
+            size: of the source in bytes.
+            numbers: ids that are the same number are the same id.
         """
-        self._fold()
-        known = pa.array([], pa.string()) if self._known is None else self._known
-        known.validate(full=True)
-        return self._codes.finish(), known.cast(pa.string())
+        self.folder = tempfile.TemporaryDirectory(prefix="streamctl-", ignore_cleanup_errors=True)
+        place = ":memory:" if size < HELD_BYTES else str(Path(self.folder.name) / "log.duckdb")
+        self.con = duckdb.connect(place)
+        # Nothing is fetched from elsewhere; a log that goes to disk is written once, not logged.
+        self.con.execute(f"""
+            SET temp_directory = '{self.folder.name.replace("'", "''")}';
+            SET memory_limit = '{MEMORY}'; SET checkpoint_threshold = '1TB';
+            SET autoinstall_known_extensions = false; SET timezone = 'UTC';
+            SET enable_progress_bar = false;
+            CREATE TABLE staged (user_id VARCHAR, item_id VARCHAR, time VARCHAR,
+                                 rating VARCHAR, event VARCHAR, part UTINYINT)""")
+        self.numbers = numbers
+        self.timed = True
+        self.dates, self.scale = False, 1
+        self.split = False
+        self.catalogue: ItemTable | None = None
+        self.format = ""
+        self.files: tuple[Path, ...] = ()
+        self.damages: dict[str, int] = {}
+        self.unread: dict[str, str] = {}
 
-    def _fold(self) -> None:
-        if not self._waiting:
-            return
-        chunks = self._waiting
-        if self._known is not None:
-            # The known texts lead, so that their codes stay what they are.
-            nothing = pa.array([], pa.int32())
-            chunks = [pa.DictionaryArray.from_arrays(nothing, self._known), *chunks]
-        unified = pa.chunked_array(chunks).unify_dictionaries()
-        start = 0 if self._known is None else 1
-        for chunk in unified.chunks[start:]:
-            self._codes.append(chunk.indices.to_numpy())
-        self._known = unified.chunk(0).dictionary
-        self._waiting, self._rows = [], 0
+    def add(self, columns: Sequence[Iterable[Any] | None], part: int = 0) -> None:
+        """Add a batch of texts: users, items and, where there are any, times, ratings, events."""
+        arrays = [None if c is None else pa.array(c, pa.string()) for c in columns]
+        rows = len(arrays[0])
+        arrays = [pa.nulls(rows, pa.string()) if a is None else a for a in arrays]
+        arrays += [pa.nulls(rows, pa.string())] * (5 - len(arrays))
+        batch = pa.table([*arrays, pa.array(np.full(rows, part, np.uint8))], [*"uitrek"])
+        self.con.register("batch", batch)
+        self.con.execute("INSERT INTO staged SELECT * FROM batch")
+        self.con.unregister("batch")
+
+    def finish(self) -> RawLog:
+        """Number users and items in the order of their names, and make whole numbers of times."""
+        if self.numbers:
+            ids = ", ".join(f"{name} = {_SAME.format(name)}" for name in ("user_id", "item_id"))
+            self.con.execute(f"UPDATE staged SET {ids}")
+        time, self.dates, self.scale = as_integers(self.con)
+        for plural, letter, name in (("users", "u", "user_id"), ("items", "i", "item_id")):
+            self.con.execute(f"""
+                CREATE TABLE {plural} AS
+                SELECT (row_number() OVER (ORDER BY name) - 1)::INTEGER AS {letter}, name
+                FROM (SELECT DISTINCT {name} AS name FROM staged)""")
+        self.con.execute(f"""
+            CREATE TABLE log AS
+            SELECT u, i, {time} AS t, part, try_cast(rating AS DOUBLE) AS rating, event,
+                   staged.rowid AS row
+            FROM staged JOIN users ON users.name = staged.user_id
+                        JOIN items ON items.name = staged.item_id;
+            DROP TABLE staged""")
+        return self
+
+    @classmethod
+    def in_order(
+        cls,
+        sequences: Iterable[tuple[str, Sequence[str]]],
+        format: str,
+        size: int,
+        numbers: bool = False,
+    ) -> RawLog:
+        """A log of (user, items from the oldest) that gives the order only."""
+        raw = cls(size, numbers)
+        raw.format, raw.timed = format, False
+        users: list[str] = []
+        items: list[str] = []
+        for user, taken in sequences:
+            users += [user] * len(taken)
+            items += taken
+            if len(items) > 1 << 18:
+                raw.add([users, items])
+                users, items = [], []
+        raw.add([users, items])
+        return raw.finish()
+
+    @classmethod
+    def of(
+        cls,
+        users: Iterable[str],
+        items: Iterable[str],
+        times: Iterable[int] | None = None,
+        *,
+        timed: bool = True,
+        catalogue: ItemTable | None = None,
+        format: str = "table",
+    ) -> RawLog:
+        """A log of columns in memory; `times` are whole numbers, or None: the rows' order."""
+        raw = cls()
+        texts = None if times is None else [str(time) for time in times]
+        raw.add([list(users), list(items), texts])
+        raw.timed, raw.catalogue, raw.format = timed and times is not None, catalogue, format
+        return raw.finish()
+
+    def link(self, file: Path) -> str:
+        """The SQL text of a name for a file without the * ? and [ that DuckDB would resolve."""
+        link = Path(self.folder.name) / "source"
+        link.unlink(missing_ok=True)
+        link.symlink_to(file.resolve())
+        return "'" + str(link).replace("'", "''") + "'"
+
+    def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The rows that a query gives."""
+        return self.con.execute(query, list(values)).fetchall()
+
+    def one(self, query: str, *values: Any) -> Any:
+        """The first column of the only row that a query gives."""
+        return self.ask(query, *values)[0][0]
+
+    def array(self, query: str) -> np.ndarray:
+        """A query's only column."""
+        return next(iter(self.con.execute(query).fetchnumpy().values()))
+
+    def names(self, plural: str) -> list[str]:
+        """External ids of `users` or `items`, by number."""
+        return self.array(f"SELECT name FROM {plural} ORDER BY {plural[0]}").tolist()
+
+    def __len__(self) -> int:
+        """Interactions."""
+        return self.one("SELECT count(*) FROM log")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many users, items and interactions there are."""
+        users, items = (self.one(f"SELECT count(*) FROM {name}") for name in ("users", "items"))
+        return {"users": users, "items": items, "interactions": len(self)}
+
+
+@contextmanager
+def database_errors(where: Path | None = None) -> Iterator[None]:
+    """What DuckDB raises, as one line.
+
+    Raises:
+        StreamctlError: with the folder for temporary files where that is full.
+    """
+    try:
+        yield
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        raise StreamctlError(
+            f"no room for the log: {first_sentence(error)}",
+            where=tempfile.gettempdir(),
+            run="TMPDIR=/a/larger/disk before the same command",
+        ) from error
+    except duckdb.Error as error:
+        raise StreamctlError(f"cannot be read: {first_sentence(error)}", where=where) from error
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first line of a message, at most 200 characters."""
+    text = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
+    return text[:200]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
 
-from streamctl.data.sources.items import read_items
 from streamctl.data.sources.raw import RawLog
+from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.source import Files, Source, beside, matches, only
 from streamctl.data.sources.table import read_table
 from streamctl.data.sources.text import plain_name
@@ -21,14 +20,8 @@ def _find(path: Path) -> Files | None:
     return Files(found, beside(path, f"{name}.item"))
 
 
-def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
-    return read_table(
-        files.interactions,
-        format_name="recbole",
-        columns=columns,
-        quoted=False,
-        catalogue=read_items(files.items) if files.items else None,
-    )
+def _read(files: Files, reading: Reading) -> RawLog:
+    return read_table(files, reading, format_name="recbole", quoted=False)
 
 
 SOURCE = Source(

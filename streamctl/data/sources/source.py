@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamctl.data.sources.raw import RawLog
+from streamctl.data.sources.items import read_items
+from streamctl.data.sources.raw import ItemTable, RawLog
+from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.text import first_line, plain_name
 from streamctl.errors import StreamctlError
 
 
 @dataclass(frozen=True)
 class Files:
-    """What a reader reads: the interactions, and the items where there is such a file."""
+    """What a reader reads: the interactions, and the items where there is such a file.
+
+    `parts` are the files of a log that is split already: train, valid and test.
+    """
 
     interactions: Path
     items: Path | None = None
+    parts: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,13 +34,15 @@ class Source:
         name: as `--format` takes it.
         layout: the files, for people.
         find: the files at a path (a folder or the interactions file), or None if it is not this.
-        read: the files (and the user's names of columns) -> RawLog.
+        read: the files, and how -> RawLog.
+        items: an items file, and how -> its table.
     """
 
     name: str
     layout: str
     find: Callable[[Path], Files | None]
-    read: Callable[[Files, Mapping[str, str] | None], RawLog]
+    read: Callable[[Files, Reading], RawLog]
+    items: Callable[[Path, Reading], ItemTable] = read_items
 
 
 def matches(path: Path, *patterns: str) -> list[Path]:

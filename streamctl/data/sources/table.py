@@ -1,27 +1,29 @@
-"""Interaction tables with named columns: csv, tsv, parquet, jsonl."""
+"""Interaction tables with named columns: csv, tsv, parquet, jsonl; DuckDB reads all but json."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import duckdb
 
-from streamctl.data.columns import LARGEST_TIME, Times
-from streamctl.data.sources.items import delimited_rows, find_column, json_rows, read_items
-from streamctl.data.sources.raw import Coder, ItemTable, RawLog
+from streamctl.data.sources.items import find_column, id_text, json_rows
+from streamctl.data.sources.raw import RawLog, database_errors, first_sentence
+from streamctl.data.sources.reading import SHOWN, Reading
 from streamctl.data.sources.source import Files, Source, beside, pick
 from streamctl.data.sources.text import (
-    damaged,
     delimiter_of,
     first_line,
-    lines,
-    one_line,
+    lines_at,
+    numbered,
+    plain_copy,
     plain_name,
-    writable,
+    records,
+    wrong_encoding,
 )
+from streamctl.data.sources.times import DATE, INTEGER, LARGEST_TIME, NUMBER
 from streamctl.errors import StreamctlError, close_matches
 
 USER_NAMES = ("user_id", "user", "userid", "uid", "reviewerid", "customer_id", "visitorid",
@@ -31,33 +33,34 @@ ITEM_NAMES = ("item_id", "item", "itemid", "iid", "parent_asin", "asin", "moviei
 TIME_NAMES = ("timestamp", "time", "ts", "unixreviewtime", "unix_time", "event_time", "datetime",
               "date", "t_dat")  # fmt: skip
 POSITION_NAMES = ("position", "pos", "sequence_number")
-_BLOCK = 16 << 20
-ROLES = ("user", "item", "time")
-# What a time may be, as steps of casts: a whole number, a number, a date without and with a zone.
-_TIME_KINDS = (
-    (pa.int64(),),
-    (pa.float64(),),
-    (pa.timestamp("us"), pa.int64()),
-    (pa.timestamp("us", "UTC"), pa.int64()),
+RATING_NAMES = ("rating", "overall", "stars", "score")
+EVENT_NAMES = ("event", "event_type", "eventtype", "behavior", "behavior_type", "action",
+               "action_type", "interaction_type")  # fmt: skip
+NEEDED = ("user", "item", "time")
+ROLES = (*NEEDED, "rating", "event")
+_USUAL = (USER_NAMES, ITEM_NAMES, TIME_NAMES + POSITION_NAMES, RATING_NAMES, EVENT_NAMES)
+_KINDS = ("csv", "tsv", "parquet", "jsonl")
+_LONGEST_LINE = 2_000_000
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_TIME_HELP = (
+    "write 2024-01-31, 2024-01-31 18:30:00 or a number, or name another column with "
+    "--columns time=NAME"
 )
 
 
 def read_table(
-    path: Path,
+    files: Files,
+    reading: Reading,
     *,
     format_name: str,
-    columns: Mapping[str, str] | None = None,
-    catalogue: ItemTable | None = None,
     delimiter: str | None = None,
     names: Sequence[str] = (),
     quoted: bool = True,
 ) -> RawLog:
-    """A table of interactions, a row each.
+    """A table of interactions, a row each, or several that are the parts of a split.
 
     Args:
-        path: .csv, .tsv, .parquet, .jsonl or .json, and all but parquet with .gz or .zst.
-        columns: `user`, `item` and `time` -> column name, where they are not the usual ones.
-        catalogue: the items that go with it.
+        files: .csv, .tsv, .parquet, .jsonl or .json, and all but parquet with .gz or .zst.
         delimiter: for text; by default a tab in .tsv and .inter, else what parts the header.
         names: the columns, where the file has no header.
         quoted: whether texts may be in double quotes.
@@ -66,60 +69,58 @@ def read_table(
         StreamctlError: a missing column (naming those found), a malformed line (file and line),
             a time that is no number or date, an empty file.
     """
-    name = plain_name(path)
-    try:
-        if name.endswith(".parquet"):
-            batches, roles = _parquet(path, columns)
-        elif name.endswith((".jsonl", ".json")):
-            batches, roles = _json(path, columns)
-        else:
-            if delimiter is None:
-                delimiter = "\t" if name.endswith((".tsv", ".inter")) else delimiter_of(path)
-            batches, roles = _delimited(path, delimiter, names, quoted, columns)
-        return _collect(batches, roles, path, format_name, catalogue)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if name.endswith(".parquet"):
-            raise StreamctlError(f"not a parquet file: {one_line(error)}", where=path) from error
-        # Arrow names no line: a slow pass over the text finds it.
-        if name.endswith((".jsonl", ".json")):
-            _diagnose(json_rows(path))
-        else:
-            rows = delimited_rows(path, delimiter or ",", names=names, quoted=quoted)
-            _diagnose(rows)
-        raise damaged(path, error) from error
+    paths = files.parts or (files.interactions,)
+    packed = {path: 4 if path.suffix.lower() in _COMPRESSIONS else 1 for path in paths}
+    raw = RawLog(
+        sum(path.stat().st_size * times for path, times in packed.items()), reading.numbers
+    )
+    raw.format, raw.split = format_name, bool(files.parts)
+    for part, path in enumerate(paths):
+        name = plain_name(path)
+        with database_errors(path):
+            if name.endswith(".parquet"):
+                roles, rows = _parquet(raw, path, part, reading), None
+            elif name.endswith((".jsonl", ".json")):
+                roles = _json(raw, path, part, reading)
+                rows = partial(json_rows, path, Reading(skip_bad=True))
+            else:
+                text = _Text(path, delimiter, names, quoted)
+                roles, rows = _delimited(raw, text, part, reading), text.rows
+            if roles:
+                _check_values(raw, path, part, reading, roles, rows)
+            if not part and not raw.one("SELECT count(*) FROM staged"):
+                raise StreamctlError("the file holds no interactions", where=path)
+            raw.timed = raw.timed and find_column([roles.get("time", "")], POSITION_NAMES) is None
+    with database_errors(paths[0]):
+        return raw.finish()
 
 
-def _diagnose(rows: Iterable[object]) -> None:
-    """Read everything slowly: a malformed line raises the error that names it."""
-    for _ in rows:
-        pass
-
-
-def find_roles(found: Sequence[str], columns: Mapping[str, str] | None, path: Path) -> list[str]:
-    """The user, item and time columns.
+def find_roles(found: Sequence[str], columns: Mapping[str, str], path: Path) -> dict[str, str]:
+    """The columns of users, items and times, and of ratings and events where there are such.
 
     Raises:
-        StreamctlError: one is missing.
+        StreamctlError: one that is needed is missing.
     """
     if len(set(found)) < len(found):
         twice = next(name for name in found if list(found).count(name) > 1)
         raise StreamctlError(f"column {twice!r} occurs twice in the header", where=path, line=1)
-    usual = {"user": USER_NAMES, "item": ITEM_NAMES, "time": TIME_NAMES + POSITION_NAMES}
-    roles, missing, hints = [], {}, []
+    usual = dict(zip(ROLES, _USUAL, strict=True))
+    roles, missing, hints = {}, {}, []
     for role in ROLES:
-        wanted = (columns or {}).get(role)
+        wanted = columns.get(role)
         name = wanted if wanted in found else None
         if name is None:
             name = find_column(found, [wanted.lower()] if wanted else usual[role])
-        if name is None:
+        if name is not None:
+            roles[role] = name
+        elif wanted or role in NEEDED:
             missing[role] = wanted or {"time": "timestamp or position"}.get(role, f"{role}_id")
             near = close_matches(wanted or usual[role][0], [name[:80] for name in found[:100]])
             hints += [near] if near.startswith("did") else []
-        roles.append(name)
     if missing:
         named = ",".join(f"{role}=NAME" for role in missing)
         other = ""
-        if len(missing) == len(ROLES):
+        if len(missing) == len(NEEDED):
             other = ", or a first line that names the columns"
         elif list(missing) == ["time"]:
             other = ", or a column position that counts each user's items from the oldest"
@@ -140,202 +141,272 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(shown) + more
 
 
-def _delimited(
-    path: Path,
-    delimiter: str,
-    names: Sequence[str],
-    quoted: bool,
-    columns: Mapping[str, str] | None,
-) -> tuple[Iterator[pa.RecordBatch], list[str]]:
-    import csv as text_csv
+def _wanted(raw: RawLog, roles: dict[str, str], reading: Reading, path: Path) -> dict[str, str]:
+    """The roles to read; those that are there and not asked for are noted.
 
-    from pyarrow import csv
-
-    header = list(names)
-    number, text = first_line(path)
-    if not header:
-        try:
-            header = next(text_csv.reader([text], delimiter=delimiter))
-        except text_csv.Error as error:
-            raise StreamctlError(f"not CSV: {error}", where=path, line=1) from error
-        header = [name.strip() for name in header]
-    roles = find_roles(header, columns, path)
-    reader = csv.open_csv(
-        pa.input_stream(str(path), compression="detect"),
-        read_options=csv.ReadOptions(
-            use_threads=path.stat().st_size > _BLOCK,
-            block_size=_BLOCK,
-            column_names=header,
-            skip_rows=0 if names else number,
-        ),
-        parse_options=csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False),
-        convert_options=csv.ConvertOptions(
-            include_columns=roles,
-            column_types={name: pa.string() for name in roles},
-            strings_can_be_null=False,
-        ),
-    )
-    return iter(reader), roles
-
-
-def _parquet(
-    path: Path, columns: Mapping[str, str] | None
-) -> tuple[Iterator[pa.RecordBatch], list[str]]:
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    roles = find_roles(file.schema_arrow.names, columns, path)
-    return file.iter_batches(batch_size=1 << 20, columns=roles), roles
-
-
-def _json(
-    path: Path, columns: Mapping[str, str] | None
-) -> tuple[Iterator[pa.RecordBatch], list[str]]:
-    first_line(path)  # an empty file is an error
-    found = list(next(iter(json_rows(path)))[1])
-    roles = find_roles(found, columns, path)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        waiting: list[list[str]] = [[], [], []]
-        for line, row in json_rows(path):
-            for values, name in zip(waiting, roles, strict=True):
-                if row.get(name) is None:
-                    raise StreamctlError(f"no {name!r} here", where=path, line=line)
-                values.append(writable(str(row[name])))
-            if len(waiting[0]) >= 1 << 18:
-                yield pa.record_batch([pa.array(v, pa.string()) for v in waiting], roles)
-                waiting = [[], [], []]
-        yield pa.record_batch([pa.array(v, pa.string()) for v in waiting], roles)
-
-    return batches(), roles
-
-
-def _collect(
-    batches: Iterator[pa.RecordBatch],
-    roles: list[str],
-    path: Path,
-    format_name: str,
-    catalogue: ItemTable | None,
-) -> RawLog:
-    users, items = Coder(), Coder()
-    times = Times()
-    were_dates = False
-    row = 0
-    for batch in batches:
-        user, item, time = (batch.column(name) for name in roles)
-        for name, values in zip(roles[:2], (user, item), strict=True):
-            _check_filled(name, values, row, path)
-        users.add(_texts(user))
-        items.add(_texts(item))
-        parsed, dates = _times(time, roles[2], row, path)
-        if row and dates != were_dates:
-            raise StreamctlError(
-                f"{roles[2]} is a number in some lines and a date in others",
-                where=path,
-                line=line_of_row(path, row),
-            )
-        try:
-            times.append(parsed)
-        except StreamctlError as error:
-            at = row + int(np.abs(parsed.astype(np.float64)).argmax())
-            raise StreamctlError(error.what, where=path, line=line_of_row(path, at)) from None
-        were_dates = dates
-        row += len(batch)
-    if not row:
-        raise StreamctlError("the file holds no interactions", where=path)
-    user_codes, user_ids = users.finish()
-    item_codes, item_ids = items.finish()
-    position = find_column([roles[2]], POSITION_NAMES) is not None
-    return RawLog(
-        user_codes,
-        item_codes,
-        user_ids,
-        item_ids,
-        times.finish(),
-        timed=not position,
-        catalogue=catalogue,
-        format=format_name,
-    )
-
-
-def _texts(values: pa.Array) -> pa.Array:
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    if pa.types.is_floating(values.type):  # pandas turns integers with gaps into floats
-        values = values.cast(pa.int64())
-    return values.cast(pa.string())
-
-
-def _check_filled(name: str, values: pa.Array, row: int, path: Path) -> None:
-    empty = pc.is_null(values)
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        empty = pc.or_(empty, pc.equal(pc.fill_null(values, ""), ""))
-    if pc.any(empty).as_py():
-        at = row + int(np.argmax(empty.to_numpy(zero_copy_only=False)))
-        raise StreamctlError(f"{name} is empty", where=path, line=line_of_row(path, at))
-
-
-def _times(values: pa.Array, name: str, row: int, path: Path) -> tuple[np.ndarray, bool]:
-    """(int64, or float64 where numbers are fractions; whether they were dates)."""
-    parsed = parse_times(values)
-    if parsed is not None:
-        return parsed
-    texts = [str(value) for value in values.to_pylist()]
-    at = next((index for index, text in enumerate(texts) if not is_time(text)), None)
-    problem = "no number and no ISO date" if at is not None else "of another kind than others"
-    at = at or 0
-    raise StreamctlError(
-        f"{name} is {texts[at]!r}, which is {problem}",
-        where=path,
-        line=line_of_row(path, row + at),
-        run="write 2024-01-31, 2024-01-31 18:30:00 or a number, or name another column with "
-        "--columns time=NAME",
-    )
-
-
-def parse_times(values: pa.Array) -> tuple[np.ndarray, bool] | None:
-    """(numbers as int64 or float64, or dates as int64 microseconds since 1970; whether dates).
-
-    None unless all values are such and of one kind.
+    Raises:
+        StreamctlError: a column that is asked for is missing.
     """
-    if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
-        kinds: tuple[tuple[pa.DataType, ...], ...] = ((pa.timestamp("us"), pa.int64()),)
-    else:
-        kinds = _TIME_KINDS
-        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-            values = pc.utf8_trim_whitespace(values)
-    for kind in kinds:
-        parsed = values
+    wanted = {role: roles[role] for role in NEEDED}
+    for role in ("rating", "event"):
+        if getattr(reading, role):
+            if role not in roles:
+                raise StreamctlError(
+                    f"no column of {role}s", where=path, run=f"--columns {role}=NAME"
+                )
+            wanted[role] = roles[role]
+        elif role in roles:
+            raw.unread[role] = roles[role]
+    return wanted
+
+
+class _Text:
+    """A text table: its columns, and its rows as a slow reader sees them.
+
+    Raises:
+        StreamctlError: an empty file, or a first line that is no header.
+    """
+
+    def __init__(self, path: Path, delimiter: str | None, names: Sequence[str], quoted: bool):
+        self.path, self.quoted = path, quoted
+        tabs = plain_name(path).endswith((".tsv", ".inter"))
+        self.delimiter = delimiter or ("\t" if tabs else delimiter_of(path))
+        self.first, text = first_line(path)
+        self.header = list(names)
+        if names:
+            self.first = 0
+        else:
+            row = next(records([(self.first, text)], self.delimiter, quoted, path))[1]
+            self.header = [name.strip() for name in row]
+
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """(line, row) of the rows that are well formed."""
+        source = numbered(self.path, "replace")
+        for line, row in records(source, self.delimiter, self.quoted, self.path):
+            if line > self.first and len(row) == len(self.header):
+                yield line, row
+
+
+def _delimited(raw: RawLog, text: _Text, part: int, reading: Reading) -> dict[str, str]:
+    """Stage a text table; its roles."""
+    path, header = text.path, text.header
+    roles = _wanted(raw, find_roles(header, reading.columns, path), reading, path)
+    places = [f"c{header.index(roles[role])}" if role in roles else "NULL" for role in ROLES]
+    columns = ", ".join(f"'c{place}': 'VARCHAR'" for place in range(len(header)))
+    quote = '"' if text.quoted else ""
+
+    def stage(file: Path, compression: str) -> None:
+        raw.con.execute(f"""
+            INSERT INTO staged SELECT {", ".join(places)}, {part}
+            FROM read_csv({raw.link(file)}, delim = '{text.delimiter}',
+                quote = '{quote}', escape = '{quote}', header = false, skip = {text.first},
+                auto_detect = false, compression = '{compression}', columns = {{{columns}}},
+                hive_partitioning = false, max_line_size = {_LONGEST_LINE}, strict_mode = true,
+                store_rejects = true, rejects_limit = 0)""")
+
+    file = path
+    try:
+        stage(file, _COMPRESSIONS.get(path.suffix.lower(), "none"))
+    except duckdb.OutOfMemoryException:
+        raise
+    except duckdb.Error as first:
+        # A compressed file that is cut short, lines that end now so, now so: of plain bytes with
+        # one kind of line end what can be read is read, and what cannot is named.
+        raw.con.execute("DROP TABLE IF EXISTS reject_errors; DROP TABLE IF EXISTS reject_scans")
+        raw.con.execute(f"DELETE FROM staged WHERE part = {part}")
+        file = plain_copy(path, Path(raw.folder.name) / f"plain{part}", reading)
         try:
-            for step in kind:
-                parsed = parsed.cast(step)
-        except pa.ArrowException:
-            continue
-        if parsed.null_count:
-            return None
-        array = parsed.to_numpy(zero_copy_only=False)
-        return (array, len(kind) > 1) if np.isfinite(array).all() else None
-    return None
+            stage(file, "none")
+        except duckdb.Error:
+            reason = first_sentence(first).removeprefix("Invalid Input Error: ")
+            raise StreamctlError(f"not CSV: {reason}", where=path) from first
+    _rejects(raw, text, file, reading)
+    return roles
 
 
-def is_time(text: str) -> bool:
-    """Whether a text is a finite number or an ISO date."""
-    parsed = parse_times(pa.array([text]))
-    return parsed is not None and abs(float(parsed[0][0])) <= LARGEST_TIME
+def _rejects(raw: RawLog, text: _Text, file: Path, reading: Reading) -> None:
+    """Tell of the lines that DuckDB left out of `file`."""
+    path, width = text.path, len(text.header)
+    limit = SHOWN if reading.skip_bad else 1
+    found = raw.ask(f"""
+        SELECT line_byte_position, any_value(error_type)::VARCHAR, left(any_value(csv_line), 10000)
+        FROM reject_errors GROUP BY line_byte_position ORDER BY line_byte_position LIMIT {limit}""")
+    count = raw.one("SELECT count(DISTINCT line_byte_position) FROM reject_errors")
+    raw.con.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
+    told = []
+    # A line that is left out begins with the blank ones before it.
+    blank = [len(content) - len(content.lstrip("\r\n")) for _, _, content in found]
+    places = [place - 1 + skip for (place, _, _), skip in zip(found, blank, strict=True)]
+    for line, (_, kind, content) in zip(lines_at(file, places), found, strict=True):
+        reason = "not CSV: a quote that is not closed, or text behind its end"
+        if kind == "INVALID ENCODING":
+            if not reading.skip_bad:
+                raise wrong_encoding(path, line)
+            reason = "not UTF-8 text"
+        elif kind == "LINE SIZE OVER MAXIMUM":
+            reason = f"a line of more than {_LONGEST_LINE // 10**6} MB"
+        elif kind.endswith("COLUMNS"):
+            row = next(records([(line, content.strip("\r\n"))], text.delimiter, text.quoted, path))[
+                1
+            ]
+            reason = f"{len(row)} columns where the header has {width}"
+        told.append((line, reason))
+    if told and not reading.skip_bad:
+        reading.bad(path, *told[0])
+    if told:
+        reading.count(path, told, count)
 
 
-def line_of_row(path: Path, row: int) -> int:
-    """File line of a data row (from 0); in parquet the row's number."""
-    if plain_name(path).endswith(".parquet"):
-        return row + 1
-    header = 0 if plain_name(path).endswith((".json", ".jsonl", ".dat", ".data")) else 1
-    for index, (number, _) in enumerate(lines(path)):
-        if index == row + header:
-            return number
-    return row + 1 + header
+def _check_values(
+    raw: RawLog,
+    path: Path,
+    part: int,
+    reading: Reading,
+    roles: Mapping[str, str],
+    rows: Callable[[], Iterator[tuple[int, Any]]] | None,
+) -> None:
+    """Take out the rows of this part without ids or a time, and tell of them.
+
+    Args:
+        rows: the file's rows with their lines; None: the number of a row is its line.
+    """
+    here = f"FROM staged WHERE part = {part}"
+    whole, total = raw.ask(f"""
+        SELECT count(*) FILTER (user_id <> '' AND item_id <> '' AND {INTEGER}), count(*) {here}""")[
+        0
+    ]
+    if whole == total:
+        return
+    numbers, dates = raw.ask(f"SELECT count({NUMBER}), count({DATE}) {here}")[0]
+    # In a column of both, what is rarer is wrong; among equals, what comes later.
+    rarer = NUMBER if numbers < dates else DATE
+    if numbers == dates and raw.one(f"SELECT {NUMBER} IS NULL {here} ORDER BY rowid LIMIT 1"):
+        rarer = NUMBER
+    raw.con.execute(f"""
+        CREATE TABLE wrong AS SELECT rowid AS place, left(time, 100) AS text, CASE
+            WHEN user_id IS NULL OR user_id = '' THEN 'user' WHEN item_id IS NULL OR item_id = ''
+            THEN 'item' WHEN abs({NUMBER}) > {LARGEST_TIME} THEN 'large'
+            WHEN {NUMBER} IS NULL AND {DATE} IS NULL THEN 'time'
+            WHEN {rarer} IS NOT NULL THEN 'mixed' END AS kind {here} AND kind IS NOT NULL""")
+    count = raw.one("SELECT count(*) FROM wrong")
+    if count:
+        limit = SHOWN if reading.skip_bad else 1
+        found = raw.ask(f"SELECT place, kind, text FROM wrong ORDER BY place LIMIT {limit}")
+        first = raw.one(f"SELECT min(rowid) {here}")
+        numbers = _lines_of([place - first for place, _, _ in found], rows)
+        told = [
+            (line, _reason(kind, roles, time))
+            for line, (_, kind, time) in zip(numbers, found, strict=True)
+        ]
+        if not reading.skip_bad:
+            about_ids = found[0][1] in ("user", "item")
+            reading.bad(path, *told[0], None if about_ids else _TIME_HELP)
+        reading.count(path, told, count)
+        raw.con.execute("DELETE FROM staged WHERE rowid IN (SELECT place FROM wrong)")
+    raw.con.execute("DROP TABLE wrong")
 
 
-_KINDS = ("csv", "tsv", "parquet", "jsonl")
+def _reason(kind: str, roles: Mapping[str, str], time: str | None) -> str:
+    """What is wrong with a row, in words."""
+    if kind in ("user", "item"):
+        return f"{roles[kind]} is empty"
+    return (
+        f"{roles['time']} is {time or ''!r}, "
+        + {
+            "large": "too large for a time",
+            "time": "which is no number and no ISO date",
+            "mixed": "but it is a number in some lines and a date in others",
+        }[kind]
+    )
+
+
+def _lines_of(places: list[int], rows: Callable[[], Iterator[tuple[int, Any]]] | None) -> list[int]:
+    """File lines of the rows at ascending places, counted from 0."""
+    if rows is None:
+        return [place + 1 for place in places]
+    found, wanted = [], set(places)
+    for place, (line, _) in enumerate(rows()):
+        if place in wanted:
+            found.append(line)
+            if len(found) == len(places):
+                return found
+    return [*found, *(place + 1 for place in places[len(found) :])]
+
+
+def _parquet(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, str]:
+    source = f"read_parquet({raw.link(path)})"
+    try:
+        kinds = {name: kind for name, kind, *_ in raw.ask(f"DESCRIBE SELECT * FROM {source}")}
+    except duckdb.Error as error:
+        raise StreamctlError(f"not a parquet file: {first_sentence(error)}", where=path) from error
+    roles = _wanted(raw, find_roles(list(kinds), reading.columns, path), reading, path)
+    chosen = [
+        _as_text(roles[role], kinds[roles[role]], role, path) if role in roles else "NULL"
+        for role in ROLES
+    ]
+    try:
+        raw.con.execute(f"INSERT INTO staged SELECT {', '.join(chosen)}, {part} FROM {source}")
+    except duckdb.OutOfMemoryException:
+        raise
+    except duckdb.Error as error:
+        reason = f"the parquet file is damaged: {first_sentence(error)}"
+        if "utf" in str(error).lower():
+            reason = "text that is not UTF-8 in " + ", ".join(map(repr, roles.values()))
+        raise StreamctlError(reason, where=path) from error
+    return roles
+
+
+def _as_text(name: str, kind: str, role: str, path: Path) -> str:
+    """The SQL expression of a parquet column as text: 5.0 is 5, NaN is nothing.
+
+    Raises:
+        StreamctlError: it holds lists or other things that are no id, time or number.
+    """
+    column = '"' + name.replace('"', '""') + '"'
+    if kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION", "LIST")):
+        what = "times" if role == "time" else f"{role}s" if role in ("rating", "event") else "ids"
+        raise StreamctlError(
+            f"column {name!r} holds {kind.lower()}, not {what}",
+            where=path,
+            run=f"--columns {role}=NAME, or a row for each of its values",
+        )
+    if role == "time" and (kind.startswith("TIME WITH") or kind in ("TIME", "TIME_NS", "INTERVAL")):
+        raise StreamctlError(
+            f"column {name!r} holds times of day ({kind.lower()}), which order nothing",
+            where=path,
+            run="--columns time=NAME of a column with dates",
+        )
+    if kind in ("FLOAT", "DOUBLE"):
+        whole = f"{column} = trunc({column}) AND abs({column}) < 1e18"
+        return f"""CASE WHEN isnan({column}) THEN NULL
+            WHEN {whole} THEN {column}::BIGINT::VARCHAR ELSE {column}::VARCHAR END"""
+    if kind.startswith("DECIMAL"):
+        text = f"{column}::VARCHAR"
+        return (
+            f"CASE WHEN contains({text}, '.') THEN rtrim(rtrim({text}, '0'), '.') ELSE {text} END"
+        )
+    if kind == "BLOB":
+        return f"decode({column})"
+    return f"{column}::VARCHAR"
+
+
+def _json(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, str]:
+    first_line(path, "replace")  # an empty file is an error
+    roles: dict[str, str] = {}
+    waiting: list[list[str | None]] = [[] for _ in ROLES]
+    for line, row in json_rows(path, reading):
+        if not roles:
+            roles = _wanted(raw, find_roles(list(row), reading.columns, path), reading, path)
+        missing = next((name for name in roles.values() if row.get(name) is None), None)
+        if missing is not None and not reading.skip_bad:
+            reading.bad(path, line, f"no {missing!r} here")
+        for values, role in zip(waiting, ROLES, strict=True):
+            values.append(id_text(row.get(roles[role])) if role in roles else None)
+        if len(waiting[0]) >= 1 << 18:
+            raw.add(waiting, part)
+            waiting = [[] for _ in ROLES]
+    raw.add(waiting, part)
+    return roles
 
 
 def _find(path: Path) -> Files | None:
@@ -347,9 +418,8 @@ def _find(path: Path) -> Files | None:
     return Files(found, items) if found else None
 
 
-def _read(files: Files, columns: Mapping[str, str] | None) -> RawLog:
-    catalogue = read_items(files.items) if files.items else None
-    return read_table(files.interactions, format_name="table", columns=columns, catalogue=catalogue)
+def _read(files: Files, reading: Reading) -> RawLog:
+    return read_table(files, reading, format_name="table")
 
 
 SOURCE = Source(

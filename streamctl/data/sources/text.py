@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import html
 import io
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from streamctl.data.sources.reading import Reading
 from streamctl.errors import StreamctlError
+from streamctl.files import disk_errors
 
 COMPRESSED = (".gz", ".zst")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
@@ -65,14 +68,18 @@ def wrong_encoding(path: Path, line: int, encoding: str = "utf-8") -> StreamctlE
     )
 
 
-def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without its line end) of every line that is not blank.
+def numbered(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without its line end) of every line.
+
+    Args:
+        encoding: "replace" is UTF-8 in which what is none is replaced.
 
     Raises:
         StreamctlError: unreadable, truncated, or not text in `encoding`.
     """
     import zstandard
 
+    codec, errors = ("utf-8", "replace") if encoding == "replace" else (encoding, "strict")
     number = 0
     with open_binary(path) as handle:
         stream = iter(handle)
@@ -85,13 +92,93 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
                 return
             number += 1
             try:
-                text = raw.decode(encoding)
+                text = raw.decode(codec, errors)
             except UnicodeDecodeError as error:
-                raise wrong_encoding(path, number, encoding) from error
+                raise wrong_encoding(path, number, codec) from error
             if number == 1:
                 text = text.removeprefix("\ufeff")
-            if text.strip():
-                yield number, text.rstrip("\r\n")
+            yield number, text.rstrip("\r\n")
+
+
+def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """`numbered` without blank lines."""
+    return (line for line in numbered(path, encoding) if line[1].strip())
+
+
+def records(
+    source: Iterable[tuple[int, str]], delimiter: str, quoted: bool, path: Path
+) -> Iterator[tuple[int, list[str]]]:
+    """(line in which it begins, values) of the rows of a delimited text; blank ones are left out.
+
+    Args:
+        source: numbered lines.
+        quoted: whether values may be in double quotes, and then hold line breaks.
+
+    Raises:
+        StreamctlError: a line that is no CSV.
+    """
+    if not quoted:
+        yield from ((number, text.split(delimiter)) for number, text in source if text.strip())
+        return
+    read: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for number, text in source:
+            read.append(number)
+            yield text + "\n"
+
+    csv.field_size_limit(1 << 30)
+    rows = csv.reader(texts(), delimiter=delimiter)
+    while True:
+        read.clear()
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            where = read[0] if read else None
+            raise StreamctlError(f"not CSV: {error}", where=path, line=where) from error
+        if row is None:
+            return
+        if len(row) > 1 or (row and row[0].strip()):
+            yield read[0], row
+
+
+def lines_at(path: Path, places: Sequence[int]) -> list[int]:
+    """The line numbers of bytes (ascending, of the decompressed file)."""
+    numbers, line, start = [], 1, 0
+    with open_binary(path) as handle:
+        for place in places:
+            while start < place and (block := handle.read(min(1 << 20, place - start))):
+                line += block.count(b"\n")
+                start += len(block)
+            numbers.append(line)
+    return numbers
+
+
+def plain_copy(path: Path, copy: Path, reading: Reading) -> Path:
+    """The file decompressed, with one kind of line end; as far as it can be read.
+
+    Raises:
+        StreamctlError: the file is damaged, and bad lines are not to be left out.
+    """
+    import zstandard
+
+    line = 1
+    with open_binary(path) as source, disk_errors(copy), open(copy, "wb") as target:
+        while True:
+            try:
+                block = source.read1(1 << 20)  # what there is of a file that is cut short
+                while block.endswith(b"\r") and (more := source.read1(1)):
+                    block += more
+            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+                if not reading.skip_bad:
+                    raise damaged(path, error) from error
+                reading.bad(path, line, "the compressed file is damaged or cut short from here on")
+                return copy
+            if not block:
+                return copy
+            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            line += block.count(b"\n")
+            target.write(block)
 
 
 def first_line(path: Path, encoding: str = "utf-8") -> tuple[int, str]:

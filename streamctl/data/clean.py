@@ -1,0 +1,194 @@
+"""What of a raw log is used: rows, then users and items with enough interactions."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from decimal import Decimal
+
+from streamctl.config import DataConfig
+from streamctl.data.sources.raw import RawLog
+from streamctl.errors import StreamctlError, UsageError
+from streamctl.progress import warn
+
+LEAVE_ONE_OUT = 3  # history, valid and test: a user with less cannot be evaluated
+_SECONDS = 100_000_000_000  # larger times are no seconds but milliseconds, and so on
+
+
+def parse_events(text: str) -> dict[str, float]:
+    """`view=0.1,buy` -> {"view": 0.1, "buy": 1.0}.
+
+    Raises:
+        UsageError: another form, or a weight that is not above 0.
+    """
+    weights = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, weight = part.rpartition("=")
+        try:
+            weights[name if equals else part] = float(weight) if equals else 1.0
+        except ValueError:
+            weights[part] = math.nan
+    if not all(0 < weight < math.inf for weight in weights.values()):
+        raise UsageError(f"--events takes view,buy or view=0.1,buy=1 (above 0), not {text!r}")
+    return weights
+
+
+def clean(raw: RawLog, config: DataConfig) -> dict[str, int]:
+    """Take out the rows that are not wanted; how many each rule took.
+
+    Raises:
+        UsageError: a rule that the log cannot follow.
+    """
+    taken: dict[str, int] = {}
+
+    def drop(rule: str, condition: str, *values: object) -> None:
+        before = len(raw)
+        raw.con.execute(f"DELETE FROM log WHERE {condition}", list(values))
+        taken[rule] = before - len(raw)
+
+    if config.since:
+        drop("since", "t < ?", moment(raw, config.since, "--since"))
+    if config.until:
+        drop("until", "t > ?", moment(raw, config.until, "--until"))
+    if config.min_rating is not None:
+        drop("min_rating", "rating IS NULL OR rating < ?", config.min_rating)
+    if config.events:
+        names = list(parse_events(config.events))
+        known = [name for (name,) in raw.ask("SELECT DISTINCT event FROM log LIMIT 20")]
+        drop("events", "event IS NULL OR event NOT IN (SELECT unnest(?))", names)
+        if not len(raw):
+            kinds = ", ".join(sorted(map(str, known)))
+            raise UsageError(f"no interaction is one of {config.events}; the kinds are {kinds}")
+    if config.described:
+        if raw.catalogue is None:
+            raise UsageError("data.described needs an items file; --items FILE names it")
+        raw.con.execute("CREATE TABLE described (name VARCHAR)")
+        raw.con.execute("INSERT INTO described SELECT unnest(?)", [raw.catalogue.ids])
+        drop("described", "i NOT IN (SELECT i FROM items SEMI JOIN described USING (name))")
+    same = {
+        "drop": "GROUP BY u, i, t, event, part",
+        "first": "GROUP BY u, i",
+        "last": "GROUP BY u, i",
+    }.get(config.repeats)
+    if config.repeats == "drop" and not raw.timed:
+        warn("--drop-repeats has no effect: the source gives the order only, not times")
+    elif same:
+        order, which = ("(part, t, row)", "min" if config.repeats != "last" else "max")
+        drop("repeats", f"row NOT IN (SELECT arg_{which}(row, {order}) FROM log {same})")
+    if config.max_per_user is not None:
+        drop(
+            "max_per_user",
+            """row IN (SELECT row FROM log
+                SEMI JOIN (SELECT u FROM log GROUP BY u HAVING count(*) > $1) USING (u)
+                QUALIFY row_number() OVER (PARTITION BY u ORDER BY part DESC, t DESC, row DESC)
+                    > $1)""",
+            config.max_per_user,
+        )
+    return taken
+
+
+def moment(raw: RawLog, text: str, option: str) -> int:
+    """A time of the user's as the log has it: a date, or a number in the source's unit.
+
+    Raises:
+        UsageError: neither, or a log without times.
+    """
+    if not raw.timed:
+        raise UsageError(f"{option} needs a log with times; this one gives the order only")
+    try:
+        value = Decimal(text)
+    except ArithmeticError:
+        value = None
+    if value is not None and raw.dates:
+        raise UsageError(f"{option} takes a date here, such as 2024-01-31, not {text!r}")
+    if value is None:
+        value = _seconds(text, option)
+        if not raw.dates:  # numbers that count seconds, or a thousandth, a millionth of them
+            middle = raw.one("SELECT abs(coalesce(median(t), 0)) FROM log") / (raw.scale or 1)
+            while middle >= _SECONDS:
+                value, middle = value * 1000, middle / 1000
+    if raw.scale:
+        return math.ceil(value * raw.scale)
+    value = float(value * 10**9 if raw.dates else value)
+    return raw.one("SELECT coalesce(min(rank) FILTER (value >= ?), max(rank) + 1) FROM moments",
+                   value)  # fmt: skip
+
+
+def _seconds(text: str, option: str) -> Decimal:
+    """Seconds from 1970 to a date."""
+    try:
+        date = datetime.datetime.fromisoformat(text.strip().replace("/", "-"))
+    except ValueError:
+        raise UsageError(
+            f"{option} takes a date (2024-01-31, 2024-01-31T18:30) or a number in the log's own "
+            f"unit, not {text!r}"
+        ) from None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=datetime.UTC)
+    return Decimal(str(date.timestamp()))
+
+
+def minimums(raw: RawLog, config: DataConfig, leave_one_out: bool) -> tuple[int, int]:
+    """(interactions a user needs, interactions an item needs).
+
+    By default a log with times gets the benchmarks' 5-core. One that gives the order only, or is
+    split already, has been cut by whoever made it: cutting it again would change the published
+    benchmark (of the Amazon 2018 Scientific copy a tenth would be left), so only what
+    leave-one-out needs is asked for.
+    """
+    core = 5 if raw.timed and not raw.split else 1
+    user = core if config.min_user is None else config.min_user
+    item = core if config.min_item is None else config.min_item
+    return max(user, LEAVE_ONE_OUT if leave_one_out else 1), item
+
+
+def find_core(raw: RawLog, min_user: int, min_item: int) -> dict[str, int]:
+    """What each filter removes; tables `left_u` (u, n) and `left_i` (i, n) hold what is left.
+
+    Users and items with too few interactions go, until none is left that has. An interaction
+    stays while its user and its item do.
+
+    Raises:
+        StreamctlError: nothing is left.
+    """
+    removed = {"min_user": min_user, "min_item": min_item, "rounds": 0}
+    total, sizes = len(raw), {}
+    least = {"u": min_user, "i": min_item}
+    words = {"u": "short_users", "i": "rare_items"}
+    for letter in least:
+        removed |= {words[letter]: 0, f"interactions_of_{words[letter]}": 0}
+        raw.con.execute(f"""
+            CREATE TABLE left_{letter} AS
+            SELECT {letter}, count(*) AS n FROM log GROUP BY {letter}""")
+        sizes[letter] = raw.one(f"SELECT count(*) FROM left_{letter}")
+    while True:
+        removed["rounds"] += 1
+        for letter, other in (("u", "i"), ("i", "u")):
+            count, rows = raw.ask(f"""
+                SELECT count(*), coalesce(sum(n), 0) FROM left_{letter}
+                WHERE n < {least[letter]}""")[0]
+            removed[words[letter]] += count
+            removed[f"interactions_of_{words[letter]}"] += int(rows)
+            if count:
+                raw.con.execute(f"""
+                    DELETE FROM left_{letter} WHERE n < {least[letter]};
+                    CREATE OR REPLACE TABLE left_{other} AS
+                    SELECT {other}, count(*) AS n FROM {LEFT} GROUP BY {other}""")
+        if not count:
+            break
+    for letter, plural in (("u", "users"), ("i", "items")):
+        removed[plural] = sizes[letter] - raw.one(f"SELECT count(*) FROM left_{letter}")
+    if not raw.one("SELECT count(*) FROM left_u"):
+        raise StreamctlError(
+            f"no usable interactions are left of {total:,}: users with fewer than "
+            f"{min_user} took {removed['interactions_of_short_users']:,}, items with fewer than "
+            f"{min_item} took {removed['interactions_of_rare_items']:,}",
+            where=raw.files[0] if raw.files else None,
+            run=f"--min-user {LEAVE_ONE_OUT} --min-item 1 (a user needs {LEAVE_ONE_OUT} "
+            "interactions: history, valid, test)",
+        )
+    return removed
+
+
+# The interactions whose user and item are left.
+LEFT = "log SEMI JOIN left_u USING (u) SEMI JOIN left_i USING (i)"
