@@ -255,6 +255,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
         ("bootstrap", 2, 10**6),
         ("think_codebook", 0, 2**20),
         ("min_item min_user users", 0, 2**31 - 1),
+        ("max_per_user", 1, 2**31 - 1),
+        ("min_rating", -1e9, 1e9),
+        ("skip_bad", 0, 1),
         ("seed", 0, 2**63 - 1),
     )
     for name in names.split()

@@ -95,7 +95,8 @@ def test_bad_lines_are_all_listed_and_the_rest_is_examined(tmp_path):
     at = len(healthy()) + 2
     assert bad_lines(source) == [
         f"{source / 'interactions.csv'}:{at}: 2 columns where the header has 3",
-        f"{source / 'interactions.csv'}:{at + 1}: timestamp is 'never', which is no number and no ISO date",
+        f"{source / 'interactions.csv'}:{at + 1}: timestamp is 'never', which is no number and no "
+        "ISO date",
         f"{source / 'interactions.csv'}:{at + 3}: user_id is empty",
         f"{source / 'items.jsonl'}:21: item id 'i00' occurs twice, first in line 1",
         f"{source / 'items.jsonl'}:22: not a JSON object",
@@ -129,7 +130,7 @@ def test_bad_lines_of_every_text_format_are_found(tmp_path, name, content, reaso
         ("ratings.dat", "movies.dat", "1::Caf\xe9::Drama\n2::Two\n", "2: 2 columns"),
         ("u.data", "u.item", f"1|Caf\xe9|d|v|u{'|0' * 19}\n2|Two\n", "2: 2 columns"),
         ("ratings.csv", "movies.csv", "movieId,title,genres\n1,One,a\n2,Two\n", "3: 2 columns"),
-        ("x.inter", "x.item", "item_id:token\ttitle:token_seq\n1\tOne\n\tTwo\n", "3: the item id is empty"),
+        ("x.inter", "x.item", "item_id:token\ttitle:token_seq\n1\tOne\n\tTwo\n", "3: the item"),
         ("reviews_X_5.json", "meta_X.json", "{'asin': '1'}\n{'asin': '1'}\n{broken\n", "3: not a"),
     ],
 )  # fmt: skip

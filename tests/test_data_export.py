@@ -100,7 +100,8 @@ def test_a_log_without_times_keeps_its_order(tmp_path, name):
     """Tables say `position`; formats whose column is of times get positions in it."""
     original = shop_run(tmp_path / "in", timed=False, ids=generate_shop(60, 120, 1).catalogue.ids)
     export(original, tmp_path / "toy", name)
-    log = load_data(read_back(tmp_path / "toy", tmp_path).run)[1].log
+    read_back(tmp_path / "toy", tmp_path)
+    log = load_data(RunDir(tmp_path / "run"))[1].log
     np.testing.assert_array_equal(log.items, load_data(original)[1].log.items)
     as_times = SINKS[name].times and SINKS[name].source != "table"
     assert (log.timestamps is not None) == as_times

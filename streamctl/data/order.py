@@ -83,6 +83,9 @@ def _cuts(raw: RawLog, config: DataConfig, offsets: np.ndarray) -> np.ndarray | 
         SELECT count(*) FILTER ({train}) AS train, count(*) FILTER ({valid}) AS valid
         FROM {LEFT} GROUP BY u ORDER BY u""").fetchnumpy()
     cuts = np.stack([offsets[:-1] + found["train"], offsets[:-1] + found["valid"]], 1)
+    if config.split == "auto" and not raw.one("SELECT count(*) FROM log WHERE part = 1"):
+        # No part to validate on: the last of what trains, of users with something before it.
+        cuts[:, 0] -= found["train"] > 1
     bounds = np.column_stack([offsets[:-1], cuts, offsets[1:]])
     for size, name in zip(np.diff(bounds).sum(0), ("train", "validate", "test"), strict=True):
         if not size:
@@ -120,7 +123,7 @@ def _moments(raw: RawLog, text: str) -> tuple[int, int]:
             found.append(moment(raw, word, "--split-at"))
     if len(found) == 1:  # validation gets as many interactions as test
         test = raw.one(f"SELECT avg((t >= {found[0]})::INTEGER) FROM {LEFT}")
-        found.insert(0, at(1 - 2 * test))
+        found.insert(0, min(at(1 - 2 * test), found[0]))
     if found[0] > found[1]:
         raise UsageError(f"--split-at {text}: validation comes before test")
     return found[0], found[1]

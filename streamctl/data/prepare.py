@@ -60,8 +60,6 @@ def prepare(
 
 def reading_of(config: DataConfig, columns: Mapping[str, str] | None) -> Reading:
     """How the source is read by a configuration."""
-    if not 0 <= config.skip_bad <= 1:
-        raise UsageError(f"--skip-bad is {config.skip_bad}; it takes a share from 0 to 1")
     return Reading(
         columns or {},
         rating=config.min_rating is not None,
@@ -79,7 +77,7 @@ def check_damages(reading: Reading, share: float, raw: RawLog) -> None:
     """
     raw.damages = {damage.path.name: damage.count for damage in reading.damages}
     for damage in reading.damages:
-        catalogue = raw.catalogue if damage.path not in raw.files[:1] else None
+        catalogue = raw.catalogue if damage.path == raw.files[-1] else None
         rest = len(raw) if catalogue is None else len(catalogue.ids)
         line, reason = damage.lines[0]
         if damage.count > share * (rest + damage.count):

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 from sklearn.decomposition import TruncatedSVD
 
-from streamctl.data.split import HELD_OUT, Split
+from streamctl.data.split import Split
 
 WIDTH = 64  # of the vectors
 _STEPS = 5  # two items further apart were not taken together
@@ -22,11 +22,9 @@ def taken_together(split: Split, seed: int) -> np.ndarray:
 
     Training interactions alone are counted, a pair d steps apart as 1/d.
     """
-    log, count = split.log, split.n_items
-    user = np.repeat(np.arange(log.n_users), log.lengths)
-    place = np.arange(len(log)) - log.offsets[user]
-    kept = place < np.repeat(log.lengths - HELD_OUT, log.lengths)
-    items, user = log.items[kept].astype(np.int64), user[kept]
+    count = split.n_items
+    items, offsets = split.training_sequences()
+    items, user = items.astype(np.int64), np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     pairs = scipy.sparse.csr_matrix((count, count))
     for step in range(1, _STEPS + 1):
         same = user[step:] == user[:-step]

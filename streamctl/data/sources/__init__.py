@@ -12,6 +12,7 @@ from streamctl.data.sources.items import read_items
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.source import Files, Source
+from streamctl.data.sources.text import plain_name
 from streamctl.errors import StreamctlError, UsageError, close_matches
 
 # In the order of detection: what has the most particular file names comes first.
@@ -55,9 +56,9 @@ def read_source(
     reading = reading or Reading(columns or {})
     raw = source.read(files, reading)
     raw.files = tuple(filter(None, (*(files.parts or (files.interactions,)), files.items)))
+    own = items is None or plain_name(items).startswith("meta_")
     if files.items:
-        named = source.items if items is None else read_items
-        raw.catalogue = named(files.items, reading)
+        raw.catalogue = (source.items if own else read_items)(files.items, reading)
     return raw
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from streamctl.data.sources.items import read_items
 from streamctl.data.sources.raw import ItemTable, RawLog
 from streamctl.data.sources.reading import Reading
-from streamctl.data.sources.source import Files, Source, begins_with, beside, matches, only
+from streamctl.data.sources.source import (
+    Files,
+    Source,
+    begins_with,
+    beside,
+    matches,
+    only,
+    parts_of,
+)
 from streamctl.data.sources.table import read_table
 from streamctl.data.sources.text import plain_name
 
@@ -28,14 +36,19 @@ def _find(path: Path, *, patterns: tuple[str, ...], words: tuple[str, ...]) -> F
         and begins_with(file, *words)
     ]
     found = only(logs, path)
+    parts = () if found else parts_of(path, *(pattern.removeprefix("*.") for pattern in patterns))
+    if parts and begins_with(parts[0], *words):
+        found = parts[0]
     if found is None:
         return None
     category = plain_name(found).rpartition(".")[0].removeprefix("reviews_").removesuffix("_5")
+    category = category.removesuffix(".train") if parts else category
     kinds = ("jsonl", "json")
     return Files(
         found,
         beside(path, *(f"meta_{escape(category)}.{kind}" for kind in kinds))
         or only(matches(found.parent, *(f"meta_*.{kind}" for kind in kinds)), found.parent),
+        parts,
     )
 
 
@@ -49,7 +62,8 @@ def _items(path: Path, reading: Reading) -> ItemTable:
 
 AMAZON_2023 = Source(
     "amazon2023",
-    "CATEGORY.csv (user_id, parent_asin, rating, timestamp) or CATEGORY.jsonl "
+    "CATEGORY.csv (user_id, parent_asin, rating, timestamp), CATEGORY.jsonl, or "
+    "CATEGORY.train.csv, .valid.csv and .test.csv "
     "+ meta_CATEGORY.jsonl.gz",
     partial(_find, patterns=("*.csv", "*.jsonl"), words=("user_id", "parent_asin")),
     partial(_read, name="amazon2023"),

@@ -7,17 +7,22 @@ from pathlib import Path
 
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.sources.reading import Reading
-from streamctl.data.sources.source import Files, Source, beside, matches, only
+from streamctl.data.sources.source import Files, Source, beside, matches, only, parts_of
 from streamctl.data.sources.table import read_table
 from streamctl.data.sources.text import plain_name
 
 
 def _find(path: Path) -> Files | None:
-    found = only(matches(path, "*.inter"), path)
+    parts = parts_of(path, "inter")
+    whole = [file for file in matches(path, "*.inter") if file not in parts]
+    found = only(whole or list(parts[:1]), path)
     if found is None:
         return None
-    name = escape(plain_name(found).removesuffix(".inter"))
-    return Files(found, beside(path, f"{name}.item"))
+    name = plain_name(found).removesuffix(".inter")
+    if not whole:
+        name = name.removesuffix(".train")
+    items = beside(path, f"{escape(name)}.item") or only(matches(found.parent, "*.item"), path)
+    return Files(found, items, () if whole else parts)
 
 
 def _read(files: Files, reading: Reading) -> RawLog:
@@ -26,7 +31,8 @@ def _read(files: Files, reading: Reading) -> RawLog:
 
 SOURCE = Source(
     "recbole",
-    "NAME.inter (user_id:token, item_id:token, timestamp:float) + NAME.item",
+    "NAME.inter (user_id:token, item_id:token, timestamp:float), or NAME.train.inter, "
+    "NAME.valid.inter and NAME.test.inter, + NAME.item",
     _find,
     _read,
 )

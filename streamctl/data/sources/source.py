@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,21 @@ from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.text import first_line, plain_name
 from streamctl.errors import StreamctlError
 
+_PART = re.compile(
+    r"(?:(?P<log>.*)[._-])?(?P<part>train|valid|validation|val|dev|test)\.(?P<kind>[a-z]+)"
+)
+
 
 @dataclass(frozen=True)
 class Files:
     """What a reader reads: the interactions, and the items where there is such a file.
 
-    `parts` are the files of a log that is split already: train, valid and test.
+    `parts` are the files of a log that is split already: train, valid (if there is one), test.
     """
 
     interactions: Path
     items: Path | None = None
-    parts: tuple[Path, ...] = ()
+    parts: tuple[Path | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,29 @@ def only(found: list[Path], path: Path) -> Path | None:
             run="give the file instead of the folder",
         )
     return found[0] if found else None
+
+
+def parts_of(path: Path, *kinds: str) -> tuple[Path | None, ...]:
+    """(train, valid or None, test) of a folder that holds a log in such parts, or ().
+
+    Their names are [NAME.]train.KIND and so on; valid may be val, validation or dev.
+
+    Raises:
+        StreamctlError: there are several such logs; names them.
+    """
+    if path.is_file():
+        return ()
+    logs: dict[tuple[str, str], dict[str, Path]] = {}
+    for file in sorted(path.iterdir()):
+        name = _PART.fullmatch(plain_name(file))
+        if name and file.is_file() and name["kind"] in kinds:
+            part = {"train": "train", "test": "test"}.get(name["part"], "valid")
+            logs.setdefault((name["log"], name["kind"]), {})[part] = file
+    logs = {key: parts for key, parts in logs.items() if {"train", "test"} <= set(parts)}
+    only([parts["train"] for parts in logs.values()], path)
+    for parts in logs.values():
+        return parts["train"], parts.get("valid"), parts["test"]
+    return ()
 
 
 def begins_with(path: Path, *words: str) -> bool:

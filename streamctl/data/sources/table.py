@@ -12,7 +12,7 @@ import duckdb
 from streamctl.data.sources.items import find_column, id_text, json_rows
 from streamctl.data.sources.raw import RawLog, database_errors, first_sentence
 from streamctl.data.sources.reading import SHOWN, Reading
-from streamctl.data.sources.source import Files, Source, beside, pick
+from streamctl.data.sources.source import Files, Source, beside, parts_of, pick
 from streamctl.data.sources.text import (
     delimiter_of,
     first_line,
@@ -70,12 +70,14 @@ def read_table(
             a time that is no number or date, an empty file.
     """
     paths = files.parts or (files.interactions,)
-    packed = {path: 4 if path.suffix.lower() in _COMPRESSIONS else 1 for path in paths}
+    packed = {path: 4 if path.suffix.lower() in _COMPRESSIONS else 1 for path in paths if path}
     raw = RawLog(
         sum(path.stat().st_size * times for path, times in packed.items()), reading.numbers
     )
     raw.format, raw.split = format_name, bool(files.parts)
     for part, path in enumerate(paths):
+        if path is None:
+            continue
         name = plain_name(path)
         with database_errors(path):
             if name.endswith(".parquet"):
@@ -414,8 +416,9 @@ def _find(path: Path) -> Files | None:
     if path.is_file():
         names += [f"*.{kind}" for kind in _KINDS]
     found = pick(path, *names)
+    parts = () if found else parts_of(path, *_KINDS)
     items = beside(path, *(f"items.{kind}" for kind in _KINDS))
-    return Files(found, items) if found else None
+    return Files(found or parts[0], items, parts) if found or parts else None
 
 
 def _read(files: Files, reading: Reading) -> RawLog:
@@ -424,7 +427,8 @@ def _read(files: Files, reading: Reading) -> RawLog:
 
 SOURCE = Source(
     "table",
-    "interactions.csv|tsv|parquet|jsonl (user_id, item_id, timestamp or position) "
+    "interactions.csv|tsv|parquet|jsonl (user_id, item_id, timestamp or position), or "
+    "train.csv, valid.csv and test.csv of such, "
     "+ items.jsonl|csv|tsv|parquet",
     _find,
     _read,
