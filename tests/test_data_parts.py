@@ -120,7 +120,7 @@ def test_two_logs_in_parts_are_named(tmp_path):
     table_parts(tmp_path)
     for name, rows in PARTS.items():
         (tmp_path / f"other.{name}.csv").write_text(as_csv(rows))
-    with pytest.raises(StreamctlError, match="2 logs here: other.train.csv, train.csv|2 logs here"):
+    with pytest.raises(StreamctlError, match="2 logs here"):
         read_source(tmp_path)
 
 

@@ -185,7 +185,10 @@ def find_core(raw: RawLog, min_user: int, min_item: int) -> dict[str, int]:
             f"{min_item} took {removed['interactions_of_rare_items']:,}",
             where=raw.files[0] if raw.files else None,
             run=f"--min-user {LEAVE_ONE_OUT} --min-item 1 (a user needs {LEAVE_ONE_OUT} "
-            "interactions: history, valid, test)",
+            "interactions: history, valid, test)"
+            if min_user > LEAVE_ONE_OUT or min_item > 1
+            else f"a log in which users took {LEAVE_ONE_OUT} items or more: are the columns of "
+            "users and items the right ones (--columns user=NAME,item=NAME)?",
         )
     return removed
 

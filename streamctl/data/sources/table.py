@@ -381,7 +381,7 @@ def _as_text(name: str, kind: str, role: str, path: Path) -> str:
     if kind in ("FLOAT", "DOUBLE"):
         whole = f"{column} = trunc({column}) AND abs({column}) < 1e18"
         return f"""CASE WHEN isnan({column}) THEN NULL
-            WHEN {whole} THEN {column}::BIGINT::VARCHAR ELSE {column}::VARCHAR END"""
+            WHEN {whole} THEN try_cast({column} AS BIGINT)::VARCHAR ELSE {column}::VARCHAR END"""
     if kind.startswith("DECIMAL"):
         text = f"{column}::VARCHAR"
         return (
