@@ -20,6 +20,7 @@ COMMANDS = (
     ("sft", "sft"),
     ("rl", "rl"),
     ("baseline", "baseline"),
+    ("rerank", "rerank"),
     ("eval", "eval"),
     ("reproduce", "reproduce"),
     ("recommend", "recommend"),

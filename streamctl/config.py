@@ -205,6 +205,19 @@ class BaselineConfig:
 
 
 @dataclass(frozen=True)
+class RerankConfig:
+    """A learned ranker (LightGBM's LambdaRank) over the candidates of other methods."""
+
+    section: ClassVar[str] = "rerank"
+    methods: tuple[str, ...] = ()  # whose candidates; empty: each method of the run by itself
+    depth: int = 100  # candidates of each method, beside those that the hops bring
+    users: int = 5000  # validation users who teach and judge, by folds; 0: everyone
+    trees: int = 300
+    lr: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Full-catalogue evaluation."""
 
@@ -226,6 +239,7 @@ STAGES: tuple[type, ...] = (
     SftConfig,
     RlConfig,
     BaselineConfig,
+    RerankConfig,
     EvalConfig,
 )
 
@@ -251,7 +265,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
         ("group", 2, 10**4),  # a group of one has no advantage over itself
         ("negatives neighbours rounds updates", 1, 10**4),
         ("fit_epochs kmeans_iterations patience", 0, 10**4),
-        ("batch epochs steps validate_every", 1, 10**6),
+        ("batch depth epochs steps trees validate_every", 1, 10**6),
         ("bootstrap", 2, 10**6),
         ("think_codebook", 0, 2**20),
         ("min_item min_user users", 0, 2**31 - 1),

@@ -14,7 +14,7 @@ from conftest import ROOT
 LAYERS = (
     "cache", "errors", "progress", "distributed", "device", "files", "config", "provenance",
     "stage", "runs",
-    "kernels", "data", "tokenizer", "retrieval", "ranking", "model", "decode", "training",
+    "kernels", "data", "tokenizer", "retrieval", "ranking", "model", "decode", "training", "rerank",
     "baselines", "evaluation", "pipeline", "serving", "commands", "cli", "__init__", "__main__",
 )  # fmt: skip
 

@@ -68,6 +68,9 @@ class Baseline(nn.Module):
         """Write the weights as artifacts of the stage."""
         stage.save_tensors(WEIGHTS, self.state_dict())
 
+    def train_on(self, split: Split) -> None:
+        """Learn what the loop does not teach, in methods without a loss; nothing by default."""
+
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean loss of a batch of equally long histories, and figures to log beside it."""
         raise NotImplementedError

@@ -6,13 +6,19 @@ from streamctl.baselines.base import Baseline
 from streamctl.baselines.bert4rec import BERT4Rec
 from streamctl.baselines.caser import Caser
 from streamctl.baselines.gru4rec import GRU4Rec
+from streamctl.baselines.knn import KNN
 from streamctl.baselines.popularity import Popularity
+from streamctl.baselines.ranker import Ranker
 from streamctl.baselines.sasrec import SASRec
 from streamctl.baselines.tiger import Tiger
+from streamctl.baselines.transitions import Transitions
 from streamctl.errors import UsageError, close_matches
 
 BASELINES: dict[str, type[Baseline]] = {
     "popularity": Popularity,
+    "transitions": Transitions,
+    "knn": KNN,
+    "ranker": Ranker,
     "caser": Caser,
     "gru4rec": GRU4Rec,
     "sasrec": SASRec,

@@ -10,7 +10,7 @@ import torch
 from streamctl.baselines.base import Baseline
 from streamctl.baselines.registry import baseline_class
 from streamctl.config import BaselineConfig
-from streamctl.data import Examples, load_data
+from streamctl.data import Examples, Split, load_data
 from streamctl.device import derive_seed, resolve_device
 from streamctl.errors import UsageError, close_matches
 from streamctl.progress import say
@@ -85,7 +85,12 @@ def train_baseline(
             return run.stage(name)
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         model = cls.build(run, config)
-        result = _train(run, stage, model, config, device) if cls.losses else FitResult()
+        if cls.losses:
+            result = _train(run, stage, model, config, device)
+        else:
+            split = load_data(run)[1]
+            model.train_on(split)
+            result = FitResult(best=_validated(model, split, config.seed))
         model.cpu().save(stage)
         stage.publish(
             parameters=sum(w.numel() for w in model.parameters() if w.requires_grad),
@@ -104,7 +109,6 @@ def _train(
     if model.sequences:
         examples = whole_sequences(examples, split.history)
     mean_length = examples.lengths.mean()
-    sample = sample_users(split.valid, VALIDATION_USERS, config.seed)
 
     def loss(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         value, metrics = model.training_loss(batch)
@@ -112,18 +116,21 @@ def _train(
         weight = batch.history.shape[1] / mean_length if model.sequences else 1.0
         return value * weight, metrics
 
-    def validate() -> dict[str, float]:
-        found = evaluate(model, sample, n_items=split.n_items, masked=False).metrics
-        return {key: found[key] for key in ("recall@10", "ndcg@10")}
-
     return fit(
         stage,
         model,
         config,
         loss=loss,
         examples=examples,
-        validate=validate,
+        validate=lambda: _validated(model, split, config.seed),
         device=resolve_device(device),
         bf16=model.bf16,
         title=config.name,
     )
+
+
+def _validated(model: Baseline, split: Split, seed: int) -> dict[str, float]:
+    """recall@10 and ndcg@10 on a sample of validation users, seen items left in."""
+    sample = sample_users(split.valid, VALIDATION_USERS, seed)
+    found = evaluate(model, sample, n_items=split.n_items, masked=False).metrics
+    return {key: found[key] for key in ("recall@10", "ndcg@10")}

@@ -22,7 +22,10 @@ from streamctl.commands.options import (
 
 def command(
     name: Annotated[
-        str, typer.Argument(help="popularity, caser, gru4rec, sasrec, bert4rec or tiger.")
+        str,
+        typer.Argument(
+            help="popularity, transitions, knn, ranker, caser, gru4rec, sasrec, bert4rec or tiger.",
+        ),
     ],
     run: Run,
     loss: Annotated[
@@ -41,7 +44,11 @@ def command(
 ) -> None:
     """Train a baseline by the same loop, on the same split, as the slow thinker.
 
-    Reads: the data stage; tiger the tokenizer too. Writes: RUN/baselines/NAME.
+    transitions, knn and ranker need no network: counts of what came next, votes of similar
+    histories, and gradient-boosted trees over all that evidence.
+
+    Reads: the data stage; for transitions, knn, ranker and tiger the tokenizer, too.
+    Writes: RUN/baselines/NAME.
     Next: `streamctl eval --run RUN`.
     """
     from streamctl.baselines.train import train_baseline

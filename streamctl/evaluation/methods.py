@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamctl.baselines.hops import run_evidence
 from streamctl.baselines.registry import BASELINES, baseline_class
 from streamctl.config import BaselineConfig, EvalConfig
 from streamctl.data import Examples, Split, load_data
@@ -20,12 +21,17 @@ from streamctl.errors import StreamctlError, UsageError, close_matches
 from streamctl.model.policy import Policy
 from streamctl.progress import say
 from streamctl.ranking import Recommender
+from streamctl.rerank.lambdarank import LambdaRank
+from streamctl.rerank.reranker import Reranker
+from streamctl.retrieval.evidence import Evidence
 from streamctl.runs import RunDir
 from streamctl.training.annotate import label
 from streamctl.training.material import Material
 from streamctl.training.sft import TWIN
 
 EVAL = "eval"
+RERANK = "rerank/"  # stages of rankers behind methods
+RERANKED = "+rerank"  # the end of their rows' names
 UNJUDGED = ("stream_rl", "stream_sft", "stream_pt", "tiger")  # before there is an evaluation
 
 
@@ -52,6 +58,10 @@ class Models:
     @cached_property
     def material(self) -> Material:
         return Material.load(self.run)
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        return run_evidence(self.run)
 
     @property
     def annotation(self) -> dict[str, Any]:
@@ -108,6 +118,17 @@ class Models:
         settings = {"beam": self.config.beam, "seed": self.config.seed}
         return PolicyRecommender(model.policy, model.trie, decoder="direct", **settings)
 
+    def reranked(self, names: tuple[str, ...]) -> Recommender:
+        """Methods with the ranker behind them that was fitted on validation users."""
+        stage = self.run.stage(RERANK + "+".join(names))
+        rows = known_rows(self.run)
+        return Reranker(
+            tuple(rows[name].make(self) for name in names),
+            self.evidence,
+            LambdaRank.load(stage.file("trees.txt")),
+            stage.manifest["config"]["depth"],
+        )
+
     def popularity(self) -> Recommender:
         config = BaselineConfig(name="popularity")
         return baseline_class("popularity")(config, self.split).to(self.device)
@@ -122,6 +143,7 @@ class Row:
         stages: what it is read from; all must be complete.
         make: `Models -> Recommender`.
         control: a yardstick for the claim that thinking helps, and no method of its own.
+        eligible: may win and answer.
         note: what a reader has to know about it.
     """
 
@@ -129,6 +151,7 @@ class Row:
     stages: tuple[str, ...]
     make: Callable[[Models], Recommender]
     control: bool = False
+    eligible: bool = True
     note: str = ""
 
 
@@ -146,7 +169,11 @@ def known_rows(run: RunDir) -> dict[str, Row]:
         )
     )
     classic = (
-        Row(name, (f"baselines/{name}",), lambda models, name=name: models.baseline(name))
+        Row(
+            name,
+            (*baseline_class(name).parents[1:], f"baselines/{name}"),
+            lambda models, name=name: models.baseline(name),
+        )
         for name in BASELINES
         if name not in ("popularity", "tiger")
     )
@@ -186,7 +213,36 @@ def known_rows(run: RunDir) -> dict[str, Row]:
             note="an upper bound that has seen the answer: its thoughts come from the target",
         ),
     )
-    return {row.name: row for row in rows}
+    known = {row.name: row for row in rows}
+    for path in sorted((run.path / "rerank").glob("*/manifest.json")):
+        names = tuple(path.parent.name.split("+"))
+        if all(name in known for name in names):
+            row = _reranked_row(run, names)
+            known[row.name] = row
+    return known
+
+
+def reranked_stages(run: RunDir, names: Sequence[str]) -> list[str]:
+    """What a re-ranker of some methods is made from.
+
+    Raises:
+        UsageError: an unknown method.
+    """
+    rows = known_rows(run)
+    own = [stage for name in names for stage in _row(rows, name).stages]
+    return list(dict.fromkeys(["data", "tokenizer", *own]))
+
+
+def _reranked_row(run: RunDir, names: tuple[str, ...]) -> Row:
+    stage = run.stage(RERANK + "+".join(names))
+    kept = bool(stage.manifest["kept"])
+    return Row(
+        "+".join(names) + RERANKED,
+        (*stage.manifest["parents"], stage.name),
+        lambda models: models.reranked(names),
+        eligible=kept,
+        note="" if kept else "the re-ranker does not surely help on validation: it cannot win",
+    )
 
 
 def choose_rows(run: RunDir, names: tuple[str, ...]) -> tuple[list[Row], list[str]]:
@@ -226,7 +282,8 @@ def _present(run: RunDir, row: Row) -> bool:
 
 def method_names(run: RunDir) -> list[str]:
     """The methods that a run can answer with, in the order of the table."""
-    return [name for name, row in known_rows(run).items() if not row.control and _present(run, row)]
+    rows = known_rows(run).values()
+    return [row.name for row in rows if not row.control and row.eligible and _present(run, row)]
 
 
 def load_method(run: RunDir, name: str, device: str = "auto", *, beam: int = 50) -> Recommender:

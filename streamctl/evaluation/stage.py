@@ -11,8 +11,9 @@ import torch
 
 from streamctl.config import EvalConfig, to_dict
 from streamctl.data import Examples, load_data
-from streamctl.evaluation.methods import Models, Row, choose_rows
+from streamctl.evaluation.methods import RERANKED, Models, Row, choose_rows
 from streamctl.evaluation.report import plot_all
+from streamctl.evaluation.rerank import ranks_by_folds
 from streamctl.progress import say
 from streamctl.ranking import (
     Interval,
@@ -74,7 +75,8 @@ def evaluate_run(
         deciders = sample_users(split.valid, DECIDERS, 0)
         for row in rows:
             if row.name not in table.entries:
-                table.add(row.name, row.make(models), None if row.control else deciders)
+                table.add(row.name, row.make(models), deciders if _decided(row) else None)
+        _judge_reranked(run, rows, table, deciders)
         _publish(run, stage, config, rows, table)
     return run.stage("eval")
 
@@ -176,6 +178,20 @@ class _Table:
         return found
 
 
+def _decided(row: Row) -> bool:
+    """Whether validation users judge it here; re-ranked methods were judged by folds."""
+    return row.eligible and not row.control and not row.name.endswith(RERANKED)
+
+
+def _judge_reranked(run: RunDir, rows: list[Row], table: _Table, deciders: Examples) -> None:
+    """Take over how validation users judged the rankers that they did not teach."""
+    for row in rows:
+        if row.eligible and row.name.endswith(RERANKED):
+            found = ranks_by_folds(run.stage(row.stages[-1]))
+            if np.array_equal(found["users"].numpy(), deciders.users):
+                table.ranks[CHOICE + row.name] = found["after"].numpy()
+
+
 def _publish(
     run: RunDir,
     stage: StageWriter,
@@ -203,7 +219,9 @@ def _publish(
         "thinking": labels,
         "collapsed": any(report["collapsed"] for report in labels.values()),
     }
-    result["winner"] = table.winner([row.name for row in rows if not row.control])
+    result["winner"] = table.winner(
+        [row.name for row in rows if row.eligible and CHOICE + row.name in table.ranks]
+    )
     stage.save_json(METRICS, result)
     kept = {name: torch.from_numpy(ranks) for name, ranks in table.ranks.items()}
     stage.save_tensors(RANKS, kept | {"users": torch.from_numpy(table.examples.users.copy())})

@@ -1,0 +1,69 @@
+"""Methods that rank by evidence alone: what the hops bring, then the popular items."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+
+from streamctl.baselines.base import Baseline
+from streamctl.config import BaselineConfig
+from streamctl.data import Split, load_data
+from streamctl.retrieval.evidence import HOPS, Evidence, Pieces
+from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.tokenizer import vectors
+
+MOST = 200  # items of the one hop that a method ranks by; the popular ones follow
+
+
+def run_evidence(run: RunDir, **options: Any) -> Evidence:
+    """The evidence of a run's training interactions; `options` are `Evidence`'s."""
+    split = load_data(run)[1]
+    neighbours = run.stage("tokenizer").array("neighbours.npy")
+    return Evidence(split.training_sequences(), vectors(run), neighbours, **options)
+
+
+class HopBaseline(Baseline):
+    """Items by a value for each piece of evidence; those without any by popularity, below them.
+
+    Nothing of it is kept in the stage but the settings: counts are made when it is loaded.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {}
+    losses = ()
+    parents = ("data", "tokenizer")
+    sizes: ClassVar[dict[str, int] | None] = None  # pieces of each hop; None: Evidence's own
+
+    def __init__(self, config: BaselineConfig, split: Split, evidence: Evidence):
+        super().__init__(config, split)
+        self.evidence = evidence
+        counts = split.popularity()
+        places = np.empty(len(counts))
+        places[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
+        self.register_buffer("popular", torch.from_numpy(-places / len(counts)).float())
+
+    @classmethod
+    def build(cls, run: RunDir, config: BaselineConfig) -> Self:
+        sizes = {} if cls.sizes is None else {"sizes": [cls.sizes.get(hop, 0) for hop in HOPS]}
+        return cls(config, load_data(run)[1], run_evidence(run, **sizes))
+
+    @classmethod
+    def load(cls, stage: Stage) -> Self:
+        return cls.build(RunDir(stage.root), BaselineConfig(name=stage.manifest["config"]["name"]))
+
+    def save(self, stage: StageWriter) -> None:
+        """Nothing: the counts are the data's."""
+
+    def values(self, pieces: Pieces) -> np.ndarray:
+        """float32 (B, C), above 0 for evidence and higher for what is better."""
+        raise NotImplementedError
+
+    def score(self, history: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
+        known = None if users is None else users.cpu().numpy()
+        pieces = self.evidence.gather(history.cpu().numpy(), known)
+        values = torch.from_numpy(self.values(pieces) * (pieces.items >= 0))
+        scores = self.popular.expand(len(history), -1).clone()
+        items = torch.from_numpy(pieces.items.clip(min=0).astype(np.int64))
+        device = scores.device
+        return scores.scatter_reduce(1, items.to(device), values.to(device), "amax")

@@ -1,0 +1,67 @@
+"""`streamctl rerank`: a learned ranker behind any method."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from streamctl.commands.options import (
+    Config,
+    Device,
+    Force,
+    Json,
+    Run,
+    Seed,
+    Sets,
+    print_json,
+    print_table,
+)
+
+
+def command(
+    run: Run,
+    methods: Annotated[
+        Optional[str],  # noqa: UP045 - Typer reads Optional
+        typer.Option(
+            "--methods",
+            help="Comma-separated: one ranker over the candidates of all these. Default: one each.",
+        ),
+    ] = None,
+    config: Config = None,
+    set_: Sets = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    json_: Json = False,
+    force: Force = False,
+) -> None:
+    """Rank the candidates of a method, and of the hops, once more by gradient-boosted trees.
+
+    It reads of each candidate what every hop and the method say of it, its text, its popularity,
+    and whether the user had it. Validation users teach it and judge it, by folds: nobody judges
+    what they have taught. `eval` shows the method with and without it, and it may win only if the
+    95% interval of its gain is above zero.
+
+    Reads: data, tokenizer and the methods' stages. Writes: RUN/rerank/NAME (or NAME+NAME).
+    Next: `streamctl eval --run RUN`.
+    """
+    from streamctl.config import RerankConfig, resolve
+    from streamctl.evaluation.rerank import rerank
+    from streamctl.runs import RunDir
+
+    settings = resolve(RerankConfig, file=config, sets=set_ or (), methods=methods, seed=seed)
+    stages = rerank(RunDir(run), settings, device=device, force=force)
+    reports = {stage.name: stage.json("report.json") for stage in stages}
+    if json_:
+        print_json(reports)
+        return
+    rows = [
+        [
+            name.removeprefix("rerank/"), report["ndcg@10"]["before"], report["ndcg@10"]["after"],
+            f"{report['gain']['low']:+.4f} {report['gain']['high']:+.4f}",
+            "yes" if report["kept"] else "no",
+        ]
+        for name, report in reports.items()
+    ]  # fmt: skip
+    columns = ["", "ndcg@10", "re-ranked", "95% of the gain", "kept"]
+    print_table("Validation users by folds, seen items masked", columns, rows)

@@ -1,0 +1,123 @@
+"""Train a re-ranker on validation users and judge it by folds: nobody judges what it was taught."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamctl.config import RerankConfig
+from streamctl.data import Examples
+from streamctl.device import derive_seed
+from streamctl.progress import progress_bar
+from streamctl.ranking import Interval, Recommender, gains, paired_difference, target_ranks
+from streamctl.ranking.evaluate import batches_by_length
+from streamctl.ranking.metrics import DEPTH
+from streamctl.rerank.features import candidates
+from streamctl.rerank.lambdarank import Groups, LambdaRank
+from streamctl.rerank.reranker import ordered
+from streamctl.retrieval.evidence import Evidence
+
+FOLDS = 5
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fitting gave.
+
+    Attributes:
+        ranker: trained on all users.
+        before, after: int32 (E,) masked ranks of the users' targets by the first method alone and
+            re-ranked by a ranker that did not see the user.
+        gain: of masked ndcg@10, its paired 95% interval over users.
+    """
+
+    ranker: LambdaRank
+    before: np.ndarray
+    after: np.ndarray
+    gain: Interval
+
+    @property
+    def kept(self) -> bool:
+        """Whether it surely helps: the interval is above zero."""
+        return self.gain.low > 0
+
+    def report(self, names: Sequence[str]) -> dict[str, Any]:
+        """Figures for people; `names` are the features'."""
+        gains_ = self.ranker.gains()
+        best = np.argsort(-gains_)[:10]
+        return {
+            "ndcg@10": {
+                "before": float(gains(self.before, 10).mean()),
+                "after": float(gains(self.after, 10).mean()),
+            },
+            "gain": self.gain.as_dict(),
+            "kept": self.kept,
+            "trees": self.ranker.trees,
+            "features": {names[place]: round(float(gains_[place]), 4) for place in best},
+        }
+
+
+def fit_reranker(
+    methods: Sequence[Recommender], evidence: Evidence, examples: Examples, config: RerankConfig
+) -> Fit:
+    """Fit a ranker over the candidates of some methods.
+
+    Args:
+        examples: validation users.
+
+    Raises:
+        StreamctlError: no candidate is anybody's target, or LightGBM is missing.
+    """
+    fold = np.random.default_rng(derive_seed(config.seed, "folds")).integers(
+        0, FOLDS, len(examples)
+    )
+    items: list[np.ndarray] = [np.empty(0)] * len(examples)
+    features: list[np.ndarray] = [np.empty(0)] * len(examples)
+    before = np.empty(len(examples), np.int32)
+    with progress_bar("candidates", len(examples), "users") as bar:
+        for index in batches_by_length(examples.lengths, BATCH):
+            history = torch.from_numpy(examples.histories(index))
+            found = candidates(
+                methods, evidence, history, config.depth, users=examples.users[index]
+            )
+            alone = methods[0].recommend(
+                history, DEPTH, users=examples.users[index], exclude=examples.seen(index)
+            )
+            before[index] = target_ranks(alone.items.cpu().numpy(), examples.targets[index])
+            for place, row in enumerate(index):
+                there = found.items[place] >= 0
+                items[row], features[row] = found.items[place, there], found.features[place, there]
+            bar.advance(len(index))
+
+    def groups(rows: np.ndarray) -> Groups:
+        hits = [items[row] == examples.targets[row] for row in rows]
+        taught = [row for row, hit in zip(rows, hits, strict=True) if hit.any()]
+        return Groups(
+            np.concatenate([features[row] for row in taught]) if taught else np.empty((0, 1)),
+            np.concatenate([hit for hit in hits if hit.any()]) if taught else np.empty(0, bool),
+            np.array([len(items[row]) for row in taught], np.int64),
+        )
+
+    options = {"lr": config.lr, "seed": config.seed}
+    after, trees = np.empty(len(examples), np.int32), []
+    for number in range(FOLDS):
+        mine, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+        stop = fold[rest] == (number + 1) % FOLDS  # of those who teach, some say when to stop
+        ranker = LambdaRank.fit(
+            groups(rest[~stop]), trees=config.trees, valid=groups(rest[stop]), **options
+        )
+        trees.append(ranker.trees)
+        for row, seen in zip(mine, examples.seen(mine), strict=True):
+            shown = ~np.isin(items[row], seen)
+            scores = ranker.scores(items[row][None], features[row][None])
+            top, _ = ordered(items[row][None][:, shown], scores[:, shown], DEPTH)
+            after[row] = target_ranks(top, examples.targets[row : row + 1])[0]
+    final = LambdaRank.fit(
+        groups(np.arange(len(examples))), trees=max(1, round(np.mean(trees))), **options
+    )
+    return Fit(final, before, after, paired_difference(after, before, seed=config.seed))

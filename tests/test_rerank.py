@@ -1,0 +1,166 @@
+"""Baselines without a network, and a ranker behind any method: taught and judged apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from streamctl.baselines.train import train_baseline
+from streamctl.config import BaselineConfig, EvalConfig, RerankConfig, TokenizeConfig
+from streamctl.data import load_data, synthesize
+from streamctl.evaluation.methods import best_method, load_method
+from streamctl.evaluation.rerank import ranks_by_folds, rerank
+from streamctl.evaluation.stage import evaluate_run, read_result
+from streamctl.ranking import gains
+from streamctl.rerank import features
+from streamctl.rerank.lambdarank import Groups, LambdaRank
+from streamctl.retrieval.transitions import pair_weights
+from streamctl.runs import RunDir
+from streamctl.tokenizer.stage import tokenize
+
+COUNTING = ("transitions", "knn", "ranker")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> RunDir:
+    pytest.importorskip("lightgbm")
+    run = RunDir(tmp_path_factory.mktemp("rerank") / "run")
+    synthesize(run, users=400, items=150, seed=0)
+    settings = {"encoder": "tfidf", "dim": 16, "method": "rqkmeans", "levels": 2, "codes": 16}
+    tokenize(run, TokenizeConfig(**settings, neighbours=10))
+    for name in COUNTING:
+        train_baseline(run, BaselineConfig(name=name), device="cpu")
+    return run
+
+
+@pytest.fixture(scope="module")
+def reranked(run):
+    """Behind popularity, which any ranker improves, and behind two methods together."""
+    (alone,) = rerank(run, RerankConfig(methods=("popularity",), trees=60), device="cpu")
+    (both,) = rerank(run, RerankConfig(methods=("transitions", "knn"), trees=60), device="cpu")
+    return alone, both
+
+
+@pytest.fixture(scope="module")
+def result(run, reranked):
+    return read_result(evaluate_run(run, EvalConfig(bootstrap=200), device="cpu"))
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_counting_is_above_popularity_and_ranks_the_whole_catalogue(run, result, name):
+    rows = result["methods"]
+    assert rows[name]["masked"]["ndcg@10"] > 1.5 * rows["popularity"]["masked"]["ndcg@10"]
+    split = load_data(run)[1]
+    method = load_method(run, name, "cpu")
+    history = torch.from_numpy(split.test.histories(np.arange(3)))
+    ranking = method.recommend(history, split.n_items, users=np.arange(3))
+    for row in ranking.items.tolist():
+        assert sorted(row) == list(range(split.n_items))
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_what_a_user_did_in_training_is_no_evidence_for_that_user(run, name):
+    """Alone in the log, a user's own sequence is all there is to follow its first item."""
+    method = load_method(run, name, "cpu")
+    split = load_data(run)[1]
+    user = 7
+    sequence = split.log.of(user)[:2].astype(np.int64)
+    history = torch.from_numpy(sequence[None, :1])
+    as_stranger = method.recommend(history, 20).scores
+    as_self = method.recommend(history, 20, users=np.array([user])).scores
+    assert not torch.equal(as_stranger, as_self)
+
+
+def test_transitions_follow_the_counts(run):
+    split = load_data(run)[1]
+    items, offsets = split.training_sequences()
+    weights, counts = pair_weights(), np.zeros((split.n_items, split.n_items))
+    for user in range(len(offsets) - 1):
+        sequence = items[offsets[user] : offsets[user + 1]]
+        for place, first in enumerate(sequence):
+            for distance, second in enumerate(sequence[place + 1 : place + len(weights)], 1):
+                counts[first, second] += weights[distance]
+    np.fill_diagonal(counts, 0)  # the user has it
+    item = int(counts.sum(1).argmax())
+    top = load_method(run, "transitions", "cpu").recommend(torch.tensor([[item]]), 5).items[0]
+    assert counts[item, top].tolist() == np.sort(counts[item])[::-1][:5].tolist()
+
+
+def test_a_reranker_that_surely_helps_is_kept_and_shown_beside_its_method(reranked, result):
+    report = reranked[0].json("report.json")
+    assert report["kept"] and report["gain"]["low"] > 0
+    assert report["ndcg@10"]["after"] > report["ndcg@10"]["before"]
+    rows = result["methods"]
+    better, worse = (
+        rows[name]["masked"]["ndcg@10"] for name in ("popularity+rerank", "popularity")
+    )
+    assert better > worse
+    assert "transitions+knn+rerank" in rows
+
+
+def test_nobody_judges_a_ranker_that_they_taught(run, reranked):
+    """In-sample figures are far above those by folds, which are near the test's."""
+    from streamctl.ranking import evaluate
+
+    split = load_data(run)[1]
+    by_folds = gains(ranks_by_folds(reranked[0])["after"].numpy(), 10).mean()
+    method = load_method(run, "popularity+rerank", "cpu")
+    options = {"n_items": split.n_items, "masked": True}
+    in_sample = evaluate(method, split.valid, **options).metrics["ndcg@10"]
+    assert in_sample > by_folds + 0.02
+    assert abs(evaluate(method, split.test, **options).metrics["ndcg@10"] - by_folds) < 0.06
+
+
+def test_the_winner_may_be_a_reranked_method_by_its_folds(run, result):
+    name, why = best_method(run)
+    assert name == result["winner"]["method"] and "best on validation" in why
+    scores = {
+        other: result["methods"][other]["masked"]["ndcg@10"] for other in ("popularity", "knn")
+    }
+    assert result["winner"]["ndcg@10"] > min(scores.values())
+
+
+def test_excluded_and_not_allowed_items_stay_out(run, reranked):
+    method = load_method(run, "transitions+knn+rerank", "cpu")
+    history = torch.tensor([[3, 5], [8, 1]])
+    free = method.recommend(history, 6).items.numpy()
+    barred = [free[0, :3], free[1, :1]]
+    allowed = [None, np.array([2, 4, int(free[1, 2])])]
+    found = method.recommend(history, 6, exclude=barred, allow=allowed).items.numpy()
+    assert not np.isin(found[0], barred[0]).any()
+    assert set(found[1].tolist()) <= {-1, *allowed[1].tolist()}
+    assert found[1].max() >= 0
+
+
+def test_features_of_a_candidate_are_those_of_its_lists(run):
+    method = load_method(run, "popularity", "cpu")
+    evidence = load_method(run, "ranker", "cpu").evidence
+    found = features.candidates([method], evidence, torch.tensor([[3, 5, 3]]), 4)
+    names = features.feature_names(["popularity"])
+    assert found.features.shape[2] == len(names)
+    columns = dict(zip(names, np.moveaxis(found.features[0], 1, 0), strict=True))
+    proposed = np.isin(found.items[0], found.rankings[0].items[0].numpy())
+    assert (columns["presence of popularity"] == proposed).all() and proposed.sum() == 4
+    assert sorted(columns["1/rank of popularity"][proposed]) == pytest.approx(
+        [1 / 4, 1 / 3, 1 / 2, 1]
+    )
+    had = {item: times for item, times in zip(found.items[0], columns["times had"], strict=True)}
+    assert all(times == {3: 2, 5: 1}.get(int(item), 0) for item, times in had.items() if item >= 0)
+    assert len(set(found.items[0].tolist()) - {-1}) == (found.items[0] >= 0).sum()
+
+
+def test_trees_are_a_function_of_groups_and_seed_and_survive_the_disk(tmp_path):
+    pytest.importorskip("lightgbm")
+    random = np.random.default_rng(0)
+    items = np.tile(np.arange(20), (200, 1))
+    values = random.normal(size=(200, 20, 3)).astype(np.float32)
+    targets = values[..., 1].argmax(1)
+    groups = Groups.of(items, values, targets)
+    one, other = (LambdaRank.fit(groups, trees=20, lr=0.1, seed=4) for _ in range(2))
+    assert (one.scores(items, values) == other.scores(items, values)).all()
+    assert (one.scores(items, values).argmax(1) == targets).mean() > 0.8
+    assert one.gains().argmax() == 1
+    one.save(tmp_path / "trees.txt")
+    again = LambdaRank.load(tmp_path / "trees.txt")
+    np.testing.assert_allclose(again.scores(items, values), one.scores(items, values), rtol=1e-6)
