@@ -83,10 +83,16 @@ class PretrainConfig:
     section: ClassVar[str] = "pretrain"
     size: Size = "tiny"
     history: Literal["codes", "items"] = "items"  # encoder positions: m an item, or one an item
+    # What a thought is made of: the evidence of the user's history, or the paper's think tokens
+    thoughts: Literal["evidence", "vocabulary"] = "evidence"
+    # Eq. 9's retrieved items: alike to the target, as the paper has it, cannot be had when serving
+    retrieve: Literal["history", "target"] = "history"
+    hops: tuple[int, ...] = (32, 32, 32, 16, 32, 0)  # most pieces of each hop of evidence
+    hold: int = 1  # last training targets of each user that only SFT sees: there codes are unsure
     think_codebook: int = 0  # tokens that only thoughts use; 0: thoughts use the codes' tokens
     # What an item's codes are normalised over: Eq. 11's vocabulary, or the catalogue's own codes
     softmax: Literal["catalogue", "vocabulary"] = "catalogue"
-    neighbours: int = 2  # retrieved items put before the target (Eq. 9)
+    neighbours: int | None = None  # retrieved items (Eq. 9); None: 8, or 2 of the target's
     temperature: float = 1.0  # tau of Eq. 11
     direct_weight: float = 1.0  # weight of the direct decoder's loss on the shared encoder
     dropout: float = 0.1
@@ -101,7 +107,8 @@ class PretrainConfig:
     def settled(self) -> PretrainConfig:
         """The same with a learning rate."""
         rate = LEARNING_RATES[self.size] if self.lr is None else self.lr
-        return dataclasses.replace(self, lr=rate)
+        count = (2 if self.retrieve == "target" else 8) if self.neighbours is None else None
+        return dataclasses.replace(self, lr=rate, neighbours=count or self.neighbours)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ class AnnotateConfig:
     """Iterative inference (Sec. 2.3.1, Eqs. 12-13)."""
 
     section: ClassVar[str] = "annotate"
-    length: int = 4  # l: think tokens
+    length: int = 4  # l: think tokens, or pieces of evidence that are labelled
+    positions: int = 5  # evidence: the last training targets of each user that SFT learns from
     mode: Literal["normalised", "literal"] = "normalised"
     fit_epochs: int = 1  # epochs that fit MLP_s and MLP_r on the frozen backbone before labelling
     batch: int = 512
@@ -123,8 +131,10 @@ class SftConfig:
 
     section: ClassVar[str] = "sft"
     start: Literal["direct", "pretrain"] = "direct"  # whose weights the slow decoder begins with
-    rounds: int = 3
-    epochs: int = 4  # epochs a round
+    rounds: int = 3  # vocabulary: annotation and training in turn
+    epochs: int = 4  # epochs a round, or in all with evidence
+    weigh_weight: float = 1.0  # evidence: the weights' own cross-entropy beside -log P(target)
+    label_weight: float = 0.0  # evidence: cross-entropy of annotate's labels
     patience: int = 2  # rounds without a better validation ndcg@10 before stopping
     dpo_weight: float = 0.1  # lambda of Eq. 19
     quant_weight: float = 0.25  # mu of Eq. 19
@@ -136,10 +146,15 @@ class SftConfig:
     corrupt: float = 0.2  # probability that a think token is replaced in training
     dropout: float = 0.1
     batch: int = 256
-    lr: float = 5e-4
+    lr: float | None = None  # None: 3e-3 for the weighing of evidence, 5e-4 for a decoder
     weight_decay: float = 0.05
     warmup: float = 0.05
     seed: int = 0
+
+    def settled(self, thoughts: str) -> SftConfig:
+        """The same with the learning rate of what is trained."""
+        rate = (3e-3 if thoughts == "evidence" else 5e-4) if self.lr is None else self.lr
+        return dataclasses.replace(self, lr=rate)
 
 
 @dataclass(frozen=True)
@@ -168,11 +183,17 @@ class RlConfig:
     likelihood_weight: float = 1.0
     ranking_weight: float = 1.0
     negatives: int = 50  # K of Eq. 27
+    think: int = 8  # evidence: l, pieces a thought samples
     validate_every: int = 25
     patience: int = 3  # validations below the best before rolling back and stopping
-    lr: float = 1e-4
+    lr: float | None = None  # None: 3e-4 for the weighing of evidence, 1e-4 for a policy
     weight_decay: float = 0.0
     seed: int = 0
+
+    def settled(self, thoughts: str) -> RlConfig:
+        """The same with the learning rate of what is trained."""
+        rate = (3e-4 if thoughts == "evidence" else 1e-4) if self.lr is None else self.lr
+        return dataclasses.replace(self, lr=rate)
 
 
 @dataclass(frozen=True)
@@ -257,6 +278,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
         ("state_temperature temperature", 1e-6, 100),
         ("beta collaborative dpo_beta quant_beta weight_decay", 0, 100),
         ("anchor_weight direct_weight dpo_weight exact_weight format_weight kl_weight", 0, 1000),
+        ("label_weight weigh_weight", 0, 1000),
+        ("hold hops", 0, 4096),
+        ("positions think", 1, 4096),
         ("likelihood_weight quant_weight ranking_weight similarity_weight state_weight", 0, 1000),
         ("levels", 1, 16),
         ("codes", 2, 2**16),

@@ -22,6 +22,8 @@ from streamctl.decode.trace import Trace
 from streamctl.device import autocast, derive_seed
 from streamctl.distributed import Share
 from streamctl.errors import UsageError
+from streamctl.model.frozen import Branches
+from streamctl.model.past import Past
 from streamctl.model.policy import DecoderName, Encoded, Policy
 from streamctl.ranking import Ranking
 from streamctl.tokenizer.trie import PrefixTrie
@@ -168,25 +170,51 @@ def _search(
     legal: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Beam search over codes: leaves (B, beam) int64, -1 where fewer, and their scores."""
-    device = score.device
-    feed = torch.full((*score.shape, 1), policy.tokens.BOS, device=device)
-    node = torch.full_like(score, trie.root, dtype=torch.int64)
+    feed = torch.full((*score.shape, 1), policy.tokens.BOS, device=score.device)
     past = thought.past
     if past is not None and score.shape[1] == 1:
         past = past.share()
+    hidden, past = policy.extend(encoded, feed, decoder, past)
+    if score.shape[1] == 1:
+        past = past.share()
+    return search_after(policy, trie, hidden[:, :, -1], past, encoded, beam, legal, score, decoder)
+
+
+def search_after(
+    policy: Policy,
+    trie: PrefixTrie,
+    hidden: torch.Tensor,
+    past: Past | Branches,
+    encoded: Encoded,
+    beam: int,
+    legal: torch.Tensor | None = None,
+    score: torch.Tensor | None = None,
+    decoder: DecoderName = "slow",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Beam search over the codes that follow BOS.
+
+    Args:
+        hidden: (B, W, d), the states at BOS. past: what is before the first code; shared if W = 1.
+        legal: (B, nodes) bool, the nodes that lead to a wanted item; None for all.
+        score: (B, W) to start from; zeros if None.
+
+    Returns:
+        leaves (B, beam) int64, -1 where fewer, and their scores (B, beam).
+    """
+    device = hidden.device
+    score = torch.zeros(hidden.shape[:2], device=device) if score is None else score.float()
+    node = torch.full_like(score, trie.root, dtype=torch.int64)
     csr = trie.on(device)
     normalize = "legal" if policy.config.softmax == "catalogue" else "vocabulary"
-    score = score.float()
     for level in range(policy.tokens.levels):
-        hidden, past = policy.extend(encoded, feed, decoder, past)
-        logits = policy.logits(hidden[:, :, -1]).float()
-        if level == 0 and score.shape[1] == 1:
-            past = past.share()
+        if level:
+            states, past = policy.extend(encoded, token[..., None], decoder, past)
+            hidden = states[:, :, -1]
+        logits = policy.logits(hidden).float()
         score, parent, token, node = kernels.trie_topk(
             logits, node, score, csr, beam, allowed=legal, normalize=normalize
         )
         past = past.reorder(parent)
-        feed = token[..., None]
     return node, score
 
 

@@ -2,7 +2,7 @@
 
 config.json, model.safetensors           encoder and slow decoder (T5ForConditionalGeneration)
 direct/config.json, model.safetensors    encoder and direct decoder, likewise
-thinker.safetensors                      MLP_s and MLP_r
+thinker.safetensors                      MLP_s and MLP_r, and the weighing of evidence
 policy.json                              PolicyConfig
 """
 
@@ -71,7 +71,7 @@ def save(
     tensors = {
         "model.safetensors": part("shared.", "encoder.", "decoder."),
         "direct/model.safetensors": direct,
-        "thinker.safetensors": part("thinker."),
+        "thinker.safetensors": part("thinker.", "weighing."),
     }
     texts = {
         "config.json": huggingface_config(shape, Tokens.THINK),

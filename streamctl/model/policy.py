@@ -17,10 +17,12 @@ from streamctl.model.frozen import Branches
 from streamctl.model.legal import LegalCodes
 from streamctl.model.past import Past
 from streamctl.model.thinker import Thinker
+from streamctl.model.weighing import Weighing
 from streamctl.tokenizer.tokens import Tokens
 
 DecoderName = Literal["slow", "direct"]
 Softmax = Literal["vocabulary", "catalogue"]
+Thoughts = Literal["evidence", "vocabulary"]
 # Layers of the encoder and of each decoder, d_model, heads, d_kv, d_ff.
 SIZES = {
     "tiny": (2, 2, 64, 4, 16, 256),
@@ -41,6 +43,8 @@ class PolicyConfig:
         softmax: what an item's codes are normalised over: the "vocabulary" (Eq. 11), or the codes
             that continue a prefix of the "catalogue", so that items alone have probability.
         dedup: whether the last level is a de-duplication digit.
+        thoughts: what a thought is made of: the user's "evidence", weighed, or tokens of the
+            "vocabulary" (the paper's letter).
     """
 
     sizes: tuple[int, ...]
@@ -55,6 +59,7 @@ class PolicyConfig:
     think_codebook: int = 0
     softmax: Softmax = "vocabulary"
     dedup: bool = False
+    thoughts: Thoughts = "vocabulary"
 
     @classmethod
     def of_size(cls, size: str, sizes: tuple[int, ...], **others) -> PolicyConfig:
@@ -142,6 +147,8 @@ class Policy(nn.Module):
         self.decoder = Decoder(shape)
         self.direct = Decoder(shape)
         self.thinker = Thinker(shape.d_model)
+        if config.thoughts == "evidence":
+            self.weighing = Weighing(shape.d_model)
         items = torch.as_tensor(item_tokens, dtype=torch.int64)
         if items.ndim != 2 or items.shape[1] != len(config.sizes):
             wanted = f"(N, {len(config.sizes)})"
@@ -219,14 +226,18 @@ class Policy(nn.Module):
         """Run T more tokens of W branches of each user: the step of every incremental decode.
 
         Args:
-            tokens: (B, W, T) int64.
+            tokens: (B, W, T) int64, or (B, W, T, d) vectors in their place.
             past: what an earlier call returned, if any.
 
         Returns:
             hidden (B, W, T, d), and the past with these tokens.
         """
         memory = self.memory(encoded, decoder)
-        return self.stack(decoder)(self.shared(tokens), memory, encoded.mask, past)
+        return self.stack(decoder)(self.embed(tokens), memory, encoded.mask, past)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Decoder inputs of tokens (...) int64; vectors (..., d) are inputs already."""
+        return tokens if tokens.is_floating_point() else self.shared(tokens)
 
     def decode(
         self, encoded: Encoded, tokens: torch.Tensor, decoder: DecoderName = "slow", repeat: int = 1
@@ -234,13 +245,13 @@ class Policy(nn.Module):
         """Teacher-forced hidden states.
 
         Args:
-            tokens: (B * repeat, T) int64, the `repeat` rows of a user side by side; they share
-                the user's cross-attention keys.
+            tokens: (B * repeat, T) int64, or vectors (B * repeat, T, d): the `repeat` rows of a
+                user side by side; they share the user's cross-attention keys.
 
         Returns:
             (B * repeat, T, d).
         """
-        branches = tokens.view(len(encoded), repeat, -1)
+        branches = tokens.view(len(encoded), repeat, *tokens.shape[1:])
         return self.extend(encoded, branches, decoder)[0].flatten(0, 1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -322,7 +333,7 @@ class Policy(nn.Module):
         """Run `[think, o_1..o_l, bos]` (or `[bos]`), after which an item's codes follow.
 
         Args:
-            think: (B, l) int64 or None.
+            think: (B, l) int64 tokens, (B, l, d) vectors, or None.
 
         Returns:
             hidden (B, l + 2 or 1, d), and a past that all branches of a user share.
@@ -330,9 +341,31 @@ class Policy(nn.Module):
         begin = torch.full((len(encoded), 1), Tokens.BOS, device=encoded.states.device)
         tokens = begin
         if think is not None and think.shape[1]:
-            tokens = torch.cat([torch.full_like(begin, Tokens.THINK), think, begin], 1)
+            tokens = self.around(think)
         hidden, past = self.extend(encoded, tokens[:, None], decoder)
         return hidden[:, 0], past.share()
+
+    def around(self, think: torch.Tensor) -> torch.Tensor:
+        """`[think, o_1..o_l, bos]` of tokens (..., l) or vectors (..., l, d)."""
+        if not think.is_floating_point():
+            begin = torch.full_like(think[..., :1], Tokens.BOS)
+            return torch.cat([torch.full_like(begin, Tokens.THINK), think, begin], -1)
+        ends = self.shared.weight[[Tokens.THINK, Tokens.BOS]].to(think.dtype)
+        ends = ends.expand(*think.shape[:-2], 2, -1)
+        return torch.cat([ends[..., :1, :], think, ends[..., 1:, :]], -2)
+
+    def piece_vectors(self, items: torch.Tensor, hops: torch.Tensor) -> torch.Tensor:
+        """Decoder inputs of a thought's items and the hops that found them.
+
+        Args:
+            items, hops: (..., l) int64, -1 for none.
+
+        Returns:
+            (..., l, d): the sum of an item's code embeddings over sqrt(m), plus its hop's.
+        """
+        tokens = self.item_tokens[items.clamp(min=0)]
+        vectors = self.shared(tokens).sum(-2) * tokens.shape[-1] ** -0.5
+        return vectors * (items >= 0)[..., None] + self.weighing.hop(hops)
 
     def target_logprob(
         self,
@@ -350,7 +383,18 @@ class Policy(nn.Module):
         Returns:
             float32 of the shape of `items`.
         """
-        hidden, past = self.prompt(encoded, think, decoder)
+        prompt = self.prompt(encoded, think, decoder)
+        return self.items_logprob(encoded, items, *prompt, decoder)
+
+    def items_logprob(
+        self,
+        encoded: Encoded,
+        items: torch.Tensor,
+        hidden: torch.Tensor,
+        past: Past | Branches,
+        decoder: DecoderName = "slow",
+    ) -> torch.Tensor:
+        """The same after a `prompt`, whose hidden and past these are."""
         codes = self.item_tokens[items.view(len(items), -1)]  # (B, K, m)
         total = self.first_logprobs(hidden[:, -1]).gather(1, codes[..., 0])
         if codes.shape[2] > 1:

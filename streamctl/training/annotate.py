@@ -18,10 +18,12 @@ from streamctl.distributed import ranks
 from streamctl.errors import StreamctlError
 from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import console, progress_bar, say
-from streamctl.runs import RunDir, Stage
+from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.training import thinking
 from streamctl.training.loop import Batch, fit
 from streamctl.training.losses import quantization_loss, state_target_loss
 from streamctl.training.material import Material
+from streamctl.training.thinking import Gathered, last_positions
 
 Mode = Literal["normalised", "literal"]
 # A healthy labelling uses its vocabulary and tells targets apart; see `collapsed`.
@@ -249,6 +251,10 @@ def annotate(
         material = Material.load(run)
         policy = material.policy(run.stage("pretrain"), where)
         policy.requires_grad_(False)
+        if policy.config.thoughts == "evidence":
+            _inside_evidence(stage, policy, material, config, where)
+            stage.publish()
+            return run.stage("annotate")
         if config.fit_epochs:
             policy.thinker.requires_grad_(True)
             fit(
@@ -266,3 +272,33 @@ def annotate(
         stage.save_json("report.json", report)
         stage.publish(**report)
     return check_strict(run.stage("annotate"), strict)
+
+
+def _inside_evidence(
+    stage: StageWriter,
+    policy: Policy,
+    material: Material,
+    config: AnnotateConfig,
+    device: torch.device,
+) -> None:
+    """Labels of each user's last training examples: thoughts.npy (E', l) int32, places among the
+    pieces of example rows.npy (E',) int64."""
+    rows = last_positions(material.split.train, config.positions)
+    gathered = Gathered(material.evidence, material.split.train.subset(rows))
+    if config.fit_epochs:
+        policy.thinker.requires_grad_(True)
+        fit(
+            stage, policy.thinker, config,
+            loss=lambda batch: thinking.heads_loss(policy, batch, gathered, config),
+            examples=gathered.examples, epochs=config.fit_epochs, validate=None, device=device,
+            title="annotate: heads",
+        )  # fmt: skip
+    labels, report = thinking.label_all(policy, gathered, config.length, config.batch)
+    say(
+        f"annotate: the target is among {report['targets_in_evidence']:.0%} of the users' evidence "
+        f"and labelled for {report['targets_chosen']:.0%}"
+    )
+    stage.save_array("thoughts.npy", labels)
+    stage.save_array("rows.npy", rows)
+    stage.save_tensors("thinker.safetensors", policy.thinker.state_dict())
+    stage.save_json("report.json", report)

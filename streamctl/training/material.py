@@ -11,7 +11,9 @@ import torch
 from streamctl.data import load_data
 from streamctl.data.split import Split
 from streamctl.model.policy import Policy
+from streamctl.retrieval.evidence import SIZES, Evidence
 from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.tokenizer import vectors
 from streamctl.tokenizer.semantic_ids import SemanticIds
 from streamctl.tokenizer.trie import PrefixTrie
 
@@ -24,18 +26,33 @@ class Material:
         split: train, valid and test examples.
         ids: the Semantic IDs.
         neighbours: (N, K) int64 text neighbours of each item, nearest first.
+        vectors: (N, D) float32 unit rows, the items' text.
+        hops: the most pieces of each hop of evidence.
     """
 
     split: Split
     ids: SemanticIds
     neighbours: np.ndarray
+    vectors: np.ndarray
+    hops: tuple[int, ...] = SIZES
 
     @classmethod
     def load(cls, run: RunDir) -> Material:
         """From a run whose data and tokenizer stages are complete."""
         tokenizer = run.stage("tokenizer")
         split = load_data(run)[1]
-        return cls(split, SemanticIds.load(tokenizer), tokenizer.array("neighbours.npy"))
+        pretrain = run.stage("pretrain")
+        hops = SIZES
+        if pretrain.complete:
+            hops = tuple(pretrain.manifest["config"]["hops"])
+        ids, neighbours = SemanticIds.load(tokenizer), tokenizer.array("neighbours.npy")
+        return cls(split, ids, neighbours, vectors(run), hops)
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """What the hops read, counted when first asked for."""
+        sequences = self.split.training_sequences()
+        return Evidence(sequences, self.vectors, self.neighbours, sizes=self.hops)
 
     @cached_property
     def item_tokens(self) -> torch.Tensor:

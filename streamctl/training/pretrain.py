@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import numpy as np
 import torch
 
 from streamctl.config import PretrainConfig
+from streamctl.decode.evidence import NOTHING
 from streamctl.decode.retrieved import retrieved_codes
 from streamctl.device import derive_seed, resolve_device
-from streamctl.model.policy import Policy, PolicyConfig
+from streamctl.model.policy import Encoded, Policy, PolicyConfig
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage
 from streamctl.training.loop import Batch, fit
 from streamctl.training.losses import answer_loss, sequence_loss
 from streamctl.training.material import Material, save_policy
+from streamctl.training.thinking import first_pieces, last_positions, standardise, validate
 from streamctl.training.validation import Validator
 
 
@@ -32,11 +37,46 @@ def retrieved_tokens(
     return item_tokens[look_alikes[targets].flip(1)].flatten(1)
 
 
+STANDARD = 4096  # examples from which features are standardised
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Eq. 9's retrieved items, from the history alone: pieces of the user's evidence.
+
+    Attributes:
+        pieces: (E, q, 2) int64, items and hops of each example, -1 for none.
+    """
+
+    pieces: torch.Tensor
+
+    def loss(
+        self, policy: Policy, batch: Batch, encoded: Encoded, config: PretrainConfig
+    ) -> torch.Tensor:
+        """The answer's cross-entropy after the first 0 < n <= q pieces, n drawn for the batch.
+
+        They are given in training as in serving, so nothing is learned of predicting them.
+        """
+        most = self.pieces.shape[1]
+        drawn = torch.randint(most, (), generator=batch.generator("retrieved"))
+        some = self.pieces[batch.index.cpu(), : int(drawn) + 1].to(batch.target.device)
+        items, hops = some.unbind(-1)
+        vectors = policy.piece_vectors(items, hops.where(items >= 0, NOTHING))
+        answer = policy.embed(policy.target_inputs(batch.target)[0])
+        inputs = torch.cat([policy.around(vectors)[:, :-1], answer], 1)
+        hidden = policy.decode(encoded, inputs)
+        return answer_loss(policy, hidden, batch.target, config.temperature)
+
+
 def pretrain_loss(
-    policy: Policy, batch: Batch, look_alikes: torch.Tensor, config: PretrainConfig
+    policy: Policy, batch: Batch, look_alikes: torch.Tensor | Retrieved, config: PretrainConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Eq. 10 for the slow decoder's long answer plus the direct decoder's cross-entropy."""
     encoded = policy.encode(batch.history)
+    if isinstance(look_alikes, Retrieved):
+        slow = look_alikes.loss(policy, batch, encoded, config)
+        direct = direct_loss(policy, batch, encoded, config.temperature)
+        return slow + config.direct_weight * direct, {"slow": slow, "direct": direct}
     retrieved = retrieved_tokens(policy.item_tokens, look_alikes, batch.target)
     inputs, _ = policy.target_inputs(batch.target, retrieved)
     hidden = policy.decode(encoded, inputs)
@@ -81,20 +121,34 @@ def pretrain(
         shape = PolicyConfig.of_size(
             config.size, material.ids.sizes, history=config.history, dropout=config.dropout,
             think_codebook=config.think_codebook, softmax=config.softmax,
-            dedup=material.ids.dedup,
+            dedup=material.ids.dedup, thoughts=config.thoughts,
         )  # fmt: skip
         seed = derive_seed(config.seed, "initial weights")
         policy = Policy.build(shape, material.item_tokens, seed).to(where)
-        look_alikes = material.look_alikes(where, config.neighbours)
+        examples = material.split.train
+        if config.thoughts == "evidence":
+            held = last_positions(examples, config.hold)
+            examples = examples.subset(np.delete(np.arange(len(examples)), held))
+            material = replace(material, hops=config.hops)
+        if config.retrieve == "history":
+            count = config.neighbours
+            look_alikes = Retrieved(first_pieces(material.evidence, examples, count))
+        else:
+            look_alikes = material.look_alikes(where, config.neighbours)
+            count = look_alikes.shape[1]
         validator = Validator(policy, material, config.seed)
         result = fit(
             stage, policy, config,
             loss=lambda batch: pretrain_loss(policy, batch, look_alikes, config),
-            examples=material.split.train, validate=lambda: validator(decoder="direct"),
+            examples=examples, validate=lambda: validator(decoder="direct"),
             device=where, title="pretrain",
         )  # fmt: skip
-        count = look_alikes.shape[1]
-        slow = validator(thoughts=lambda history, _: retrieved_codes(policy, history, count))
+        if config.thoughts == "evidence":
+            found = last_positions(material.split.train, 1)[:STANDARD]
+            standardise(policy, material, found)
+            slow = validate(policy, material, config.seed, count)
+        else:
+            slow = validator(thoughts=lambda history, _: retrieved_codes(policy, history, count))
         report = {
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,

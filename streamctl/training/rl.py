@@ -14,6 +14,7 @@ from torch import nn
 
 from streamctl.config import RlConfig
 from streamctl.data.split import Examples
+from streamctl.decode.evidence import FULL
 from streamctl.decode.sample import Rollout, rollout, rollout_logprobs
 from streamctl.device import autocast, derive_seed, resolve_device
 from streamctl.distributed import ranks
@@ -24,9 +25,16 @@ from streamctl.progress import progress_bar, say, warn
 from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.tokenizer.trie import PrefixTrie
 from streamctl.training import checkpoint, rewards
-from streamctl.training.loop import CHECKPOINT_EVERY_S, CLIP_NORM, MetricLog, batches
+from streamctl.training.loop import CHECKPOINT_EVERY_S, CLIP_NORM, MetricLog, batches, fit
 from streamctl.training.losses import advantages, grpo_loss
 from streamctl.training.material import Material, save_policy
+from streamctl.training.thinking import (
+    Explorer,
+    Gathered,
+    last_positions,
+    only_thinking,
+    validate,
+)
 from streamctl.training.validation import Validator
 
 SMALLEST_POOL = 128  # representations that Eq. 25 compares with
@@ -297,6 +305,10 @@ def rl(run: RunDir, config: RlConfig, *, device: str = "auto", force: bool = Fal
         where = resolve_device(device)
         material = Material.load(run)
         policy = material.policy(run.stage("sft"), where)
+        config = config.settled(policy.config.thoughts)
+        if policy.config.thoughts == "evidence":
+            _with_evidence(run, stage, config, material, policy, where)
+            return run.stage("rl")
         if config.rollouts == "free" and policy.config.softmax == "catalogue":
             raise UsageError(
                 "rollouts=free samples from the vocabulary, of which a policy trained with "
@@ -369,3 +381,39 @@ def train(
             elif ranks().agree(time.monotonic() - saved_at > CHECKPOINT_EVERY_S):
                 trainer.save(stage)
                 saved_at = time.monotonic()
+
+
+def _with_evidence(
+    run: RunDir,
+    stage: StageWriter,
+    config: RlConfig,
+    material: Material,
+    policy: Policy,
+    device: torch.device,
+) -> None:
+    """GRPO on which evidence to choose; the SFT weights stay where nothing validates better."""
+    rows = last_positions(material.split.train, 1)
+    gathered = Gathered(material.evidence, material.split.train.subset(rows))
+    reference = material.policy(run.stage("sft"), device).requires_grad_(False)
+    explorer = Explorer(only_thinking(policy), reference, gathered, config, config.think)
+    result = fit(
+        stage, policy, config, loss=explorer.loss, examples=gathered.examples, device=device,
+        validate=lambda: validate(policy, material, config.seed, FULL), start=True,
+        steps=config.steps, validate_every=config.validate_every, repeats=config.updates,
+        title="rl", bf16=False,
+    )  # fmt: skip
+    report = {
+        "steps": result.steps,
+        "best_step": max(result.best_epoch + 1, 0) * config.validate_every,
+        "valid": {"start": result.start, "best": result.best},
+        "validations": result.validations,
+    }
+    if result.best_epoch < 0:
+        warn("rl: no step validated better than SFT; the SFT weights are kept")
+    save_policy(stage, policy)
+    stage.save_json("report.json", report)
+    stage.publish(**report)
+    say(
+        f"rl: masked ndcg@10 {result.start['ndcg@10']:.4f} -> {result.best['ndcg@10']:.4f} on "
+        "validation users"
+    )

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from streamctl.config import SftConfig
+from streamctl.decode.evidence import FULL
 from streamctl.device import resolve_device
 from streamctl.distributed import Share, ranks
+from streamctl.errors import UsageError
 from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage, StageWriter, read_json
+from streamctl.training import thinking
 from streamctl.training.annotate import (
     Mode,
     announce,
@@ -34,6 +37,7 @@ from streamctl.training.losses import (
 )
 from streamctl.training.material import Material, save_policy
 from streamctl.training.pretrain import direct_loss
+from streamctl.training.thinking import Gathered, last_positions, only_thinking
 from streamctl.training.validation import Validator
 
 TWIN = "baselines/no_thinking"
@@ -234,6 +238,11 @@ def sft(
     Raises:
         StreamctlError: under `strict`, labels that have collapsed.
     """
+    if twin and _thoughts(run) == "evidence":
+        raise UsageError(
+            "thinking with evidence has its l = 0 twin in the same policy, the direct decoder: "
+            "`eval` shows it as l0"
+        )
     name = TWIN if twin else "sft"
     parents = ["data", "tokenizer", "pretrain"] + ([] if twin else ["annotate"])
     with run.begin(name, config, parents, force=force) as stage:
@@ -242,6 +251,10 @@ def sft(
             return run.stage(name) if twin else check_strict(run.stage(name), strict)
         where = resolve_device(device)
         material = Material.load(run)
+        config = config.settled(_thoughts(run))
+        if _thoughts(run) == "evidence":
+            _with_evidence(run, stage, config, material, where)
+            return run.stage(name)
         policy = starting_policy(run, config, material, where)
         reference = material.policy(run.stage("pretrain"), where).requires_grad_(False)
         look_alikes = material.look_alikes(where)
@@ -282,3 +295,47 @@ def sft(
         shown = (f"{key} {value['ndcg@10']:.4f}" for key, value in report["valid"].items())
         say(f"{name}: ndcg@10 on validation users: " + ", ".join(shown))
     return run.stage(name) if twin else check_strict(run.stage(name), strict)
+
+
+def _thoughts(run: RunDir) -> str:
+    """What the run's thoughts are made of."""
+    stage = run.require("pretrain")
+    return stage.manifest["config"]["thoughts"]
+
+
+def _with_evidence(
+    run: RunDir, stage: StageWriter, config: SftConfig, material: Material, device: torch.device
+) -> None:
+    """Learn to weigh and order one's own evidence; the decoders stay as pretraining left them.
+
+    Every example answers under the policy's own thought. The epoch of the best masked ndcg@10 on
+    validation users is kept, the start among the candidates.
+    """
+    annotation = run.stage("annotate")
+    rows = annotation.array("rows.npy")
+    train = material.split.train
+    held = last_positions(train, run.stage("pretrain").manifest["config"]["hold"])
+    policy = only_thinking(material.policy(run.stage("pretrain"), device))
+    policy.thinker.load_state_dict(load_file(annotation.file("thinker.safetensors")))
+    gathered = Gathered(material.evidence, train.subset(rows))
+    labels = torch.from_numpy(annotation.array("thoughts.npy").astype(np.int64))
+    unseen = torch.from_numpy(np.isin(rows, held))
+    tuner = thinking.Tuner(policy, gathered, labels, unseen, config)
+    result = fit(
+        stage, policy, config, loss=tuner.loss, examples=gathered.examples, device=device,
+        validate=lambda: thinking.validate(policy, material, config.seed, FULL),
+        patience=0, start=True, title="sft",
+    )  # fmt: skip
+    report = {
+        "epochs": result.epochs,
+        "best_epoch": result.best_epoch,
+        "valid": {"start": result.start, "self": result.best},
+        "collapsed": False,
+    }
+    save_policy(stage, policy)
+    stage.save_json("report.json", report)
+    stage.publish(**report)
+    say(
+        f"sft: masked ndcg@10 {result.start['ndcg@10']:.4f} -> {result.best['ndcg@10']:.4f} on "
+        "validation users"
+    )
