@@ -98,17 +98,32 @@ class Ranks:
         """Every `count`-th of them. Whole batches, so that no figure depends on the split."""
         return iter(batches[self.rank :: self.count])
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace each gradient by its sum over the ranks, in one message; none counts as zero."""
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], word: float = 0.0) -> float:
+        """Replace each gradient by its sum over the ranks: the one message of a training step.
+
+        A parameter that has no gradient on any rank keeps none, as in a single process: a zero
+        would let the optimiser's weight decay shrink it.
+
+        Args:
+            parameters: the same on every rank, of one dtype.
+            word: a number of the main rank's that every rank is told with the same message.
+
+        Returns:
+            the main rank's word.
+        """
         if self.count == 1:
-            return
+            return word
         import torch
 
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        total = self._reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = total.split([gradient.numel() for gradient in gradients])
-        for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
-            parameter.grad = part.view_as(gradient)
+        head = [word if self.main else 0.0, *(float(p.grad is not None) for p in parameters)]
+        flat = [torch.tensor(head).to(gradients[0]), *(part.flatten() for part in gradients)]
+        total = self._reduce(torch.cat(flat))
+        head, *parts = total.split([part.numel() for part in flat])
+        word, *holders = head.tolist()
+        for parameter, part, held in zip(parameters, parts, holders, strict=True):
+            parameter.grad = part.view_as(parameter) if held else None
+        return word
 
     def mean(
         self, metrics: Mapping[str, torch.Tensor | float], share: Share

@@ -49,9 +49,9 @@ class Rank:
             loop.CHECKPOINT_EVERY_S = 0.0
         add = loop._Trainer.add
 
-        def recorded(trainer, metrics, weight):
-            self._record(float(metrics["loss"]))
-            add(trainer, metrics, weight)
+        def recorded(trainer, metrics, share):
+            self._record(float(metrics["loss"].detach()) * share.weight / share.total)
+            add(trainer, metrics, share)
 
         loop._Trainer.add = recorded
 
@@ -64,7 +64,7 @@ class Rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def recorded(self) -> list[float]:
-        """The losses of this rank's steps."""
+        """What this rank's rows add to the loss of each step."""
         return [float(line) for line in self.losses.with_suffix(f".{self.rank}").open()]
 
 
@@ -98,7 +98,7 @@ def _fit_in_double(stage, module, *, validate, **options):
 def job(
     commands: Commands, words: list[str], count: int, losses: Path, **kill: int
 ) -> tuple[list[Answer], list[float]]:
-    """Run a command in `count` processes; how each ended, and the losses that rank 0 saw."""
+    """Run a command in `count` processes; how each ended, and the losses of the whole batches."""
     with socket.socket() as free:
         # Held until the end, so that no one else is given the port; rank 0 may listen on it too.
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -107,5 +107,6 @@ def job(
         members = [Rank(rank, count, port, losses, **kill) for rank in range(count)]
         processes = [commands.start(words, each, f"rank-{each.rank}") for each in members]
         answers = [commands.wait(one, f"rank-{number}") for number, one in enumerate(processes)]
-    recorded = losses.with_suffix(".0").exists()
-    return answers, members[0].recorded() if recorded else []
+    if not losses.with_suffix(".0").exists():
+        return answers, []
+    return answers, [sum(parts) for parts in zip(*(m.recorded() for m in members), strict=False)]

@@ -131,6 +131,22 @@ def test_chance_and_contrast_do_not_depend_on_the_split():
     torch.testing.assert_close(loss, state_target_loss(states, targets, items))
 
 
+def test_a_parameter_that_no_rank_gave_a_gradient_keeps_none(monkeypatch):
+    def weights(*given):
+        parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+        for parameter, number in zip(parameters, given, strict=True):
+            parameter.grad = None if number is None else torch.full((2,), float(number))
+        return parameters
+
+    ours, theirs = weights(1, None, None), weights(3, 5, None)
+    messages = []
+    monkeypatch.setattr(Ranks, "_reduce", lambda self, tensor: messages.append(tensor) or tensor)
+    Ranks(1, 2).sum_gradients(theirs, 9.0)
+    monkeypatch.setattr(Ranks, "_reduce", lambda self, tensor: tensor + messages[0])
+    assert Ranks(0, 2).sum_gradients(ours, 7.0) == 7.0
+    assert [None if p.grad is None else p.grad.tolist() for p in ours] == [[4, 4], [5, 5], None]
+
+
 def test_two_ranks_train_the_weights_of_one(shop, alone, tmp_path):
     commands, options, run = shop
     single, losses = alone

@@ -156,15 +156,22 @@ class _Trainer:
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.saved_at = time.monotonic()
 
-    def add(self, metrics: Mapping[str, torch.Tensor | float], weight: int) -> None:
-        """Sum metrics without waiting for the device."""
+    def add(self, metrics: Mapping[str, torch.Tensor | float], share: Share) -> None:
+        """Sum this process's metrics, waiting neither for the device nor for other processes."""
         for name, value in metrics.items():
-            value = torch.as_tensor(value).detach().double() * weight
+            value = torch.as_tensor(value).detach().double()
+            # Rows that count nothing may have given a loss that is no number.
+            value = value * share.weight if share.weight else torch.zeros_like(value)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.weight += weight
+        self.weight += share.total
+
+    def totals(self) -> dict[str, float]:
+        """The sums over all processes."""
+        own = np.array([float(value) for value in self.sums.values()])
+        return dict(zip(self.sums, ranks().sum(own).tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
-        means = {name: float(total) / self.weight for name, total in self.sums.items()}
+        means = {name: total / self.weight for name, total in self.totals().items()}
         if not math.isfinite(means["loss"]):
             raise StreamctlError(
                 f"the loss of epoch {self.result.epochs + 1} is not a finite number",
@@ -191,7 +198,7 @@ class _Trainer:
         meta = {
             "step": self.step,
             "stopped": self.stopped,
-            "sums": {name: float(value) for name, value in self.sums.items()},
+            "sums": self.totals(),
             "weight": self.weight,
             "result": vars(self.result),
         }
@@ -209,8 +216,9 @@ class _Trainer:
         self.best_weights = {
             name: tensor.to(device) for name, tensor in checkpoint.take("best", tensors).items()
         } or None
+        # Sums over all processes: the main one goes on with them, the others from zero.
         self.sums = {
-            name: torch.tensor(value, dtype=torch.float64, device=device)
+            name: torch.tensor(value * ranks().main, dtype=torch.float64, device=device)
             for name, value in meta["sums"].items()
         }
         self.step, self.stopped, self.weight = meta["step"], meta["stopped"], meta["weight"]
@@ -312,10 +320,10 @@ def fit(
                 rate = learning_rate(state.step, steps, config.lr, warmup)
                 for update in range(repeats):
                     again = replace(data, update=update)
-                    _step(state, again, loss, rate, config.batch, device, bf16)
+                    due = _step(state, again, loss, rate, config.batch, device, bf16)
                 state.step += 1
                 bar.advance()
-                if ranks().agree(time.monotonic() - state.saved_at > CHECKPOINT_EVERY_S):
+                if due:
                     bar.note(f"epoch {state.result.epochs + 1} loss {state.means()['loss']:.3f}")
                     state.save()
             metrics = state.means()
@@ -385,7 +393,8 @@ def _step(
     batch: int,
     device: torch.device,
     bf16: bool,
-) -> None:
+) -> bool:
+    """One update of the weights; whether a checkpoint is due, as the main process finds."""
     job, share = ranks(), data.share
     # Dropout differs between ranks: equal masks on all of them would be less noise.
     seed = derive_seed(data.seed, "update", data.update) if data.update else data.seed
@@ -397,7 +406,8 @@ def _step(
         value, metrics = loss(data)
     (value * (share.weight / batch)).backward()
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
-    job.sum_gradients(trained)
+    due = job.sum_gradients(trained, time.monotonic() - state.saved_at > CHECKPOINT_EVERY_S)
     nn.utils.clip_grad_norm_(trained, CLIP_NORM)
     state.optimizer.step()
-    state.add(job.mean({"loss": value, **metrics}, share), share.total)
+    state.add({"loss": value, **metrics}, share)
+    return bool(due)
