@@ -4,13 +4,13 @@
     residual_quantize(x, codebooks)        codes of all levels and what is left of x
     reconstruct(codes, codebooks)          the sum of the chosen codewords
     straight_through(x, codebooks)         the same with the straight-through gradient (RQ-VAE)
-    codeword_sums(x, index, K)             sums and counts per codeword (k-means, EMA)
     trie_topk(logits, nodes, ...)          one step of beam search constrained by a CsrTrie
     backends(), use_backend(name)          which implementation runs
 
-`auto` takes Triton for CUDA tensors, Numba for CPU tensors and the plain PyTorch reference for
-the rest. `backend=` wins over `use_backend(...)`, which wins over the environment variable
-STREAMCTL_KERNELS. An explicit backend that cannot run raises `KernelError`.
+`auto` takes Triton for CUDA tensors, Numba for CPU tensors (once compiled, see `compiled.py`) and
+the plain PyTorch reference for the rest. `backend=` wins over `use_backend(...)`, which wins over
+the environment variable STREAMCTL_KERNELS. An explicit backend that cannot run raises
+`KernelError`.
 """
 
 import importlib
@@ -28,14 +28,13 @@ _HOME = {
     "residual_quantize": ".residual_quantize",
     "reconstruct": ".residual_quantize",
     "straight_through": ".residual_quantize",
-    "codeword_sums": ".codeword_sums",
     "trie_topk": ".trie_topk",
     "CsrTrie": ".trie_topk",
     "KernelError": ".dispatch",
     "backends": ".dispatch",
     "use_backend": ".dispatch",
 }
-OPS = ("nearest_codeword", "residual_quantize", "codeword_sums", "trie_topk")
+OPS = ("nearest_codeword", "residual_quantize", "trie_topk")
 
 __all__ = ["OPS", *_HOME]
 

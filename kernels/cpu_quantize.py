@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from . import checks, simd, threads
+from .compiled import OPTIONS
 from .cpu_search import (
     BF16,
     TILE,
@@ -70,7 +71,7 @@ _SIGNATURE = _i64(
 )
 
 
-@numba.njit(_SIGNATURE, nogil=True, cache=True)
+@numba.njit(_SIGNATURE, **OPTIONS)
 def _quantize_range(
     x, x_bits, mask, start, stop, exact, centre, norms, words, words16, bias, bias16,
     codes, residual, distance, block,

@@ -15,6 +15,7 @@ import numba
 import numpy as np
 
 from . import simd
+from .compiled import OPTIONS
 
 LANES, ROWS, TILE, VECTORS = simd.LANES, simd.ROWS, simd.TILE, simd.VECTORS
 _LANE_BYTES = 4 * LANES
@@ -28,10 +29,8 @@ _HUGE = 1e37  # past this, float32 scores may overflow: every codeword is compar
 _SLAB = 128 << 10  # bytes of packed codewords that a block of rows is scanned against at a time
 _PAD = np.float32(-3e38)  # bias of the codewords that fill up the last tile: never the best
 
-_options = {"nogil": True, "cache": True}
 
-
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def _pack_row(row, centre, rounded, packed, norms, width, bf16):
     """`simd.pack_*`, on addresses: norms[:] = upper bounds of ||x'|| and ||x' - packed x'||."""
     if bf16:
@@ -46,7 +45,7 @@ def _pack_row(row, centre, rounded, packed, norms, width, bf16):
     return norm, math.sqrt(np.float64(norms[1])) * loose + tiny + 2.0**-24 * norm
 
 
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def pack_codebook(exact, width, centre, bf16, words, bias):
     """Lay one codebook out for `simd`; return bounds of max ||c'|| and max ||c' - packed c'||.
 
@@ -77,7 +76,7 @@ def pack_codebook(exact, width, centre, bf16, words, bias):
     return longest, slipped
 
 
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def _margin(norm, slip, longest, slipped, width, tag_bits):
     """Twice a bound on |rounded score - true score|, over all codewords; inf if it may overflow."""
     size = 0.5 * longest * longest + (norm + slip) * (longest + slipped)  # of any partial sum
@@ -91,7 +90,7 @@ def _margin(norm, slip, longest, slipped, width, tag_bits):
     return 2.0 * delta * (1 + 1e-6)
 
 
-@numba.njit(fastmath=_REORDER, **_options)
+@numba.njit(fastmath=_REORDER, **OPTIONS)
 def squared_distance(row, codeword):
     """Float64, summed in any order."""
     total = 0.0
@@ -101,7 +100,7 @@ def squared_distance(row, codeword):
     return total
 
 
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def _squared_distance_in_order(row, codeword, width):
     """Float64, summed over d in order without fused multiply-adds: bit for bit the reference's."""
     total = 0.0
@@ -111,7 +110,7 @@ def _squared_distance_in_order(row, codeword, width):
     return total
 
 
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def _settle(row, exact, width, best, second, margin, tag_mask, candidates, distances):
     """The nearest of the codewords within `margin`: (index, how many were compared)."""
     size = exact.shape[0]
@@ -148,7 +147,7 @@ def _settle(row, exact, width, best, second, margin, tag_mask, candidates, dista
     return index, found
 
 
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def search_block(rows, width, live, count, book, bf16, scratch, index):
     """index[b] = the nearest of the book's codewords to rows[b], for b < count with live[b].
 
@@ -224,7 +223,7 @@ def search_block(rows, width, live, count, book, bf16, scratch, index):
     return compared
 
 
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def make_scratch(block, size, padded):
     """The buffers of `search_block` for blocks of `block` rows of `padded` width."""
     return (

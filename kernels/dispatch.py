@@ -64,6 +64,12 @@ def use_backend(name):
         _override.reset(token)
 
 
+def _compiled_ready():
+    from .compiled import ready  # which needs KernelError of this module
+
+    return ready()
+
+
 def resolve(backend, device_type):
     """The backend's name for this call; raises KernelError when the chosen one cannot run."""
     if backend is not None:
@@ -75,6 +81,8 @@ def resolve(backend, device_type):
         name = _known(os.environ.get(origin) or "auto", origin)
     if name == "auto":
         name, origin = {"cuda": "triton", "cpu": "numba"}.get(device_type, "reference"), "auto"
+        if name == "numba" and not _compiled_ready():
+            name = "reference"
     if missing := _missing(name, device_type):
         raise KernelError(
             f"{origin} chose backend {name!r}, which cannot run here: {missing};"

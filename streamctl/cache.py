@@ -1,39 +1,71 @@
-"""Where compiled code is kept from one run to the next."""
+"""A folder for what this machine need not find out twice: compiled code, measured choices.
+
+`import streamctl` tells Numba of it before anything is compiled, since Numba's own place is beside
+the installed source, which may be read-only, or in a home, which may not exist.
+"""
 
 from __future__ import annotations
 
 import os
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 
-def prepare() -> None:
-    """Give Numba a folder that can be written, before anything imports it.
-
-    By itself it takes the installation's folder or the home's, and where neither can be written
-    (a read-only image, a service without a home) every import of compiled code would raise.
-    """
-    if "NUMBA_CACHE_DIR" in os.environ or _writable(Path(__file__).parent / "__pycache__"):
-        return
-    folder = next(filter(_writable, _folders()), None)
-    os.environ["NUMBA_CACHE_DIR"] = str(folder or tempfile.mkdtemp(prefix="streamctl-"))
+def _private(path: Path) -> bool:
+    """Whether nobody else can write there: compiled code is run as it is found."""
+    found = path.lstat()
+    return (
+        stat.S_ISDIR(found.st_mode)
+        and found.st_uid == os.getuid()
+        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
 
 
-def _folders() -> Iterator[Path]:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+def _places() -> Iterator[Path]:
+    if told := os.environ.get("STREAMCTL_CACHE"):
+        yield Path(told)
+    if told := os.environ.get("XDG_CACHE_HOME"):
+        yield Path(told) / "streamctl"
+    home = os.path.expanduser("~")
     if os.path.isabs(home):
-        yield Path(home, "streamctl", "numba")
-    for base in (tempfile.gettempdir(), "/dev/shm"):
-        yield Path(base, f"streamctl-{os.getuid()}")
+        yield Path(home) / ".cache" / "streamctl"
+    for base in (*_temporary(), "/dev/shm"):
+        yield Path(base) / f"streamctl-{os.getuid()}"
 
 
-def _writable(folder: Path) -> bool:
-    """Whether files can be made there, and nobody else can: cached code is run as it is read."""
+def _temporary() -> Iterator[str]:
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            about = folder.stat()
-    except OSError:
-        return False
-    return about.st_uid == os.getuid() and not about.st_mode & 0o002
+        yield tempfile.gettempdir()
+    except OSError:  # no folder at all can be written
+        return
+
+
+@cache
+def folder() -> Path | None:
+    """The first of these that is the user's own and can be written; None where none is.
+
+    $STREAMCTL_CACHE, $XDG_CACHE_HOME/streamctl, ~/.cache/streamctl, one in the temporary folder.
+    """
+    for place in _places():
+        try:
+            place.mkdir(0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+            if _private(place):
+                return place
+        except OSError:
+            continue
+    return None
+
+
+def prepare() -> None:
+    """Where Numba keeps compiled code, unless NUMBA_CACHE_DIR says it."""
+    if (place := folder()) is None:
+        return
+    told = os.environ.setdefault("NUMBA_CACHE_DIR", str(place / "numba"))
+    if "numba" in sys.modules:
+        sys.modules["numba"].config.CACHE_DIR = told

@@ -10,7 +10,6 @@ from streamctl.kernels import (
     OPS,
     KernelError,
     backends,
-    codeword_sums,
     nearest_codeword,
     reconstruct,
     residual_quantize,
@@ -64,11 +63,9 @@ def some_backends():
 def test_values_that_are_not_finite_are_named(backend, value):
     x, codebooks = torch.randn(5, 4), torch.randn(2, 3, 4)
     x[3, 1] = value
-    index = torch.zeros(5, dtype=torch.int64)
     for function in (
         lambda: nearest_codeword(x, codebooks[0], backend=backend),
         lambda: residual_quantize(x, codebooks, backend=backend),
-        lambda: codeword_sums(x, index, 2, backend=backend),
     ):
         with pytest.raises(KernelError, match=r"x must be finite.* row 3"):
             function()
@@ -88,11 +85,6 @@ BAD = {
     r"codebook needs at least one codeword": lambda x, c: nearest_codeword(x, c[0, :0]),
     "mask must be bool, got int64": lambda x, c: nearest_codeword(
         x, c[0], mask=torch.ones(5, dtype=torch.int64)
-    ),
-    "index must be int64, got float32": lambda x, c: codeword_sums(x, x[:, 0], 3),
-    "K must be an int >= 1, got 0": lambda x, c: codeword_sums(x, x[:, 0].long(), 0),
-    r"index must lie in \[-1, 2\), got 7 in row 4": lambda x, c: codeword_sums(
-        x, torch.tensor([0, 0, 0, 0, 7]), 2
     ),
     r"codes must lie in \[-1, 3\)": lambda x, c: reconstruct(torch.full((5, 2), 3), c),
 }
@@ -239,7 +231,7 @@ def test_an_op_stays_a_function_after_its_folder_is_imported():
     code = (
         "import streamctl.kernels.trie_topk.cases, streamctl.kernels as k\n"
         "from streamctl.kernels import trie_topk\n"
-        "print(callable(trie_topk) and callable(k.trie_topk) and callable(k.codeword_sums))"
+        "print(callable(trie_topk) and callable(k.trie_topk) and callable(k.nearest_codeword))"
     )
     assert run_python(code).stdout.strip() == "True"
 

@@ -2,17 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 pytest.importorskip("triton")
+from streamctl.kernels.triton_quantize import WIDE_BLOCKS  # noqa: E402
 
 # Pointers by the types of what they lead to; other arguments are int32.
 POINTERS = {
-    "fp32": "x words exact bias centre norms left_over sums logits scores codebook priors",
-    "i64": "codes index order start nodes tokens children",
+    "fp32": "x words exact bias centre norms left_over logits scores codebook priors",
+    "i64": "codes index start nodes tokens children",
     "i32": "errors",
     "i8": "open_rows",
     "u8": "allowed",
@@ -35,13 +37,15 @@ BUILDS = {
         {"WIDTH": 16, "PRECISION": "tf32", "DISTANCE": True, "BLOCK_N": 64, "BLOCK_K": 32}
         | dict.fromkeys(("n", "k", "d", "levels", "tag_bits", "stride_n", "stride_d"), 1),
     ),
-    "wide": (
-        "triton_search",
-        "wide_kernel",
-        {"PRECISION": "tf32x3", "BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 32},
-    ),
+    **{
+        f"wide-{precision}": (
+            "triton_search",
+            "wide_kernel",
+            {"PRECISION": precision, "BLOCK_N": rows, "BLOCK_K": codes, "BLOCK_D": dims},
+        )
+        for precision, (rows, codes, dims) in WIDE_BLOCKS.items()
+    },
     "in-order": ("triton_search", "in_order_kernel", {"BLOCK_K": 256}),
-    "sums": ("codeword_sums.triton_gpu", "_sums_kernel", {"BLOCK_N": 16, "BLOCK_D": 32}),
     "children-whole": (
         "trie_topk.triton_gpu",
         "_children_kernel",
@@ -53,8 +57,11 @@ BUILDS = {
         {"MASKED": False, "WHOLE": False, "BLOCK": 256},
     ),
 }
+# Most registers a thread may take: 8 warps a block and two blocks a processor, or one where rows
+# fill the shared memory.
+REGISTERS = {"levels": 255, "wide": 255, "in-order": 64, "children": 64}
 BUILD = """
-import importlib, json, sys
+import importlib, json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -67,22 +74,36 @@ signature = {
 }
 source = ASTSource(kernel, signature, constexprs=constants)
 built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-print(built.metadata.shared, "wgmma.mma_async" in built.asm["ptx"])
+code = built.asm["sass"]
+print(json.dumps({
+    "shared": built.metadata.shared,
+    "mma": sorted(set(re.findall(r"\\b(HGMMA|HMMA|DMMA)\\b", code))),
+}))
 """
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_triton_kernels_compile_without_a_gpu(name):
+def test_triton_kernels_compile_without_a_gpu_and_spill_nothing(name, tmp_path):
     where, kernel, constants = BUILDS[name]
     run = subprocess.run(
         [sys.executable, "-c", BUILD, json.dumps([where, kernel, constants, POINTERS])],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_DUMP_PTXAS_LOG": "1",
+            "TRITON_CACHE_DIR": str(tmp_path),  # what is compiled already leaves no log
+        },
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    shared, tensor_cores = run.stdout.split()[-2:]
-    assert int(shared) <= 227 << 10
+    report = json.loads(run.stdout.splitlines()[-1])
+    report["registers"] = int(re.search(r"Used (\d+) registers", run.stdout)[1])
+    print(name, report)
+    assert report["shared"] <= 227 << 10
+    assert "0 bytes spill stores, 0 bytes spill loads" in run.stdout, run.stdout
+    most = next(most for start, most in REGISTERS.items() if name.startswith(start))
+    assert report["registers"] <= most, report
     if "PRECISION" in constants:
-        assert tensor_cores == "True"
+        assert report["mma"], report

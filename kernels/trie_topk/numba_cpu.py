@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from .. import threads
+from ..compiled import OPTIONS
 from ..simd import prefetch
 from . import bad_edge, bad_node, bad_offsets, bad_score, bad_token
 
@@ -16,10 +17,8 @@ _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _INVERSE = tuple(1.0 / math.factorial(i) for i in range(14))
 _C2, _C3, _C4, _C5, _C6, _C7, _C8, _C9, _C10, _C11, _C12, _C13 = _INVERSE[2:]
 
-_options = {"nogil": True, "cache": True}
 
-
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def _exponentials(values, count, highest):
     """values[:count] = exp(values - highest), for values <= highest, itself finite.
 
@@ -48,7 +47,7 @@ def _exponentials(values, count, highest):
         bits[i] += np.int64(whole) << np.int64(52)
 
 
-@numba.njit(fastmath={"reassoc"}, **_options)
+@numba.njit(fastmath={"reassoc"}, **OPTIONS)
 def _log_sum_exp(values, count, highest):
     """log(sum(exp(values[:count]))), where highest is their finite maximum; overwrites them."""
     _exponentials(values, count, highest)
@@ -58,7 +57,7 @@ def _log_sum_exp(values, count, highest):
     return highest + math.log(total)
 
 
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def _prepare(raw, values, count):
     """values[:count] = raw[:count] in float64. Returns the highest; NaN when one is NaN or +inf."""
     highest = -np.inf
@@ -71,7 +70,7 @@ def _prepare(raw, values, count):
     return np.nan if strange else highest
 
 
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def _children(nodes, child_start):
     """How many children the beams have together; a beam on no node has none."""
     total = 0
@@ -83,7 +82,7 @@ def _children(nodes, child_start):
     return total
 
 
-@numba.njit(**_options)
+@numba.njit(**OPTIONS)
 def _fetch(rows, bits, b, w, node, child_start, tokens, tokens32):
     """Ask for the logits of a node's children: they lie close together, far from other beams'."""
     if node < 0 or node >= child_start.shape[0] - 1:
@@ -126,7 +125,7 @@ def _fetch(rows, bits, b, w, node, child_start, tokens, tokens32):
         numba.int64[:, ::1],
         numba.int64[:, ::1],
     ),
-    **_options,
+    **OPTIONS,
 )
 def _search(
     logits, logit_bits, nodes, priors, child_start, tokens, tokens32, child_node, allowed,

@@ -11,20 +11,28 @@ thoughts shared without copying any of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from streamctl.kernels import simd, threads
-from streamctl.model import passes, tiles
+from streamctl.errors import UsageError
+from streamctl.kernels import choice, compiled, simd, threads
+from streamctl.model import tiles
 
+WAYS = ("auto", "packed", "plain")
+_way: ContextVar[str | None] = ContextVar("streamctl_decode", default=None)  # while one is timed
+_USERS = (1, 4, 16)  # batches that are measured; larger ones do as the largest of these
+_BEAM = 20  # branches of a decoder that is measured
 _SPARE = 4  # a store that grows makes room for so many steps like the one that it grows for
-_RANGE = 4 * passes.BLOCK  # rows a thread takes at a time: milliseconds beside its waking up
+_RANGE = 4 * tiles.BLOCK  # rows a thread takes at a time: milliseconds beside its waking up
 _PACKED: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple]] = WeakKeyDictionary()
 
 
@@ -46,6 +54,13 @@ def _norms(layers: list[nn.Module]) -> np.ndarray:
 def _numpy(x: torch.Tensor) -> np.ndarray:
     """float32, or the bits of bf16, of any shape and strides."""
     return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _passes() -> Any:
+    """The compiled passes: importing them compiles, or loads what was compiled."""
+    from streamctl.model import passes
+
+    return passes
 
 
 def _over_rows(run: Callable[[int, int], None], count: int, each: int = 1) -> None:
@@ -141,6 +156,7 @@ class PackedEncoder(_PackedStack):
         table = bias.float().contiguous().numpy()
         weights = self.norms, self.eps, self.joined, self.merge, self.up, self.down
         arrays = (stream.numpy(), *weights, table, rows.users, rows.starts)
+        passes = _passes()
         for layer in range(-1, len(self.joined)):
             old, new = layer % 2, (layer + 1) % 2
 
@@ -152,6 +168,11 @@ class PackedEncoder(_PackedStack):
 
             _over_rows(run, count)
         return rows.restore(out.to(self.dtype), x.shape)
+
+    @staticmethod
+    def sample(encoder: nn.Module, x: torch.Tensor) -> None:
+        """Work that is typical of an encoder, to be timed."""
+        encoder(x)
 
 
 class Memory:
@@ -251,6 +272,7 @@ class PackedDecoder(_PackedStack):
         keys, values = self.kept(len(self.joined), *states.shape[:2])
         given = rows.take(states).to(self.like).contiguous()
         arrays = _numpy(given), self.keys_values, rows.users, rows.starts
+        passes = _passes()
         kept = _numpy(keys), _numpy(values)
 
         def run(first, last):
@@ -279,13 +301,21 @@ class PackedDecoder(_PackedStack):
             past.index.flatten(1).numpy(), bias.float().contiguous().numpy(), _numpy(memory.keys),
             _numpy(memory.values), memory.counts.numpy(), branches,
         )  # fmt: skip
-        hidden = _numpy(out)
+        hidden, passes = _numpy(out), _passes()
 
         def run(first, last):
             passes.decode(*arrays, first, last, hidden)
 
         _over_rows(run, users * branches, steps)
         return out.to(self.dtype).view(users, branches, steps, width), past
+
+    @staticmethod
+    def sample(decoder: nn.Module, states: torch.Tensor) -> None:
+        """Work that is typical of a decoder, to be timed: keys, a first token, a beam of them."""
+        memory, first = decoder.memory(states), states[:, None, :1]
+        _, past = decoder(first, memory)
+        branches = torch.zeros(len(states), _BEAM, dtype=torch.int64)
+        decoder(first.expand(-1, _BEAM, -1, -1), memory, None, past.reorder(branches))
 
 
 class PackedTable:
@@ -300,6 +330,7 @@ class PackedTable:
         rows = hidden.reshape(-1, hidden.shape[-1]).to(self.like).contiguous()
         out = torch.empty(len(rows), tiles.padded(self.size))
         arrays, target = (_numpy(rows), self.weight), out.numpy()
+        passes = _passes()
 
         def run(first, last):
             passes.product(*arrays, first, last, target)
@@ -308,22 +339,46 @@ class PackedTable:
         return out.view(*hidden.shape[:-1], out.shape[1])[..., : self.size]
 
 
+def scores(table: nn.Embedding, hidden: torch.Tensor) -> torch.Tensor:
+    """(..., d) times the tied embedding: (..., V).
+
+    Float32 without gradients: a logit in bf16 would be off by a hundredth, and products are few.
+    """
+    if (ready := packed(table, PackedTable, hidden)) is not None:
+        return ready(hidden)
+    if hidden.device.type != "cpu" or torch.is_grad_enabled():
+        return F.linear(hidden, table.weight)
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(hidden.float(), table.weight.float())
+
+
 def packed(module: nn.Module, kind: Callable[..., Any], x: torch.Tensor) -> Any:
-    """The module's packed weights, or None where they do not apply.
+    """The module's packed weights, or None where they do not apply or plain PyTorch is faster.
 
     They apply on a CPU, in float32 or bf16, where no gradient is wanted and no dropout is on; the
-    dtype is autocast's where it is on. They are packed again when a weight has changed.
+    dtype is autocast's where it is on. They are packed again when a weight has changed. Which way
+    is faster is measured once (`kernels.choice`), unless STREAMCTL_DECODE=packed or plain.
 
     Args:
         module: an encoder, a decoder or the token embedding. kind: its packed form.
+        x: what it is about to be given, (B, S, d).
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled():
+    if x.device.type != "cpu" or torch.is_grad_enabled() or not compiled.ready():
         return None
     if module.training and getattr(module, "p", 0):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         return None
+    way = _way.get() or os.environ.get("STREAMCTL_DECODE") or "auto"
+    if way not in WAYS:
+        raise UsageError(f"STREAMCTL_DECODE: unknown way {way!r}; known: {', '.join(WAYS)}")
+    if way == "auto" and hasattr(kind, "sample"):
+        way = choice.fastest(*_question(module, kind, x, dtype))
+    return None if way == "plain" else _ready(module, kind, dtype)
+
+
+def _ready(module: nn.Module, kind: Callable[..., Any], dtype: torch.dtype) -> Any:
     kept = _PACKED.setdefault(module, {})
     if dtype in kept:
         weights, version, ready = kept[dtype]
@@ -339,19 +394,47 @@ def packed(module: nn.Module, kind: Callable[..., Any], x: torch.Tensor) -> Any:
     return ready
 
 
-class _Steps:
-    """Counts optimiser steps of the whole process: fused ones leave no trace in the weights."""
+def _question(
+    module: nn.Module, kind: Callable[..., Any], x: torch.Tensor, dtype: torch.dtype
+) -> tuple[str, dict[str, Callable[[], Any]]]:
+    """What `choice.fastest` is asked: the shapes in powers of two and four, and the two ways."""
+    users = min((size for size in _USERS if size * 2 >= len(x)), default=_USERS[-1])
+    length = 1 << (x[0].numel() // x.shape[-1] - 1).bit_length() if len(x) else 1
+    shapes = "/".join("x".join(map(str, weight.shape)) for weight in _first_layer(module))
+    name = f"{kind.__name__} {len(list(module.parameters()))} weights {shapes}"
+    name += f" {dtype} {users} users of {length}, {torch.get_num_threads()} threads"
 
-    taken = 0
+    def by(way: str) -> Callable[[], Any]:
+        def run() -> None:
+            token = _way.set(way)
+            try:
+                kind.sample(module, torch.randn(users, length, x.shape[-1]).to(x.dtype))
+            finally:
+                _way.reset(token)
 
-    @classmethod
-    def count(cls, *_: object) -> None:
-        cls.taken += 1
+        return run
+
+    return name, {way: by(way) for way in WAYS[1:]}
 
 
-register_optimizer_step_post_hook(_Steps.count)
+def _first_layer(module: nn.Module) -> list[torch.Tensor]:
+    return [weight for weight in module.parameters() if weight.ndim == 2][:8]
+
+
+def _count(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Marks what an optimiser has just trained: fused ones leave no trace in the weights."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                weight.steps_taken = getattr(weight, "steps_taken", 0) + 1
+
+
+register_optimizer_step_post_hook(_count)
 
 
 def _versions(weights: list[nn.Parameter]) -> list[tuple[int, int, int]]:
     """Changes when a weight is written to, trained or moved."""
-    return [(w.data_ptr(), 0 if w.is_inference() else w._version, _Steps.taken) for w in weights]
+    return [
+        (w.data_ptr(), 0 if w.is_inference() else w._version, getattr(w, "steps_taken", 0))
+        for w in weights
+    ]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from streamctl.kernels import threads
+from streamctl.kernels import compiled, threads
 from streamctl.model import loops
 
 RANGE = 1 << 16  # elements that one thread takes at a time
@@ -25,7 +25,7 @@ _NO_MASK = np.empty((0, 0), np.bool_)
 
 
 def _compiled(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _NO_ROWS
+    return x.device.type == "cpu" and x.dtype in _NO_ROWS and compiled.ready()
 
 
 def array(x: torch.Tensor, width: int | None = None) -> np.ndarray:

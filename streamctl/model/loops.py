@@ -14,10 +14,11 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True}
-_SUMS: dict[str, Any] = {**_OPTIONS, "fastmath": {"reassoc", "contract", "nsz"}}
+from streamctl.kernels.compiled import OPTIONS
+
+_SUMS: dict[str, Any] = {**OPTIONS, "fastmath": {"reassoc", "contract", "nsz"}}
 # Comparisons vectorize only where NaN need not be kept: NaN is looked for apart.
-_ORDERED: dict[str, Any] = {**_OPTIONS, "fastmath": {"reassoc", "contract", "nsz", "nnan"}}
+_ORDERED: dict[str, Any] = {**OPTIONS, "fastmath": {"reassoc", "contract", "nsz", "nnan"}}
 
 
 @intrinsic
@@ -49,7 +50,7 @@ def narrow(typing, value, like):
     return like(types.float32, like), codegen
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def _hash(position, seed):
     """32 well mixed bits of a position and a seed (two rounds of multiply and shift)."""
     # Numba widens arithmetic on uint32 to 64 bits, hence the casts.
@@ -117,7 +118,7 @@ def norm_backward(
                 grad_delta[row, j] = narrow(value, grad_delta[row, j])
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def drop(x, seed, threshold, scale, first, last, out):
     """out = dropout(x) over the flat elements first..last."""
     # Counted from zero in 32 bits, which vectorizes; positions are those of the whole array.
@@ -153,7 +154,7 @@ def _power_of_two(typing, exponent):
     return types.float32(types.int32), codegen
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def _exponential(value):
     """exp(value) for value <= 0, within 3e-7 relatively; written out so that it vectorizes."""
     value = value if value > np.float32(-87.0) else np.float32(-87.0)
@@ -204,7 +205,7 @@ def weigh(values, width):
         values[j] *= share
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def softmax_forward(scores, bias, mask, per_user, first, last, out):
     """out = softmax(scores + bias) row by row; closed keys get no weight.
 

@@ -13,14 +13,47 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba import types
 
+from streamctl.kernels.compiled import OPTIONS
 from streamctl.model import tiles
 from streamctl.model.loops import attend, narrow, weigh
 
-BLOCK = 40  # rows of a block: their activations fill half of a small second-level cache
-_WIDTH = tiles.WIDTH
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True}
-_SUMS: dict[str, Any] = {**_OPTIONS, "fastmath": {"reassoc", "contract", "nsz"}}
+BLOCK, _WIDTH = tiles.BLOCK, tiles.WIDTH
+_SUMS: dict[str, Any] = {**OPTIONS, "fastmath": {"reassoc", "contract", "nsz"}}
+
+
+# Signatures, lest Numba compile it again for every mixture of signed, unsigned and literal numbers.
+@numba.njit(
+    [types.void(like, *[types.intp] * 10) for like in (types.float32, types.uint16)], **OPTIONS
+)
+def multiply(like, x, stride, rows, weight, tile_bytes, count, words, more, out, out_stride):
+    """out = x @ weight.T for `rows` rows and the first `count` tiles of a weight.
+
+    Args:
+        like: an element of x, float32 or bf16 bits (uint16).
+        x, weight, out: addresses; the rows of x lie `stride` bytes apart, those of out, float32,
+            `out_stride`, the tiles of the weight `tile_bytes`.
+        words: how many of a tile's words, and of a row's, are read; one or more.
+        more: 1 adds to what is in out, 0 does not.
+    """
+    for number in range(count):
+        tile, target, row = weight + number * tile_bytes, out + 4 * _WIDTH * number, 0
+        while row + tiles.MOST <= rows:
+            at = target + row * out_stride
+            tiles.most(like, x + row * stride, stride, tile, words, more, at, out_stride)
+            row += tiles.MOST
+        while row + tiles.SOME <= rows:
+            at = target + row * out_stride
+            tiles.some(like, x + row * stride, stride, tile, words, more, at, out_stride)
+            row += tiles.SOME
+        while row + tiles.FEW <= rows:
+            at = target + row * out_stride
+            tiles.few(like, x + row * stride, stride, tile, words, more, at, out_stride)
+            row += tiles.FEW
+        if row < rows:
+            at = target + row * out_stride
+            tiles.one(like, x + row * stride, stride, tile, words, more, at, out_stride)
 
 
 @numba.njit(**_SUMS)
@@ -36,7 +69,7 @@ def _norm(stream, weight, eps, rows, out):
             out[row, j] = narrow(stream[row, j] * factor * weight[j], out[row, j])
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def _narrowed(source, rows, width, relu, out):
     """out[:rows, :width] = source, rounded, after ReLU where wanted."""
     for row in range(rows):
@@ -47,22 +80,22 @@ def _narrowed(source, rows, width, relu, out):
             out[row, j] = narrow(value, out[row, j])
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def _product(x, rows, weight, more, out):
     """out[:rows] = x @ weight (+ out); weight (tiles, words, WIDTH), out (.., tiles * WIDTH)."""
-    tiles.multiply(
+    multiply(
         x[0, 0], x.ctypes.data, x.strides[0], rows, weight.ctypes.data, weight.strides[0],
         weight.shape[0], weight.shape[1], more, out.ctypes.data, out.strides[0],
     )  # fmt: skip
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def product(x, weight, first, last, out):
     """Rows first..last of out (N, tiles * WIDTH) float32 = x (N, words) @ weight."""
     _product(x[first:last], last - first, weight, 0, out[first:last])
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def _keep(row, position, keys, values):
     """Put a row's keys and values where those of its user's other rows lie.
 
@@ -87,7 +120,7 @@ def _keep(row, position, keys, values):
                 line[j, half] = source[begin + j]
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def _look(queries, rows, keys, values, count, bias, position, scores, shares, mixed):
     """Attention of a user's queries to `count` kept positions.
 
@@ -104,7 +137,7 @@ def _look(queries, rows, keys, values, count, bias, position, scores, shares, mi
     whole = -(-count // each)  # words of the values that hold a position
     for head in range(heads):
         place = queries.ctypes.data + head * size * queries.itemsize
-        tiles.multiply(
+        multiply(
             like, place, queries.strides[0], rows, keys[head].ctypes.data, keys.strides[1],
             -(-count // _WIDTH), words, 0, scores.ctypes.data, scores.strides[0],
         )  # fmt: skip
@@ -119,14 +152,14 @@ def _look(queries, rows, keys, values, count, bias, position, scores, shares, mi
                 line[j] = np.float32(0)
         _narrowed(scores, rows, whole * each, False, shares)
         # The columns past a head's are the next one's, which overwrites them.
-        tiles.multiply(
+        multiply(
             like, shares.ctypes.data, shares.strides[0], rows, values[head].ctypes.data,
             values.strides[1], values.shape[1], whole, 0,
             mixed.ctypes.data + head * size * mixed.itemsize, mixed.strides[0],
         )  # fmt: skip
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def _feed_forward(stream, rows, norm, eps, up, down, normed, wide, inner):
     """stream[:rows] += the feed-forward layer of its norm."""
     _norm(stream, norm, eps, rows, normed)
@@ -135,7 +168,7 @@ def _feed_forward(stream, rows, norm, eps, up, down, normed, wide, inner):
     _product(inner, rows, down, 1, stream)
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def encode(
     layer, stream, norms, eps, joined, merge, up, down, bias, users, starts, first, last,
     queries, keys, values, next_keys, next_values, out,
@@ -194,7 +227,7 @@ def encode(
             _keep(kept[row], position, next_keys[user], next_values[user])
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def remember(states, weight, users, starts, first, last, keys, values):
     """Cross-attention keys and values of encoder states (N, d) like, rows first..last.
 
@@ -218,7 +251,7 @@ def remember(states, weight, users, starts, first, last, keys, values):
                 _keep(own, position, keys[layer, user], values[layer, user])
 
 
-@numba.njit(**_OPTIONS)
+@numba.njit(**OPTIONS)
 def decode(
     x, norms, eps, joined, merge, query, cross, up, down, store, index, bias, keys, values,
     counts, branches, first, last, out,
@@ -253,7 +286,9 @@ def decode(
     for begin in range(first, last, block):
         end = min(last, begin + block)
         rows = (end - begin) * steps
-        stream[:rows, :width] = x[begin * steps : end * steps]
+        for row in range(rows):  # a loop: an assignment of slices takes seconds to compile
+            for j in range(width):
+                stream[row, j] = x[begin * steps + row, j]
         for layer in range(layers):
             _norm(stream, norms[3 * layer], eps, rows, normed)
             _product(normed, rows, joined[layer], 0, wide)

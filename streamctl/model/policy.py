@@ -256,10 +256,7 @@ class Policy(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., V), by the tied embedding."""
-        hidden = hidden * self.config.d_model**-0.5
-        if (ready := frozen.packed(self.shared, frozen.PackedTable, hidden)) is not None:
-            return ready(hidden)
-        return F.linear(hidden, self.shared.weight)
+        return frozen.scores(self.shared, hidden * self.config.d_model**-0.5)
 
     def answer_logprobs(
         self, hidden: torch.Tensor, items: torch.Tensor, *, first: int = 0, temperature: float = 1.0

@@ -8,7 +8,6 @@ order of the inputs: a row's result depends on nothing but the row and the weigh
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -19,6 +18,7 @@ from streamctl.kernels import simd
 
 VECTORS = 2
 WIDTH = VECTORS * simd.LANES  # outputs of a tile
+BLOCK = 40  # rows of a block: their activations fill half of a small second-level cache
 # Rows whose sums stay in registers together, beside a tile's vectors.
 MOST, SOME, FEW = (10, 5, 2) if simd.LANES == 16 else (6, 3, 2)
 _INTEGER, _WORD = ir.IntType(64), ir.IntType(32)
@@ -111,34 +111,4 @@ def _rows(rows: int):
     return multiply_rows
 
 
-_most, _some, _few, _one = (_rows(count) for count in (MOST, SOME, FEW, 1))
-
-
-@numba.njit(nogil=True, cache=True)
-def multiply(like, x, stride, rows, tiles, tile_bytes, count, words, more, out, out_stride):
-    """out = x @ weight.T for `rows` rows and the first `count` tiles of a weight.
-
-    Args:
-        like: an element of x, float32 or bf16 bits (uint16).
-        x, tiles, out: addresses; the rows of x lie `stride` bytes apart, those of out, float32,
-            `out_stride`, the tiles `tile_bytes`.
-        words: how many of a tile's words, and of a row's, are read; one or more.
-        more: 1 adds to what is in out, 0 does not.
-    """
-    for number in range(count):
-        tile, target, row = tiles + number * tile_bytes, out + 4 * WIDTH * number, 0
-        while row + MOST <= rows:
-            at = target + row * out_stride
-            _most(like, x + row * stride, stride, tile, words, more, at, out_stride)
-            row += MOST
-        while row + SOME <= rows:
-            at = target + row * out_stride
-            _some(like, x + row * stride, stride, tile, words, more, at, out_stride)
-            row += SOME
-        while row + FEW <= rows:
-            at = target + row * out_stride
-            _few(like, x + row * stride, stride, tile, words, more, at, out_stride)
-            row += FEW
-        if row < rows:
-            at = target + row * out_stride
-            _one(like, x + row * stride, stride, tile, words, more, at, out_stride)
+most, some, few, one = (_rows(count) for count in (MOST, SOME, FEW, 1))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.sparse
-from sklearn.decomposition import TruncatedSVD
 
 from streamctl.data.split import Split
 
@@ -41,6 +40,8 @@ def taken_together(split: Split, seed: int) -> np.ndarray:
         information = np.log(pairs.data / (often[pairs.row] * context[pairs.col]))
     positive = (np.maximum(information, 0), (pairs.row, pairs.col))
     matrix = scipy.sparse.csr_matrix(positive, shape=pairs.shape)
+    from sklearn.decomposition import TruncatedSVD  # a second that answering need not wait
+
     reduced = TruncatedSVD(vectors.shape[1], random_state=seed % 2**32).fit_transform(matrix)
     length = np.linalg.norm(reduced, axis=1)
     company = length > 0

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from streamctl.config import TokenizeConfig
 from streamctl.device import derive_seed
-from streamctl.kernels import codeword_sums, nearest_codeword, residual_quantize
+from streamctl.kernels import nearest_codeword, residual_quantize
 
 SEEDING_ROWS = 64  # rows a codeword from which k-means++ draws its seeds
 
@@ -54,7 +54,9 @@ def kmeans(x: torch.Tensor, k: int, iterations: int, seed: int) -> torch.Tensor:
         if last is not None and torch.equal(index, last):
             break
         last = index
-        sums, counts = codeword_sums(x, index, k)
+        counts = torch.bincount(index, minlength=k)
+        sums = torch.zeros(k, x.shape[1], dtype=torch.float64, device=x.device)
+        sums = sums.index_add_(0, index, x.double()).float()
         empty = (counts == 0).nonzero()[:, 0]
         centroids = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centroids)
         if len(empty):

@@ -1,0 +1,53 @@
+"""Compile all that answering a user calls: `python -m streamctl.model.warm`, see kernels.compiled.
+
+Every function is compiled for the types that it is given below, and kept in Numba's cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+import torch
+
+from streamctl import cache
+from streamctl.device import autocast
+from streamctl.kernels import compiled, residual_quantize, trie_topk
+from streamctl.kernels.trie_topk.cases import random_case, random_items
+from streamctl.model.backbone import BackboneConfig, Decoder, Encoder
+from streamctl.model.frozen import PackedDecoder, scores
+
+
+@torch.no_grad()
+def compile_all() -> None:
+    """Call each of them once on tiny inputs, in both dtypes."""
+    config = BackboneConfig(8, 8, 4, 2, 16, 1, 1)
+    x = torch.randn(2, 3, 8)
+    mask = torch.tensor([[True] * 3, [True, True, False]])
+    encoder, decoder = Encoder(config).eval(), Decoder(config).eval()
+    table = torch.nn.Embedding(8, 8)
+    trie_topk(*random_case(random_items(9, 2, 3), 2, 2, 1, 9, 2)[:5], backend="numba")
+    for half in (True, False):  # bf16 first: it is what is served where the processor has it
+        with autocast(torch.device("cpu"), half):
+            for way in ("packed", "plain"):
+                os.environ["STREAMCTL_DECODE"] = way
+                PackedDecoder.sample(decoder, encoder(x, mask))
+                scores(table, x)
+    residual_quantize(x[0], torch.randn(2, 3, 8), backend="numba")
+
+
+def main() -> None:
+    """Compile, unless another process does; then leave word that it is done."""
+    os.nice(19)
+    torch.set_num_threads(1)
+    with open(cache.folder() / "compiling.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return
+        compile_all()
+        compiled.finished()
+
+
+if __name__ == "__main__":
+    main()
