@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from streamctl.kernels import codeword_sums, nearest_codeword, residual_quantize, trie_topk
+from streamctl.kernels import nearest_codeword, residual_quantize, trie_topk
 from streamctl.kernels.nearest_codeword.cases import TOLERANCE as DISTANCE
 from streamctl.kernels.nearest_codeword.cases import random_case as random_rows
 from streamctl.kernels.residual_quantize.cases import TOLERANCE as RESIDUAL
@@ -184,26 +184,6 @@ def search_libraries(x, codebook):
     }
 
 
-def codeword_sums_row(repeats, device):
-    n, d, k = (200_000, 32, 256) if device == "cpu" else (10_000_000, 32, 256)
-    name = BACKEND[device]
-    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0)).to(device)
-    index = torch.arange(n, device=device) * 7919 % k
-    ours = codeword_sums(x, index, k, backend=name)
-    expected = codeword_sums(x, index, k, backend="reference")
-    check(ours, expected, {"rtol": 2.0**-22, "atol": 1e-12}, f"codeword_sums {name}")
-    contenders = {
-        name: lambda: codeword_sums(x, index, k, backend=name),
-        "torch index_add_ (float32)": lambda: torch.zeros(k, d, device=device).index_add_(
-            0, index, x
-        ),
-    }
-    seconds, first, broken = take_turns(contenders, repeats, device)
-    ours = seconds.pop(name)
-    more = {"first_call": first[name], "peers_that_failed": broken}
-    return row(f"codeword_sums/{short(n)}-d{d}-k{k}", ours, seconds, **more)
-
-
 # VmHWM is this program's own high-water mark; getrusage's would start at the parent's.
 MEMORY = """
 import sys, torch
@@ -300,7 +280,6 @@ def rows(device="cpu", repeats=7, only=""):
     makers = {
         "residual_quantize": lambda: [residual_quantize_row(limits, repeats, device)],
         "nearest_codeword": lambda: [nearest_codeword_row(limits, repeats, device)],
-        "codeword_sums": lambda: [codeword_sums_row(repeats, device)],
         "trie_topk": lambda: list(trie_rows(repeats, device)),
     }
     if device == "cpu":

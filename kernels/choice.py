@@ -69,7 +69,7 @@ def _path():
 
 def _read():
     try:
-        found = json.loads(_path().read_text())
+        found = json.loads(_path().read_text(encoding="utf-8"))
     except (OSError, ValueError, AttributeError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -80,14 +80,14 @@ def _keep(key, answer, ways):
     if (path := _path()) is None:
         return answer
     try:
-        with open(path.with_suffix(".lock"), "w") as lock:
+        with open(path.with_suffix(".lock"), "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             known = _read()
             if known.get(key) in ways:
                 return known[key]
             known[key] = answer
             fresh = path.with_suffix(f".{os.getpid()}")
-            fresh.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+            fresh.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             fresh.replace(path)
     except OSError:
         pass  # a full disk: the answer is kept in memory

@@ -83,12 +83,11 @@ def _level_by_level(x, packed, want_distance, search):
     return torch.cat(codes), torch.cat(kept), torch.cat(undecided)
 
 
-WIDE_BLOCKS = {"tf32": (128, 128, 32), "tf32x3": (64, 128, 32)}  # rows, codewords, dimensions
+WIDE_BLOCKS = (64, 128, 32)  # rows, codewords, dimensions; with 128 rows the registers spill
 
 
 def _wide(packed, precision):
-    # Three products a tile want more registers: with 128 rows they spill.
-    blocks = (16, 32, 16) if INTERPRETED else WIDE_BLOCKS[precision]
+    blocks = (16, 32, 16) if INTERPRETED else WIDE_BLOCKS
 
     def search(left, level):
         n, d = left.shape

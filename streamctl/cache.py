@@ -7,7 +7,6 @@ the installed source, which may be read-only, or in a home, which may not exist.
 from __future__ import annotations
 
 import os
-import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,14 +14,15 @@ from functools import cache
 from pathlib import Path
 
 
-def _private(path: Path) -> bool:
-    """Whether nobody else can write there: compiled code is run as it is found."""
-    found = path.lstat()
-    return (
-        stat.S_ISDIR(found.st_mode)
-        and found.st_uid == os.getuid()
-        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    )
+def _writable(folder: Path) -> bool:
+    """Whether files can be made there, and nobody else can: cached code is run as it is read."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            about = folder.stat()
+    except OSError:
+        return False
+    return about.st_uid == os.getuid() and not about.st_mode & 0o022
 
 
 def _places() -> Iterator[Path]:
@@ -50,16 +50,7 @@ def folder() -> Path | None:
 
     $STREAMCTL_CACHE, $XDG_CACHE_HOME/streamctl, ~/.cache/streamctl, one in the temporary folder.
     """
-    for place in _places():
-        try:
-            place.mkdir(0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=place):
-                pass
-            if _private(place):
-                return place
-        except OSError:
-            continue
-    return None
+    return next(filter(_writable, _places()), None)
 
 
 def prepare() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from streamctl.kernels import simd
+from streamctl.kernels import choice, simd
 from test_model import histories, small_policy
 
+from streamctl.errors import UsageError
 from streamctl.model import frozen, passes, tiles
 
 KINDS = [
@@ -35,7 +36,7 @@ def test_a_product_over_tiles_is_the_product(dtype, rows, inputs, outputs):
 
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("history", ["codes", "items"])
-def test_compiled_passes_agree_with_the_modules(dtype, history):
+def test_compiled_passes_and_plain_torch_agree_with_the_modules(dtype, history, monkeypatch):
     """Users of different lengths, more rows than a block, several tokens at once and one by one."""
     policy = small_policy(history, d_model=48, heads=3, d_kv=18, d_ff=70, decoder_layers=2)
     past = histories(40, [20, 1, 7, 13, 2, 20])
@@ -55,9 +56,14 @@ def test_compiled_passes_agree_with_the_modules(dtype, history):
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
         found = run()
         assert frozen.packed(policy.encoder, frozen.PackedEncoder, past.float()).like == dtype
+        monkeypatch.setenv("STREAMCTL_DECODE", "plain")
+        plain = run()
+        assert frozen.packed(policy.encoder, frozen.PackedEncoder, past.float()) is None
+    # Two stacks of rounding to bf16 (2^-9 of their size) add up to a few hundredths.
     bound = 2e-5 if dtype == torch.float32 else 0.06
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, by_torch, theirs in zip(found, plain, wanted, strict=True):
         torch.testing.assert_close(ours.float(), theirs, atol=bound, rtol=0)
+        torch.testing.assert_close(by_torch.float(), theirs, atol=bound, rtol=0)
 
 
 @torch.no_grad()
@@ -67,3 +73,55 @@ def test_a_row_depends_on_no_other_row():
     together = policy.encode(past).states
     for user in range(7):
         assert torch.equal(together[user], policy.encode(past[user : user + 1]).states[0])
+
+
+def test_weights_are_packed_again_when_they_are_trained_and_not_when_others_are():
+    trained, frozen_one = small_policy("items"), small_policy("items")
+    frozen_one.requires_grad_(False)
+    past = histories(40, [9, 9])
+
+    def packed(policy):
+        with torch.no_grad():
+            policy.encode(past)
+            return frozen.packed(policy.encoder, frozen.PackedEncoder, past.float())
+
+    before = packed(trained), packed(frozen_one)
+    optimizer = torch.optim.AdamW(
+        [*trained.parameters(), *frozen_one.parameters()], lr=0.1, fused=True
+    )
+    trained.encode(past).states.sum().backward()
+    optimizer.step()
+    assert packed(trained) is not before[0]
+    assert packed(frozen_one) is before[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("users", [1, 16])
+def test_the_chosen_way_is_not_slower_than_plain_torch_by_more_than_noise(users, monkeypatch):
+    policy = small_policy("items", d_model=64, heads=4, d_kv=16, d_ff=128)
+    past = histories(40, [20] * users)
+    choices = {}
+    monkeypatch.setattr(choice, "_answers", choices)
+    monkeypatch.setattr(choice.places, "folder", lambda: None)
+
+    def by(way):
+        def run():
+            monkeypatch.setenv("STREAMCTL_DECODE", way)
+            encoded = policy.encode(past)
+            policy.extend(encoded, torch.full((users, 20, 1), 5))
+
+        return run
+
+    by("auto")()
+    assert set(choices.values()) <= {"packed", "plain"} and len(choices) == 2
+    for _ in range(3):  # a machine that does much else is asked again
+        times = choice.times({way: by(way) for way in ("auto", "plain")})
+        if times["auto"] <= 1.3 * times["plain"]:
+            return
+    raise AssertionError(times)
+
+
+def test_an_unknown_way_is_refused_with_the_known_ones(monkeypatch):
+    monkeypatch.setenv("STREAMCTL_DECODE", "fast")
+    with torch.no_grad(), pytest.raises(UsageError, match="known: auto, packed, plain"):
+        small_policy().encode(histories(40, [3]))

@@ -40,7 +40,7 @@ def main() -> None:
     """Compile, unless another process does; then leave word that it is done."""
     os.nice(19)
     torch.set_num_threads(1)
-    with open(cache.folder() / "compiling.lock", "w") as lock:
+    with open(cache.folder() / "compiling.lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

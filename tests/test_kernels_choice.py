@@ -1,0 +1,111 @@
+"""The faster of two ways is found once and remembered; compiled code is waited for or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from streamctl.kernels import KernelError, choice, compiled
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(choice.places, "folder", lambda: tmp_path)
+    monkeypatch.setattr(choice, "_answers", {})
+    return tmp_path
+
+
+def ways(counts, **seconds):
+    def run(name):
+        counts[name] = counts.get(name, 0) + 1
+        time.sleep(seconds[name])
+
+    return {name: lambda name=name: run(name) for name in seconds}
+
+
+def test_the_faster_way_is_taken_and_remembered_by_the_next_process(folder, monkeypatch):
+    counts = {}
+    both = ways(counts, usual=0.02, other=0.002)
+    assert choice.fastest("work", both) == "other"
+    assert counts["usual"] >= 3
+    counts.clear()
+    monkeypatch.setattr(choice, "_answers", {})  # as the next process begins
+    assert choice.fastest("work", both) == "other" and not counts
+    assert list(json.loads((folder / "choices.json").read_text()).values()) == ["other"]
+
+
+def test_the_usual_way_stays_unless_another_is_clearly_faster(folder):
+    assert choice.fastest("work", ways({}, usual=0.0105, other=0.010)) == "usual"
+
+
+def test_what_another_process_has_found_meanwhile_holds_for_both(folder):
+    def meanwhile():
+        key = f"{choice.machine()} work"
+        (folder / "choices.json").write_text(json.dumps({key: "usual"}))
+
+    both = {"usual": lambda: time.sleep(0.01), "other": meanwhile}
+    assert choice.fastest("work", both) == "usual"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_damaged_memory_is_measured_again(folder, text):
+    (folder / "choices.json").write_text(text)
+    assert choice.fastest("work", ways({}, usual=0.01, other=0.001)) == "other"
+
+
+def test_where_nothing_can_be_written_the_answer_is_kept_in_memory(monkeypatch):
+    monkeypatch.setattr(choice.places, "folder", lambda: None)
+    monkeypatch.setattr(choice, "_answers", {})
+    counts = {}
+    both = ways(counts, usual=0.01, other=0.001)
+    assert choice.fastest("work", both) == "other"
+    counts.clear()
+    assert choice.fastest("work", both) == "other" and not counts
+
+
+def test_an_unknown_mode_of_compiling_is_refused(monkeypatch):
+    monkeypatch.setenv("STREAMCTL_COMPILE", "later")
+    with pytest.raises(KernelError, match="known: wait, background, never"):
+        compiled.mode()
+
+
+PROGRAM = """
+import time, torch
+from streamctl.kernels import compiled, trie_topk
+from streamctl.kernels.trie_topk.cases import random_case, random_items
+from streamctl.model.backbone import BackboneConfig, Decoder, Encoder
+torch.manual_seed(0)
+config = BackboneConfig(8, 8, 4, 2, 16, 1, 1)
+encoder = Encoder(config).eval()
+began = time.monotonic()
+with torch.no_grad():
+    print(float(encoder(torch.ones(2, 3, 8)).sum()))
+case = random_case(random_items(9, 2, 3), 2, 2, 1, 9, 2)
+print(float(trie_topk(*case[:5])[0].sum()))
+print(compiled.ready(), compiled._State.process is not None, time.monotonic() - began)
+"""
+
+
+def test_answers_in_the_background_mode_do_not_wait_for_the_compiler(tmp_path):
+    found = {}
+    for mode in ("never", "background", "wait"):
+        environment = {**os.environ, "STREAMCTL_COMPILE": mode}
+        if mode != "wait":  # an empty cache
+            environment |= {"STREAMCTL_CACHE": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path)}
+        answer = subprocess.run(
+            [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment,
+            cwd=ROOT,
+        )  # fmt: skip
+        assert answer.returncode == 0, answer.stderr
+        *numbers, state = answer.stdout.splitlines()
+        found[mode] = [float(number) for number in numbers], state.split()
+    assert found["never"][1][:2] == ["False", "False"]
+    assert found["background"][1][:2] == ["False", "True"]
+    assert found["wait"][1][:2] == ["True", "False"]
+    for mode in ("never", "background"):
+        assert found[mode][0] == pytest.approx(found["wait"][0], abs=1e-4)
