@@ -68,7 +68,7 @@ class Rank:
         return [float(line) for line in self.losses.with_suffix(f".{self.rank}").open()]
 
 
-def _fit_in_double(stage, module, *, validate, **options):
+def _fit_in_double(stage, module, *others, validate, **options):
     """`loop.fit` in float64, losses too, and validation in float32."""
     import torch
 
@@ -90,7 +90,7 @@ def _fit_in_double(stage, module, *, validate, **options):
         return found
 
     double(True)
-    result = loop.fit(stage, module, validate=in_single, **options)
+    result = loop.fit(stage, module, *others, validate=in_single, **options)
     double(False)
     return result
 
