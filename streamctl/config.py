@@ -58,6 +58,9 @@ class TokenizeConfig:
 
     section: ClassVar[str] = "tokenize"
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"  # or "tfidf", or a local folder
+    text_batch: int = 64  # texts that the encoder reads at once
+    vectors: str = ""  # .npy or .parquet of item vectors, in the place of texts
+    semantic_ids: str = ""  # LC-Rec's index.json of codes, in the place of a quantizer
     dim: int = 128  # PCA to this width
     method: Literal["rqvae", "rqkmeans"] = "rqvae"
     levels: int = 4  # m of the paper
@@ -289,7 +292,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
         ("group", 2, 10**4),  # a group of one has no advantage over itself
         ("negatives neighbours rounds updates", 1, 10**4),
         ("fit_epochs kmeans_iterations patience", 0, 10**4),
-        ("batch depth epochs steps trees validate_every", 1, 10**6),
+        ("batch depth epochs steps text_batch trees validate_every", 1, 10**6),
         ("bootstrap", 2, 10**6),
         ("think_codebook", 0, 2**20),
         ("min_item min_user users", 0, 2**31 - 1),

@@ -28,9 +28,8 @@ from streamctl.tokenizer.tokenizer import Tokenizer
 @pytest.mark.parametrize(
     ("items", "change", "error", "message"),
     [
-        (7, {}, StreamctlError, "need 8"),
-        (100, {"levels": 1}, StreamctlError, "--levels 2"),
-        (100, {"levels": 0}, UsageError, "tokenize.levels is 0"),
+        (100, {"levels": 1, "codes": 64}, StreamctlError, "--levels 2"),
+        (10**6, {"levels": 2, "codes": 32}, StreamctlError, "--levels 4"),
         (10**6, {"levels": 8}, UsageError, "more than can be numbered"),
     ],
 )
@@ -42,6 +41,8 @@ def test_settings_that_cannot_name_the_items_are_refused(items, change, error, m
 def test_a_small_catalogue_gets_fewer_codes_and_says_so(capsys):
     assert choose_codes(200, TokenizeConfig(codes=256)) == 32
     assert "tokenize.codes=32" in " ".join(capsys.readouterr().err.split())
+    assert choose_codes(12, TokenizeConfig(codes=256, levels=2)) == 4
+    capsys.readouterr()
     assert choose_codes(1024, TokenizeConfig(codes=256)) == 256
     assert not capsys.readouterr().err
 

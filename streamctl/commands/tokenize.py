@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -37,6 +38,14 @@ def command(
         Optional[str],  # noqa: UP045
         typer.Option("--collisions", help="reassign, or dedup (one more digit)."),
     ] = None,
+    vectors: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--vectors", help="Item vectors (.npy, .parquet) in the place of texts."),
+    ] = None,
+    semantic_ids: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--semantic-ids", help="LC-Rec's index.json in the place of a quantizer."),
+    ] = None,
     config: Config = None,
     set_: Sets = None,
     seed: Seed = None,
@@ -45,6 +54,9 @@ def command(
     force: Force = False,
 ) -> None:
     """Turn every item's text into a vector and a Semantic ID, and find its nearest items by text.
+
+    A .npy of --vectors has a row for each item of RUN/data/items.parquet, in its order, or
+    NAME.ids.txt with the ids beside it; a .parquet has item_id and the vector.
 
     Reads: the data stage. Writes: RUN/tokenizer: codes.npy, codebooks.npy, item_vectors.npy,
     neighbours.npy, index.json, report.json (usage, entropy, collisions), the fitted tokenizer.
@@ -55,6 +67,7 @@ def command(
     from streamctl.tokenizer.stage import tokenize
 
     flags = {"encoder": encoder, "method": method, "levels": levels, "collisions": collisions}
+    flags["vectors"], flags["semantic_ids"] = vectors, semantic_ids
     settings = resolve(TokenizeConfig, file=config, sets=set_ or (), seed=seed, **flags)
     stage = tokenize(RunDir(run), settings, device=device, force=force)
     report = stage.json("report.json")

@@ -1,12 +1,18 @@
-"""Items alike, by the cosine of their vectors (FAISS, exact)."""
+"""Items alike, by the cosine of their vectors (FAISS: exact, or IVF for large catalogues)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from streamctl.runs import RunDir
 
 VECTORS = "item_vectors.npy"  # the artifact of the tokenizer stage
+EXACT = 100_000  # vectors up to which every pair is compared
+RECALL = 0.95  # of the exact neighbours, which an inverted file is made to find
+SAMPLE = 500  # vectors on which that is measured
+ROWS = 16_384  # queries at once
 
 
 def vectors(run: RunDir) -> np.ndarray:
@@ -20,36 +26,99 @@ def vectors(run: RunDir) -> np.ndarray:
     return unit(run.require("tokenizer").array(VECTORS))
 
 
-def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k vectors of highest cosine with each query, best first; equal ones in index order.
+class VectorIndex:
+    """Vectors to be searched by cosine.
 
     Cosine and not distance: standardised text vectors of short texts are short too, and by
     distance the shortest would be everybody's neighbour.
 
-    Args:
-        vectors: (N, D) float32. queries: (Q, D) float32.
-        k: how many; no more than N are returned.
-
-    Returns:
-        index (Q, min(k, N)) int64 and cosine (Q, min(k, N)) float32.
+    Attributes:
+        recall: share of the exact neighbours that are found; 1 up to 100,000 vectors.
     """
-    import faiss
 
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(unit(vectors))
-    cosine, found = index.search(unit(queries), min(k, len(vectors)))
-    order = np.lexsort((found, -cosine))
-    return np.take_along_axis(found, order, 1), np.take_along_axis(cosine, order, 1)
+    def __init__(self, vectors: np.ndarray):
+        """vectors: (N, D) float32 of any length."""
+        import faiss
+
+        rows = unit(vectors)
+        self.recall = 1.0
+        self._index = faiss.IndexFlatIP(rows.shape[1])
+        if len(rows) <= EXACT:
+            self._index.add(rows)
+            return
+        lists = int(2 * len(rows) ** 0.5)
+        flat = self._index
+        self._index = faiss.IndexIVFFlat(flat, rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+        self._index.cp.max_points_per_centroid = 64
+        self._index.train(rows)
+        self._index.add(rows)
+        self._tune(rows, lists)
+
+    def _tune(self, rows: np.ndarray, lists: int) -> None:
+        """Search as many lists as the wanted recall takes, twice as many at each try."""
+        import faiss
+
+        sample = rows[:: len(rows) // SAMPLE][:SAMPLE]
+        _, exact = faiss.knn(sample, rows, 10, metric=faiss.METRIC_INNER_PRODUCT)
+        self._index.nprobe = 4
+        while True:
+            found, _ = self.search(sample, 10)
+            hits = (found[:, :, None] == exact.astype(np.int64)[:, None]).any(1)
+            self.recall = float(hits.mean())
+            if self.recall >= RECALL or self._index.nprobe >= lists:
+                return
+            self._index.nprobe = min(lists, 2 * self._index.nprobe)
+
+    @property
+    def kind(self) -> str:
+        """`flat` (exact) or `ivf`."""
+        return "ivf" if hasattr(self._index, "nprobe") else "flat"
+
+    def report(self) -> dict[str, Any]:
+        """Kind and recall@10."""
+        return {"index": self.kind, "recall": self.recall}
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k vectors of highest cosine with each query, best first; equal ones in index order.
+
+        Args:
+            queries: (Q, D) float32. k: how many; no more than N are returned.
+
+        Returns:
+            index (Q, min(k, N)) int64 and cosine (Q, min(k, N)) float32; where an inverted file
+            finds fewer, -1 and the least float.
+        """
+        cosine, found = self._index.search(unit(queries), min(k, self._index.ntotal))
+        order = np.lexsort((found, -cosine))
+        return np.take_along_axis(found, order, 1), np.take_along_axis(cosine, order, 1)
 
 
-def neighbours(vectors: np.ndarray, k: int) -> np.ndarray:
+def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`VectorIndex.search` in vectors that are asked once."""
+    return VectorIndex(vectors).search(queries, k)
+
+
+def neighbours(vectors: np.ndarray, k: int, index: VectorIndex | None = None) -> np.ndarray:
     """For each item the k items most alike, itself left out: (N, min(k, N - 1)) int64."""
+    index = index or VectorIndex(vectors)
     count = min(k, len(vectors) - 1)
-    found, _ = nearest(vectors, vectors, count + 1)
-    other = found != np.arange(len(vectors))[:, None]
-    # An item with more than k exact copies may not find itself: then the last one goes.
-    other[other.all(1), -1] = False
-    return found[other].reshape(len(vectors), count)
+    out = np.empty((len(vectors), count), np.int64)
+    for start in range(0, len(vectors), ROWS):
+        found, _ = index.search(vectors[start : start + ROWS], count + 1)
+        own = np.arange(start, start + len(found))[:, None]
+        if index.kind == "ivf":  # lists that held too little: any other items
+            found = np.where(found < 0, (own + 1 + np.arange(count + 1)) % len(vectors), found)
+        other = found != own
+        # An item with more than k exact copies may not find itself: then the last one goes.
+        other[other.all(1), -1] = False
+        out[start : start + ROWS] = _first(found, other, count)
+    return out
+
+
+def _first(found: np.ndarray, other: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` entries of each row for which `other` holds."""
+    order = np.argsort(~other, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(found, order, 1)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from streamctl.runs import Stage, StageWriter
 
 # A direction with less than this share of the first one's variance is rounding, not text.
 NEGLIGIBLE = 1e-5
+ROWS = 65_536  # vectors that are turned into float64 at once
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,39 @@ class Projection:
 
     @classmethod
     def fit(cls, vectors: np.ndarray, dim: int) -> Projection:
-        """PCA of (N, d_w) vectors to `dim` (fewer where they span fewer), standardised."""
+        """PCA of (N, d_w) vectors to `dim` (fewer where they span fewer), standardised.
+
+        Vectors that are all the same become zeros.
+        """
         mean = vectors.mean(0, dtype=np.float64)
-        centred = vectors - mean
-        variance, axes = np.linalg.eigh(centred.T @ centred / len(vectors))
+        covariance = np.zeros((len(mean), len(mean)))
+        for rows in _chunks(vectors):
+            covariance += (rows - mean).T @ (rows - mean)
+        variance, axes = np.linalg.eigh(covariance / len(vectors))
         variance, axes = variance[::-1], axes[:, ::-1]
-        kept = max(1, min(dim, int((variance > NEGLIGIBLE * variance[0]).sum())))
+        # What rounding alone makes of equal vectors is no direction either.
+        least = max(NEGLIGIBLE * variance[0], NEGLIGIBLE**2 * float(np.square(mean).sum()))
+        kept = min(dim, int((variance > least).sum()))
+        if not kept:
+            return cls(mean, np.zeros((1, len(mean))))
         axes = axes[:, :kept].T
         # An axis has no sign of its own: make the largest entry positive.
         largest = np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1)
-        deviation = np.sqrt(np.maximum(variance[:kept], np.finfo(np.float64).tiny))
-        return cls(mean, axes * np.sign(largest) / deviation[:, None])
+        return cls(mean, axes * np.sign(largest) / np.sqrt(variance[:kept])[:, None])
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors that come out."""
+        return len(self.components)
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
         """(n, d_w) -> (n, dim) float32."""
-        return ((vectors - self.mean) @ self.components.T).astype(np.float32)
+        out = np.empty((len(vectors), self.dim), np.float32)
+        done = 0
+        for rows in _chunks(vectors):
+            out[done : done + len(rows)] = (rows - self.mean) @ self.components.T
+            done += len(rows)
+        return out
 
     def save(self, stage: StageWriter) -> None:
         arrays = {"mean": self.mean, "components": self.components}
@@ -55,3 +75,8 @@ class Projection:
 
         arrays = load_file(stage.file("projection.safetensors"))
         return cls(arrays["mean"], arrays["components"])
+
+
+def _chunks(vectors: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(vectors), ROWS):
+        yield vectors[start : start + ROWS].astype(np.float64)

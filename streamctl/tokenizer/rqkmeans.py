@@ -2,68 +2,43 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch.nn import functional
 
 from streamctl.config import TokenizeConfig
 from streamctl.device import derive_seed
-from streamctl.kernels import nearest_codeword, residual_quantize
+from streamctl.kernels import residual_quantize
 
-SEEDING_ROWS = 64  # rows a codeword from which k-means++ draws its seeds
-
-
-def seed_centroids(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
-    """k-means++: each next centroid is a row drawn in proportion to its squared distance.
-
-    Args:
-        x: (N, D) float32. k: how many.
-        generator: a CPU generator; the same state gives the same centroids.
-
-    Returns:
-        (k, D) float32, rows of x; repeated ones only where x has fewer than k distinct rows.
-    """
-    if len(x) > SEEDING_ROWS * k:
-        x = x[torch.randperm(len(x), generator=generator)[: SEEDING_ROWS * k].to(x.device)]
-    draws = torch.rand(k, generator=generator, dtype=torch.float64).tolist()
-    chosen = [int(draws[0] * len(x))]
-    nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
-    for draw in draws[1:]:
-        _, distance = nearest_codeword(x, x[chosen[-1:]])
-        nearest = torch.minimum(nearest, distance.double())
-        total = nearest.cumsum(0)
-        row = torch.searchsorted(total, (draw * total[-1])[None], right=True)
-        chosen.append(min(int(row), len(x) - 1))
-    return x[chosen]
+ROWS_A_CODEWORD = 256  # of a larger catalogue k-means reads a sample
 
 
 def kmeans(x: torch.Tensor, k: int, iterations: int, seed: int) -> torch.Tensor:
-    """Lloyd's k-means from k-means++ seeds; a centroid that lost its rows takes a far row.
+    """scikit-learn's k-means (k-means++, then Lloyd's steps; empty clusters take far rows).
 
     Args:
-        x: (N, D) float32. k: centroids. iterations: at most so many; fewer when nothing moves.
-        seed: of the seeding; the rest is deterministic.
+        x: (N, D) float32, of which at most 256 rows a centroid are read.
+        k: centroids. iterations: at most so many. seed: decides the result, on one thread.
 
     Returns:
-        (k, D) float32 centroids.
+        (k, D) float32 centroids on x's device; repeated ones only where x has fewer than k
+        distinct rows.
     """
-    generator = torch.Generator().manual_seed(seed)
-    centroids = seed_centroids(x, k, generator)
-    last = None
-    for _ in range(iterations):
-        index, distance = nearest_codeword(x, centroids)
-        if last is not None and torch.equal(index, last):
-            break
-        last = index
-        counts = torch.bincount(index, minlength=k)
-        sums = torch.zeros(k, x.shape[1], dtype=torch.float64, device=x.device)
-        sums = sums.index_add_(0, index, x.double()).float()
-        empty = (counts == 0).nonzero()[:, 0]
-        centroids = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centroids)
-        if len(empty):
-            # Equal distances keep their order, so that the repair is the same each time.
-            far = distance.sort(descending=True, stable=True).indices[: len(empty)]
-            centroids[empty[: len(far)]] = x[far]
-    return centroids
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    if len(x) > ROWS_A_CODEWORD * k:
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(x), generator=generator)[: ROWS_A_CODEWORD * k]
+        x = x[rows.to(x.device)]
+    fewer = min(k, len(x))
+    model = KMeans(fewer, n_init=1, max_iter=max(1, iterations), random_state=seed % 2**32)
+    with warnings.catch_warnings(), threadpool_limits(1):  # threads would add in any order
+        warnings.simplefilter("ignore")  # fewer distinct rows than centroids: said of the codes
+        centroids = model.fit(x.cpu().numpy()).cluster_centers_
+    found = torch.from_numpy(centroids).to(x)
+    return found[torch.arange(k, device=x.device) % fewer]
 
 
 def residual_kmeans(
@@ -98,6 +73,25 @@ class RQKMeans:
         latents = x[:, : config.latent].contiguous()
         codebooks = residual_kmeans(latents, config.levels, codes, config.kmeans_iterations, seed)
         return cls(codebooks, x.shape[1])
+
+    @classmethod
+    def from_codes(cls, x: torch.Tensor, codes: torch.Tensor, width: int) -> RQKMeans:
+        """Codebooks of codes that are there already: each codeword the mean of its residuals.
+
+        Args:
+            x: (N, dim) float32 item vectors, of which the first `width` components count.
+            codes: (N, L) int64. A code nobody has gets a codeword that is nobody's nearest.
+        """
+        residual = x[:, :width].clone()
+        size = int(codes.max()) + 1
+        codebooks = []
+        for level in codes.to(x.device).T:
+            count = torch.bincount(level, minlength=size)[:, None]
+            sums = residual.new_zeros(size, residual.shape[1]).index_add_(0, level, residual)
+            far = 1e3 * (1 + residual.abs().max())
+            codebooks.append(torch.where(count > 0, sums / count.clamp_min(1), far))
+            residual = residual - codebooks[-1][level]
+        return cls(torch.stack(codebooks), x.shape[1])
 
     def latent(self, x: torch.Tensor) -> torch.Tensor:
         """What the codebooks quantize: (N, dim) -> (N, D)."""

@@ -13,6 +13,7 @@ from streamctl.kernels import residual_quantize
 from streamctl.runs import Stage
 from streamctl.tokenizer.collaborative import join
 from streamctl.tokenizer.encoders import SentenceEncoder
+from streamctl.tokenizer.inputs import OwnVectors
 from streamctl.tokenizer.projection import Projection
 from streamctl.tokenizer.rqkmeans import RQKMeans
 from streamctl.tokenizer.rqvae import RQVAE
@@ -45,7 +46,8 @@ def quantize(quantizer: RQVAE | RQKMeans, vectors: torch.Tensor) -> Quantized:
     quantized = (latents - residual).split(CHUNK)
     decoded = torch.cat([quantizer.decode(chunk) for chunk in quantized])
     wrong = (vectors - decoded).double().square().mean()
-    error = float(wrong / vectors.double().var(0, correction=0).mean().clamp_min(1e-12))
+    variance = vectors.double().var(0, correction=0).mean()
+    error = float(wrong / variance) if variance > 1e-12 else 0.0  # equal vectors: nothing to tell
     return Quantized(codes.cpu().numpy(), latents, error)
 
 
@@ -59,7 +61,7 @@ class Tokenizer:
         weight: of the collaborative vectors.
     """
 
-    encoder: SentenceEncoder | TfidfEncoder
+    encoder: SentenceEncoder | TfidfEncoder | OwnVectors
     projection: Projection
     quantizer: RQVAE | RQKMeans
     collaborative: np.ndarray
@@ -82,13 +84,15 @@ class Tokenizer:
         tensors = load_file(stage.file("quantizer.safetensors"))
         if saved["kind"] == "tfidf":
             encoder = TfidfEncoder.load(stage, saved)
+        elif saved["kind"] == "vectors":
+            encoder = OwnVectors(saved["name"])
         else:
-            encoder = SentenceEncoder(saved["name"], device)
+            encoder = SentenceEncoder(saved["name"], device, config.text_batch)
         projection = Projection.load(stage)
         width = stage.array("collaborative.npy").shape[1] if config.collaborative else 0
         unknown = np.zeros((1, width), np.float32)
         dim = len(projection.components) + width
-        if config.method == "rqkmeans":
+        if config.method == "rqkmeans" or config.semantic_ids:
             quantizer = RQKMeans(tensors["codebooks"], dim)
         else:
             quantizer = RQVAE.build(dim, config, tensors["codebooks"].shape[1])
