@@ -109,11 +109,11 @@ class LambdaRank:
 
     def save(self, path: Path) -> None:
         """Write the trees as text."""
-        path.write_text(self._booster.model_to_string(num_iteration=self.trees))
+        path.write_text(self._booster.model_to_string(num_iteration=self.trees), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> LambdaRank:
-        return cls(_library().Booster(model_str=path.read_text()))
+        return cls(_library().Booster(model_str=path.read_text(encoding="utf-8")))
 
 
 def _library():
