@@ -71,6 +71,9 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
     )
     # Every configuration is resolved first: a typing mistake in the last stage's costs seconds.
     resolved = [settings.resolve(cls, run, name, **fixed) for name, _, cls, fixed in steps]
+    if resolved[1].thoughts == "evidence":  # its l = 0 twin is in the same policy
+        kept = [place for place, step in enumerate(steps) if step[1] is not twin]
+        steps, resolved = [steps[place] for place in kept], [resolved[place] for place in kept]
     for number, ((name, function, _, _), config) in enumerate(zip(steps, resolved, strict=True), 1):
         stage = run.stage(name)
         stale = stage.complete and bool(stage.stale_parents())

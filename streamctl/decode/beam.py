@@ -204,17 +204,19 @@ def search_after(
     device = hidden.device
     score = torch.zeros(hidden.shape[:2], device=device) if score is None else score.float()
     node = torch.full_like(score, trie.root, dtype=torch.int64)
+    feed = node[..., None]  # of the level before; the first follows BOS
     csr = trie.on(device)
     normalize = "legal" if policy.config.softmax == "catalogue" else "vocabulary"
     for level in range(policy.tokens.levels):
         if level:
-            states, past = policy.extend(encoded, token[..., None], decoder, past)
+            states, past = policy.extend(encoded, feed, decoder, past)
             hidden = states[:, :, -1]
         logits = policy.logits(hidden).float()
         score, parent, token, node = kernels.trie_topk(
             logits, node, score, csr, beam, allowed=legal, normalize=normalize
         )
         past = past.reorder(parent)
+        feed = token[..., None]
     return node, score
 
 

@@ -14,6 +14,7 @@ from streamctl.baselines.hops import run_evidence
 from streamctl.baselines.registry import BASELINES, baseline_class
 from streamctl.config import BaselineConfig, EvalConfig
 from streamctl.data import Examples, Split, load_data
+from streamctl.decode.evidence import EvidenceRecommender
 from streamctl.decode.recommender import PolicyRecommender, random_thoughts
 from streamctl.decode.retrieved import retrieved_codes
 from streamctl.device import resolve_device
@@ -79,6 +80,9 @@ class Models:
     def pretrained(self) -> PolicyRecommender:
         """The slow path of pretraining: it writes its retrieved neighbours' codes first (Eq. 9)."""
         policy, material = self.policy("pretrain"), self.material
+        if policy.config.thoughts == "evidence":
+            count = self.run.stage("pretrain").manifest["config"]["neighbours"]
+            return self.reasoning("pretrain", think=count)
         wanted = self.run.stage("pretrain").manifest["config"]["neighbours"]
         count = min(wanted, material.neighbours.shape[1])
 
@@ -87,12 +91,22 @@ class Models:
 
         return self.generative("pretrain", thoughts=thoughts)
 
+    def reasoning(self, stage: str, **options: Any) -> EvidenceRecommender:
+        """A stage's policy that thinks with evidence."""
+        settings = {"beam": self.config.beam, "seed": self.config.seed} | options
+        policy, material = self.policy(stage), self.material
+        return EvidenceRecommender(policy, material.trie, material.evidence, **settings)
+
     def thinking(self, stage: str) -> PolicyRecommender:
-        """A policy that thinks greedily for l tokens of its own."""
+        """A policy that thinks with the evidence it weighs, or greedily for l tokens of its own."""
+        if self.policy(stage).config.thoughts == "evidence":
+            return self.reasoning(stage)
         return self.generative(stage, think=self.annotation["length"])
 
     def random(self, stage: str) -> PolicyRecommender:
         """A thinking policy given thoughts that mean nothing."""
+        if self.policy(stage).config.thoughts == "evidence":
+            return self.reasoning(stage, random=self.config.seed)
         tokens, users = self.policy(stage).config.tokens, self.split.log.n_users
         thoughts = random_thoughts(tokens, users, self.annotation["length"], self.config.seed)
         return self.generative(stage, thoughts=thoughts)
@@ -155,6 +169,63 @@ class Row:
     note: str = ""
 
 
+def _thinking_controls(run: RunDir) -> tuple[Row, ...]:
+    """What a claim about thinking is held against, by what thoughts are made of."""
+    pretrain = run.stage("pretrain")
+    if pretrain.complete and pretrain.manifest["config"]["thoughts"] == "evidence":
+        needs = ("tokenizer", "annotate", "sft")
+        return (
+            Row(
+                "l0",
+                needs,
+                lambda models: models.generative("sft", decoder="direct"),
+                control=True,
+                note="no thought: the direct decoder that was trained beside the slow one",
+            ),
+            Row(
+                "random_evidence",
+                needs,
+                lambda models: models.random("sft"),
+                control=True,
+                note="every piece of evidence is another item, at random, with the same features",
+            ),
+            *(
+                Row(
+                    f"{part}_alone",
+                    needs,
+                    lambda models, part=part: models.reasoning("sft", mix=part),
+                    control=True,
+                    note=f"the same thought, answered by the {part} alone",
+                )
+                for part in ("weights", "codes")
+            ),
+        )
+    return (
+        Row(
+            "no_thinking",
+            ("tokenizer", TWIN),
+            lambda models: models.generative(TWIN),
+            control=True,
+        ),
+        *(
+            Row(
+                f"random_thinking{suffix}",
+                ("tokenizer", "annotate", stage),
+                lambda models, stage=stage: models.random(stage),
+                control=True,
+            )
+            for stage, suffix in (("sft", ""), ("rl", "_rl"))
+        ),
+        Row(
+            "oracle_thinking",
+            ("tokenizer", "annotate", "sft"),
+            lambda models: models.oracle("sft"),
+            control=True,
+            note="an upper bound that has seen the answer: its thoughts come from the target",
+        ),
+    )
+
+
 def known_rows(run: RunDir) -> dict[str, Row]:
     """Every row there could be, in the order of the table; TIGER as good as the run has it."""
     own_tiger = run.stage("baselines/tiger").complete
@@ -190,28 +261,7 @@ def known_rows(run: RunDir) -> dict[str, Row]:
             )
             for stage in ("sft", "rl")
         ),
-        Row(
-            "no_thinking",
-            ("tokenizer", TWIN),
-            lambda models: models.generative(TWIN),
-            control=True,
-        ),
-        *(
-            Row(
-                f"random_thinking{suffix}",
-                ("tokenizer", "annotate", stage),
-                lambda models, stage=stage: models.random(stage),
-                control=True,
-            )
-            for stage, suffix in (("sft", ""), ("rl", "_rl"))
-        ),
-        Row(
-            "oracle_thinking",
-            ("tokenizer", "annotate", "sft"),
-            lambda models: models.oracle("sft"),
-            control=True,
-            note="an upper bound that has seen the answer: its thoughts come from the target",
-        ),
+        *_thinking_controls(run),
     )
     known = {row.name: row for row in rows}
     for path in sorted((run.path / "rerank").glob("*/manifest.json")):
