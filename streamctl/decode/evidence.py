@@ -154,7 +154,8 @@ class EvidenceRecommender:
             part = part[:, : int((part >= 0).sum(1).max())]
             barred = None if exclude is None else [exclude[row] for row in index]
             wanted = None if allow is None else [allow[row] for row in index]
-            answer, thought = self._answer(part, users[index], k, length, barred, wanted)
+            parts = self.parts(part, users[index], k, length, barred, wanted)
+            answer, thought = parts.best(k), parts.thought
             items[rows], scores[rows] = answer.items.cpu(), answer.scores.cpu()
             width = thought.items.shape[1]
             shown[0][rows, :width] = thought.items.cpu()
@@ -180,15 +181,16 @@ class EvidenceRecommender:
         items = torch.from_numpy(drawn).to(found.items)
         return Weighed(items.where(found.items >= 0, -1), found.hops, found.logits)
 
-    def _answer(
+    def parts(
         self,
         histories: torch.Tensor,
         users: np.ndarray,
         k: int,
         length: int,
-        exclude: list[np.ndarray] | None,
-        allow: list[np.ndarray | None] | None,
-    ) -> tuple[Ranking, Weighed]:
+        exclude: list[np.ndarray] | None = None,
+        allow: list[np.ndarray | None] | None = None,
+    ) -> Parts:
+        """What the items of an answer are weighed by; see `Parts`."""
         policy, device = self.policy, self.policy.device
         found = self.weighed(histories, users)
         barred = _barred(found.items, exclude, allow)
@@ -209,23 +211,41 @@ class EvidenceRecommender:
         other, chance = best_items(
             self.trie, leaves, chance, leaves.shape[1], exclude, allow, self.seed
         )
-        scores = torch.cat(
-            [
-                mixed(odds, known.float(), thought.logits),
-                mixed(odds, chance, thought.logprob(other)),
-            ],
-            1,
-        )
-        items = torch.cat([thought.items, other], 1)
         # An item of the thought that the beam found, too, counts once.
-        twice = (other[..., None] == thought.items[:, None]).any(-1) | (other < 0)
-        none = torch.cat([thought.items < 0, twice], 1)
-        scores = scores.masked_fill(none, -torch.inf)
+        twice = (other[..., None] == thought.items[:, None]).any(-1)
+        return Parts(
+            thought,
+            odds,
+            torch.cat([thought.items, other.masked_fill(twice, -1)], 1),
+            torch.cat([known.float(), chance], 1),
+            torch.cat([thought.logits, torch.full_like(chance, -torch.inf)], 1),
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The items of some users' answers, unordered, and what each is weighed by.
+
+    Attributes:
+        thought: (B, l). odds: (B,) log odds of the codes against the thought.
+        items: (B, K) int64: the thought's, then the beam's that are not among them; -1 for none.
+        codes, weights: (B, K) float32, log P(codes | history, thought) and log w.
+    """
+
+    thought: Weighed
+    odds: torch.Tensor
+    items: torch.Tensor
+    codes: torch.Tensor
+    weights: torch.Tensor
+
+    def best(self, k: int, shift: float = 0.0) -> Ranking:
+        """The k most likely items, the log odds shifted."""
+        scores = mixed(self.odds + shift, self.codes, self.weights)
+        scores = scores.masked_fill(self.items < 0, -torch.inf)
         best, place = scores.topk(min(k, scores.shape[1]), 1)
-        ranked = items.gather(1, place).masked_fill(best == -torch.inf, -1)
+        ranked = self.items.gather(1, place).masked_fill(best == -torch.inf, -1)
         short = (0, k - ranked.shape[1])
-        ranking = Ranking(F.pad(ranked, short, value=-1), F.pad(best, short, value=-torch.inf))
-        return ranking, thought
+        return Ranking(F.pad(ranked, short, value=-1), F.pad(best, short, value=-torch.inf))
 
 
 def _barred(

@@ -330,6 +330,7 @@ def _with_evidence(
         "epochs": result.epochs,
         "best_epoch": result.best_epoch,
         "valid": {"start": result.start, "self": result.best},
+        "trust": thinking.calibrate(policy, material, config.seed),
         "collapsed": False,
     }
     save_policy(stage, policy)
