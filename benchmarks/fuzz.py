@@ -144,7 +144,7 @@ def _ends(call: Callable[[], None]) -> tuple[str, str]:
     def ring(*_: object) -> None:
         raise _Hang
 
-    output, errors = io.StringIO(), io.StringIO()
+    output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
     signal.signal(signal.SIGALRM, ring)
     signal.alarm(HANG_S)
     try:
@@ -152,7 +152,8 @@ def _ends(call: Callable[[], None]) -> tuple[str, str]:
             call()
         return "success", ""
     except SystemExit as stop:
-        text = errors.getvalue().strip()
+        errors.flush()
+        text = errors.buffer.getvalue().decode().strip()
         if stop.code in (0, None):
             return "success", ""
         said = [line for line in text.splitlines() if line.startswith("error: ")]

@@ -87,7 +87,7 @@ def repeated_and_unordered(raw: RawLog) -> Iterator[Finding]:
     """Rows that repeat others, rows before an earlier one of their user, and one user too many."""
     total = len(raw)
     repeats = raw.one("SELECT count(*) - count(DISTINCT (u, i)) FROM log")
-    exact = raw.one("SELECT count(*) - count(DISTINCT (u, i, t, event)) FROM log") * raw.timed
+    exact = raw.one("SELECT count(*) - count(DISTINCT (u, i, t)) FROM log") * raw.timed
     if exact:
         yield Finding(
             "duplicates",

@@ -65,23 +65,24 @@ def clean(raw: RawLog, config: DataConfig) -> dict[str, int]:
         raw.con.execute("CREATE TABLE described (name VARCHAR)")
         raw.con.execute("INSERT INTO described SELECT unnest(?)", [raw.catalogue.ids])
         drop("described", "i NOT IN (SELECT i FROM items SEMI JOIN described USING (name))")
+    part = "part, " if "part" in raw.extra else ""
     same = {
-        "drop": "GROUP BY u, i, t, event, part",
+        "drop": f"GROUP BY u, i, t, {raw.column('event')}, {raw.column('part')}",
         "first": "GROUP BY u, i",
         "last": "GROUP BY u, i",
     }.get(config.repeats)
     if config.repeats == "drop" and not raw.timed:
         warn("--drop-repeats has no effect: the source gives the order only, not times")
     elif same:
-        order, which = ("(part, t, row)", "min" if config.repeats != "last" else "max")
+        order = f"({part}t, row)"
+        which = "max" if config.repeats == "last" else "min"
         drop("repeats", f"row NOT IN (SELECT arg_{which}(row, {order}) FROM log {same})")
     if config.max_per_user is not None:
         drop(
             "max_per_user",
-            """row IN (SELECT row FROM log
+            f"""row IN (SELECT row FROM log
                 SEMI JOIN (SELECT u FROM log GROUP BY u HAVING count(*) > $1) USING (u)
-                QUALIFY row_number() OVER (PARTITION BY u ORDER BY part DESC, t DESC, row DESC)
-                    > $1)""",
+                QUALIFY row_number() OVER (PARTITION BY u ORDER BY ({part}t, row) DESC) > $1)""",
             config.max_per_user,
         )
     return taken
@@ -142,42 +143,45 @@ def minimums(raw: RawLog, config: DataConfig, leave_one_out: bool) -> tuple[int,
     return max(user, LEAVE_ONE_OUT if leave_one_out else 1), item
 
 
-def find_core(raw: RawLog, min_user: int, min_item: int) -> dict[str, int]:
+def find_core(raw: RawLog, min_user: int, min_item: int, cleaned: bool = False) -> dict[str, int]:
     """What each filter removes; tables `left_u` (u, n) and `left_i` (i, n) hold what is left.
 
     Users and items with too few interactions go, until none is left that has. An interaction
     stays while its user and its item do.
 
+    Args:
+        cleaned: whether rows have been taken out before.
+
     Raises:
         StreamctlError: nothing is left.
     """
     removed = {"min_user": min_user, "min_item": min_item, "rounds": 0}
-    total, sizes = len(raw), {}
-    least = {"u": min_user, "i": min_item}
-    words = {"u": "short_users", "i": "rare_items"}
-    for letter in least:
-        removed |= {words[letter]: 0, f"interactions_of_{words[letter]}": 0}
-        raw.con.execute(f"""
-            CREATE TABLE left_{letter} AS
-            SELECT {letter}, count(*) AS n FROM log GROUP BY {letter}""")
-        sizes[letter] = raw.one(f"SELECT count(*) FROM left_{letter}")
+    total = len(raw)
+    before = [
+        raw.one(f"SELECT count(DISTINCT {letter}) FROM log") if cleaned else raw.sizes[plural]
+        for letter, plural in (("u", "users"), ("i", "items"))
+    ]
+    steps = (("u", "i", min_user, "short_users"), ("i", "u", min_item, "rare_items"))
+    removed |= {key: 0 for *_, kind in steps for key in (kind, f"interactions_of_{kind}")}
+    raw.con.execute("CREATE TABLE left_u AS SELECT u, count(*) AS n FROM log GROUP BY u")
     while True:
         removed["rounds"] += 1
-        for letter, other in (("u", "i"), ("i", "u")):
+        for letter, other, least, kind in steps:
             count, rows = raw.ask(f"""
-                SELECT count(*), coalesce(sum(n), 0) FROM left_{letter}
-                WHERE n < {least[letter]}""")[0]
-            removed[words[letter]] += count
-            removed[f"interactions_of_{words[letter]}"] += int(rows)
-            if count:
+                SELECT count(*), coalesce(sum(n), 0) FROM left_{letter} WHERE n < {least}""")[0]
+            removed[kind] += count
+            removed[f"interactions_of_{kind}"] += int(rows)
+            raw.con.execute(f"DELETE FROM left_{letter} WHERE n < {least}")
+            first = removed["rounds"] == 1 and letter == "u"  # nothing is known of the items yet
+            if count or first:
+                rest = "" if first else f"SEMI JOIN left_{other} USING ({other})"
                 raw.con.execute(f"""
-                    DELETE FROM left_{letter} WHERE n < {least[letter]};
-                    CREATE OR REPLACE TABLE left_{other} AS
-                    SELECT {other}, count(*) AS n FROM {LEFT} GROUP BY {other}""")
+                    CREATE OR REPLACE TABLE left_{other} AS SELECT {other}, count(*) AS n
+                    FROM log SEMI JOIN left_{letter} USING ({letter}) {rest} GROUP BY {other}""")
         if not count:
             break
-    for letter, plural in (("u", "users"), ("i", "items")):
-        removed[plural] = sizes[letter] - raw.one(f"SELECT count(*) FROM left_{letter}")
+    for number, letter, plural in zip(before, "ui", ("users", "items"), strict=True):
+        removed[plural] = number - raw.one(f"SELECT count(*) FROM left_{letter}")
     if not raw.one("SELECT count(*) FROM left_u"):
         raise StreamctlError(
             f"no usable interactions are left of {total:,}: users with fewer than "

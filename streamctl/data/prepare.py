@@ -151,7 +151,7 @@ def build(raw: RawLog, config: DataConfig) -> tuple[Catalog, InteractionLog, dic
         leave_one_out = not raw.split if config.split == "auto" else config.split == "leave-one-out"
         if leave_one_out:
             raw.split = False  # of parts one log is made
-        removed = find_core(raw, *minimums(raw, config, leave_one_out))
+        removed = find_core(raw, *minimums(raw, config, leave_one_out), cleaned=any(taken.values()))
         log, names = number(raw, config)
     catalog, without_text = _catalog(raw, names)
     statistics = describe(raw, read, log, catalog, config)

@@ -59,7 +59,7 @@ def _read(files: Files, reading: Reading) -> RawLog:
                 raise StreamctlError(f"user {user!r} has no list of item ids", where=path)
             yield writable(user), [writable(str(item)) for item in taken]
 
-    return RawLog.in_order(sequences(), "lcrec", path.stat().st_size, reading.numbers)
+    return RawLog.in_order(sequences(), "lcrec", path.stat().st_size, reading)
 
 
 def _items(path: Path, reading: Reading) -> ItemTable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +13,14 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.times import as_integers
 from streamctl.errors import StreamctlError
 
 MEMORY = "1GB"  # that DuckDB may use; what is more goes to the folder for temporary files
 HELD_BYTES = 32 << 20  # of a source, up to which its log stays in memory altogether
 PARTS = ("train", "valid", "test")
+EXTRA = ("rating", "event", "part")
 # An id that is a whole number, however it is written, as people write it; any other without
 # blanks around it.
 _SAME = """CASE WHEN try_cast(trim({0}) AS DECIMAL(38, 6)) % 1 = 0
@@ -46,9 +48,9 @@ class RawLog:
     """A source as read: nothing filtered, nothing sorted.
 
     Its tables are `users` (u, name) and `items` (i, name), numbered in the order of their names,
-    and `log` (u, i, t, part, rating, event, row): numbers of user and item; t is a clock time or
-    a position as BIGINT in the order of the source's times, or NULL where the input order is the
-    order; part is 0, 1 or 2 (`PARTS`) where the source is split already; row is the input order.
+    and `log` (u, i, t, row and those of `EXTRA` that are there): numbers of user and item; t is a
+    clock time or a position as BIGINT in the order of the source's times, or NULL where the input
+    order is the order; row is the input order; part is 0, 1 or 2 (`PARTS`).
 
     Attributes:
         con: the connection; memory and disk are free again when this object is gone.
@@ -62,60 +64,81 @@ class RawLog:
         unread: columns of ratings or kinds of events that are there and were not asked for.
     """
 
-    def __init__(self, size: int = 0, numbers: bool = False):
-        """A log to be filled by `add`.
+    def __init__(self, size: int = 0, reading: Reading | None = None, parts: bool = False):
+        """A log to be filled by `add` and `stage`.
 
         Args:
             size: of the source in bytes.
-            numbers: ids that are the same number are the same id.
+            reading: which columns it has, and whether ids that are the same number are one id.
+            parts: whether the source is split already.
         """
         self.folder = tempfile.TemporaryDirectory(prefix="streamctl-", ignore_cleanup_errors=True)
         place = ":memory:" if size < HELD_BYTES else str(Path(self.folder.name) / "log.duckdb")
         self.con = duckdb.connect(place)
-        # Nothing is fetched from elsewhere; a log that goes to disk is written once, not logged.
+        self._reading = reading or Reading()
+        wanted = {"rating": self._reading.rating, "event": self._reading.event, "part": parts}
+        self.extra = [name for name in EXTRA if wanted[name]]
+        extra = "".join(f", {name} {'UTINYINT' if name == 'part' else 'VARCHAR'}"
+                        for name in self.extra)  # fmt: skip
+        # Nothing is fetched from elsewhere. What goes to disk is written once, not logged, and
+        # texts that are read once are not worth the time to compress them.
         self.con.execute(f"""
             SET temp_directory = '{self.folder.name.replace("'", "''")}';
             SET memory_limit = '{MEMORY}'; SET checkpoint_threshold = '1TB';
             SET autoinstall_known_extensions = false; SET timezone = 'UTC';
-            SET enable_progress_bar = false;
-            CREATE TABLE staged (user_id VARCHAR, item_id VARCHAR, time VARCHAR,
-                                 rating VARCHAR, event VARCHAR, part UTINYINT)""")
-        self.numbers = numbers
+            SET enable_progress_bar = false; SET force_compression = 'uncompressed';
+            CREATE TABLE staged (user_id VARCHAR, item_id VARCHAR, time VARCHAR{extra})""")
         self.timed = True
+        self.whole = True  # all times are whole numbers
+        self.split = parts
         self.dates, self.scale = False, 1
-        self.split = False
         self.catalogue: ItemTable | None = None
         self.format = ""
         self.files: tuple[Path, ...] = ()
         self.damages: dict[str, int] = {}
         self.unread: dict[str, str] = {}
 
-    def add(self, columns: Sequence[Iterable[Any] | None], part: int = 0) -> None:
-        """Add a batch of texts: users, items and, where there are any, times, ratings, events."""
-        arrays = [None if c is None else pa.array(c, pa.string()) for c in columns]
-        rows = len(arrays[0])
-        arrays = [pa.nulls(rows, pa.string()) if a is None else a for a in arrays]
-        arrays += [pa.nulls(rows, pa.string())] * (5 - len(arrays))
-        batch = pa.table([*arrays, pa.array(np.full(rows, part, np.uint8))], [*"uitrek"])
-        self.con.register("batch", batch)
-        self.con.execute("INSERT INTO staged SELECT * FROM batch")
+    def column(self, name: str) -> str:
+        """The SQL of a column of `EXTRA`: NULL where there is none."""
+        return name if name in self.extra else "NULL"
+
+    def stage(self, columns: Mapping[str, str], source: str, part: int = 0) -> None:
+        """Add the rows that an SQL source gives.
+
+        Args:
+            columns: SQL expressions of `user`, `item`, `time` and of the columns of `EXTRA`.
+        """
+        names = ["user", "item", "time", *self.extra]
+        chosen = [str(part) if name == "part" else columns.get(name, "NULL") for name in names]
+        self.con.execute(f"INSERT INTO staged SELECT {', '.join(chosen)} FROM {source}")
+
+    def add(self, columns: Mapping[str, Iterable[str | None]], part: int = 0) -> None:
+        """Add a batch of texts: `user`, `item` and, where there are any, `time` and others."""
+        arrays = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+        self.con.register("batch", pa.table({f"{name}_": array for name, array in arrays.items()}))
+        self.stage({name: f"{name}_" for name in arrays}, "batch", part)
         self.con.unregister("batch")
 
     def finish(self) -> RawLog:
         """Number users and items in the order of their names, and make whole numbers of times."""
-        if self.numbers:
+        if self._reading.numbers:
             ids = ", ".join(f"{name} = {_SAME.format(name)}" for name in ("user_id", "item_id"))
             self.con.execute(f"UPDATE staged SET {ids}")
-        time, self.dates, self.scale = as_integers(self.con)
+        time = "time::BIGINT"
+        if not self.whole:
+            time, self.dates, self.scale = as_integers(self.con)
         for plural, letter, name in (("users", "u", "user_id"), ("items", "i", "item_id")):
             self.con.execute(f"""
                 CREATE TABLE {plural} AS
                 SELECT (row_number() OVER (ORDER BY name) - 1)::INTEGER AS {letter}, name
                 FROM (SELECT DISTINCT {name} AS name FROM staged)""")
+        extra = [
+            f"try_cast({name} AS DOUBLE) AS {name}" if name == "rating" else name
+            for name in self.extra
+        ]
         self.con.execute(f"""
             CREATE TABLE log AS
-            SELECT u, i, {time} AS t, part, try_cast(rating AS DOUBLE) AS rating, event,
-                   staged.rowid AS row
+            SELECT {", ".join(["u", "i", f"{time} AS t", *extra, "staged.rowid AS row"])}
             FROM staged JOIN users ON users.name = staged.user_id
                         JOIN items ON items.name = staged.item_id;
             DROP TABLE staged""")
@@ -127,10 +150,10 @@ class RawLog:
         sequences: Iterable[tuple[str, Sequence[str]]],
         format: str,
         size: int,
-        numbers: bool = False,
+        reading: Reading,
     ) -> RawLog:
         """A log of (user, items from the oldest) that gives the order only."""
-        raw = cls(size, numbers)
+        raw = cls(size, reading)
         raw.format, raw.timed = format, False
         users: list[str] = []
         items: list[str] = []
@@ -138,9 +161,9 @@ class RawLog:
             users += [user] * len(taken)
             items += taken
             if len(items) > 1 << 18:
-                raw.add([users, items])
+                raw.add({"user": users, "item": items})
                 users, items = [], []
-        raw.add([users, items])
+        raw.add({"user": users, "item": items})
         return raw.finish()
 
     @classmethod
@@ -156,8 +179,10 @@ class RawLog:
     ) -> RawLog:
         """A log of columns in memory; `times` are whole numbers, or None: the rows' order."""
         raw = cls()
-        texts = None if times is None else [str(time) for time in times]
-        raw.add([list(users), list(items), texts])
+        columns = {"user": list(users), "item": list(items)}
+        if times is not None:
+            columns["time"] = [str(time) for time in times]
+        raw.add(columns)
         raw.timed, raw.catalogue, raw.format = timed and times is not None, catalogue, format
         return raw.finish()
 

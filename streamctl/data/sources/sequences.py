@@ -44,7 +44,7 @@ def _read(files: Files, reading: Reading) -> RawLog:
                 seen[user] = number
                 yield user, taken
 
-    return RawLog.in_order(sequences(), "sequences", path.stat().st_size, reading.numbers)
+    return RawLog.in_order(sequences(), "sequences", path.stat().st_size, reading)
 
 
 SOURCE = Source(

@@ -71,10 +71,9 @@ def read_table(
     """
     paths = files.parts or (files.interactions,)
     packed = {path: 4 if path.suffix.lower() in _COMPRESSIONS else 1 for path in paths if path}
-    raw = RawLog(
-        sum(path.stat().st_size * times for path, times in packed.items()), reading.numbers
-    )
-    raw.format, raw.split = format_name, bool(files.parts)
+    size = sum(path.stat().st_size * times for path, times in packed.items())
+    raw = RawLog(size, reading, bool(files.parts))
+    raw.format = format_name
     for part, path in enumerate(paths):
         if path is None:
             continue
@@ -178,7 +177,8 @@ class _Text:
         if names:
             self.first = 0
         else:
-            row = next(records([(self.first, text)], self.delimiter, quoted, path))[1]
+            source = [(self.first, text)]
+            row = next(records(source, self.delimiter, quoted, path), (0, [""]))[1]
             self.header = [name.strip() for name in row]
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
@@ -193,18 +193,18 @@ def _delimited(raw: RawLog, text: _Text, part: int, reading: Reading) -> dict[st
     """Stage a text table; its roles."""
     path, header = text.path, text.header
     roles = _wanted(raw, find_roles(header, reading.columns, path), reading, path)
-    places = [f"c{header.index(roles[role])}" if role in roles else "NULL" for role in ROLES]
+    places = {role: f"c{header.index(name)}" for role, name in roles.items()}
     columns = ", ".join(f"'c{place}': 'VARCHAR'" for place in range(len(header)))
     quote = '"' if text.quoted else ""
 
     def stage(file: Path, compression: str) -> None:
-        raw.con.execute(f"""
-            INSERT INTO staged SELECT {", ".join(places)}, {part}
-            FROM read_csv({raw.link(file)}, delim = '{text.delimiter}',
+        source = f"""
+            read_csv({raw.link(file)}, delim = '{text.delimiter}',
                 quote = '{quote}', escape = '{quote}', header = false, skip = {text.first},
                 auto_detect = false, compression = '{compression}', columns = {{{columns}}},
                 hive_partitioning = false, max_line_size = {_LONGEST_LINE}, strict_mode = true,
-                store_rejects = true, rejects_limit = 0)""")
+                store_rejects = true, rejects_limit = 0)"""
+        raw.stage(places, source, part)
 
     file = path
     try:
@@ -215,7 +215,7 @@ def _delimited(raw: RawLog, text: _Text, part: int, reading: Reading) -> dict[st
         # A compressed file that is cut short, lines that end now so, now so: of plain bytes with
         # one kind of line end what can be read is read, and what cannot is named.
         raw.con.execute("DROP TABLE IF EXISTS reject_errors; DROP TABLE IF EXISTS reject_scans")
-        raw.con.execute(f"DELETE FROM staged WHERE part = {part}")
+        raw.con.execute(f"DELETE FROM {_rows_of(raw, part)}")
         file = plain_copy(path, Path(raw.folder.name) / f"plain{part}", reading)
         try:
             stage(file, "none")
@@ -248,9 +248,8 @@ def _rejects(raw: RawLog, text: _Text, file: Path, reading: Reading) -> None:
         elif kind == "LINE SIZE OVER MAXIMUM":
             reason = f"a line of more than {_LONGEST_LINE // 10**6} MB"
         elif kind.endswith("COLUMNS"):
-            row = next(records([(line, content.strip("\r\n"))], text.delimiter, text.quoted, path))[
-                1
-            ]
+            source = [(line, content.strip("\r\n"))]
+            row = next(records(source, text.delimiter, text.quoted, path), (0, [""]))[1]
             reason = f"{len(row)} columns where the header has {width}"
         told.append((line, reason))
     if told and not reading.skip_bad:
@@ -272,13 +271,12 @@ def _check_values(
     Args:
         rows: the file's rows with their lines; None: the number of a row is its line.
     """
-    here = f"FROM staged WHERE part = {part}"
-    whole, total = raw.ask(f"""
-        SELECT count(*) FILTER (user_id <> '' AND item_id <> '' AND {INTEGER}), count(*) {here}""")[
-        0
-    ]
+    here = f"FROM {_rows_of(raw, part)}"
+    good = f"user_id <> '' AND item_id <> '' AND {INTEGER}"
+    whole, total = raw.ask(f"SELECT count(*) FILTER ({good}), count(*) {here}")[0]
     if whole == total:
         return
+    raw.whole = False
     numbers, dates = raw.ask(f"SELECT count({NUMBER}), count({DATE}) {here}")[0]
     # In a column of both, what is rarer is wrong; among equals, what comes later.
     rarer = NUMBER if numbers < dates else DATE
@@ -306,6 +304,11 @@ def _check_values(
         reading.count(path, told, count)
         raw.con.execute("DELETE FROM staged WHERE rowid IN (SELECT place FROM wrong)")
     raw.con.execute("DROP TABLE wrong")
+
+
+def _rows_of(raw: RawLog, part: int) -> str:
+    """The SQL of the staged rows of a part."""
+    return f"staged WHERE part = {part}" if raw.split else "staged WHERE true"
 
 
 def _reason(kind: str, roles: Mapping[str, str], time: str | None) -> str:
@@ -342,12 +345,9 @@ def _parquet(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, 
     except duckdb.Error as error:
         raise StreamctlError(f"not a parquet file: {first_sentence(error)}", where=path) from error
     roles = _wanted(raw, find_roles(list(kinds), reading.columns, path), reading, path)
-    chosen = [
-        _as_text(roles[role], kinds[roles[role]], role, path) if role in roles else "NULL"
-        for role in ROLES
-    ]
+    chosen = {role: _as_text(name, kinds[name], role, path) for role, name in roles.items()}
     try:
-        raw.con.execute(f"INSERT INTO staged SELECT {', '.join(chosen)}, {part} FROM {source}")
+        raw.stage(chosen, source, part)
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
@@ -395,19 +395,21 @@ def _as_text(name: str, kind: str, role: str, path: Path) -> str:
 def _json(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, str]:
     first_line(path, "replace")  # an empty file is an error
     roles: dict[str, str] = {}
-    waiting: list[list[str | None]] = [[] for _ in ROLES]
+    waiting: dict[str, list[str | None]] = {}
     for line, row in json_rows(path, reading):
         if not roles:
             roles = _wanted(raw, find_roles(list(row), reading.columns, path), reading, path)
+            waiting = {role: [] for role in roles}
         missing = next((name for name in roles.values() if row.get(name) is None), None)
         if missing is not None and not reading.skip_bad:
             reading.bad(path, line, f"no {missing!r} here")
-        for values, role in zip(waiting, ROLES, strict=True):
-            values.append(id_text(row.get(roles[role])) if role in roles else None)
-        if len(waiting[0]) >= 1 << 18:
+        for role, name in roles.items():
+            waiting[role].append(id_text(row.get(name)))
+        if len(waiting["user"]) >= 1 << 18:
             raw.add(waiting, part)
-            waiting = [[] for _ in ROLES]
-    raw.add(waiting, part)
+            waiting = {role: [] for role in roles}
+    if roles:
+        raw.add(waiting, part)
     return roles
 
 
