@@ -68,7 +68,7 @@ class Table:
         for row in self.rows:
             mine = self.ranks[row["method"], row["l"]]
             for rival in RIVALS:
-                other = next((r for (name, l), r in self.ranks.items() if name == rival), None)
+                other = next((r for (name, _), r in self.ranks.items() if name == rival), None)
                 if (
                     row["method"].startswith("stream")
                     and other is not None
