@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "numpy", "numba", "faiss-cpu", "scikit-learn", "pyarrow")
+_PACKAGES = ("torch", "transformers", "numpy", "numba", "faiss-cpu", "scikit-learn", "pyarrow",
+             "duckdb")  # fmt: skip
 
 
 def _git_revision() -> str | None:

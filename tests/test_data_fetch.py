@@ -28,7 +28,7 @@ from streamctl.data.download import download
 from streamctl.data.fetch import fetch
 from streamctl.data.prepare import build
 from streamctl.data.public import SETS, PublicSet, Remote, find_set
-from streamctl.data.sources import read_source
+from streamctl.data.sources import find_source, read_source
 from streamctl.errors import StreamctlError, UsageError
 
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -355,6 +355,21 @@ def test_sets_are_found_by_their_category_and_misspelt_ones_named():
     for public in SETS.values():
         for remote in public.files:
             assert all(url.startswith("https://") for url in remote.urls())
+
+
+def test_a_ready_made_split_is_read_as_one(tmp_path):
+    for split in ("last-out", "timestamp"):
+        public = SETS[f"amazon-2023-video-games-{split}"]
+        folder = tmp_path / split
+        folder.mkdir()
+        for remote in public.files:
+            header = b"user_id,parent_asin,rating,timestamp\n"
+            (folder / remote.name).write_bytes(gzip.compress(header))
+        kind, files = find_source(folder)
+        assert kind.name == "amazon2023"
+        assert [path.name for path in (*files.parts, files.items)] == [
+            remote.name for remote in public.files
+        ]
 
 
 def test_the_command_lists_fetches_from_a_mirror_and_says_what_comes_next(server, tmp_path):

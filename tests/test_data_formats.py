@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from conftest import ROOT
 
+from streamctl import cli
 from streamctl.config import DataConfig
 from streamctl.data.prepare import build
 from streamctl.data.sources import SOURCES, find_source, read_source
@@ -290,3 +293,49 @@ def test_text_is_the_title_and_the_describing_columns(tmp_path):
     assert facts["items_without_text"] == len(catalog) - 1
     other = catalog.index("2")
     assert catalog.titles[other] == catalog.texts[other] == "2"
+
+
+def sales(folder):
+    rows = [(u, i, np.datetime64(time, "s")) for u, i, time in ROWS]
+    write_csv(folder / "sales.csv", ["customer", "sku", "day"], rows)
+    write_csv(folder / "goods.csv", ["item_id", "title"], TITLES.items())
+
+
+def parts(folder):
+    for name, start in (("train", 0), ("valid", 1), ("test", 2)):
+        write_csv(folder / f"{name}.csv", ["user_id", "item_id", "timestamp"], ROWS[start::3])
+
+
+README_LINES = {
+    "shop": table_csv,
+    "till": sales,
+    "parts": parts,
+    "order": sequences,
+    "atomic": recbole,
+    "amazon": amazon_2023_csv,
+    "reviews": amazon_2014,
+    "movies": movielens_dat,
+    "letter": lcrec,
+}
+SECTION = (ROOT / "README.md").read_text().split("### Data in\n")[1].split("\n## ")[0]
+TABLE = [line for line in SECTION.splitlines() if line.startswith("|")]
+LINES = [row.split("|")[1:4] for row in TABLE[2:]]
+
+
+def test_the_readme_names_every_format():
+    assert {name.strip() for name, _, _ in LINES} == {source.name for source in SOURCES}
+
+
+@pytest.mark.parametrize(("name", "line"), [(name.strip(), line) for name, _, line in LINES])
+def test_the_lines_of_the_readme_read_their_formats(tmp_path, monkeypatch, capsys, name, line):
+    words = shlex.split(line.strip().strip("`"))
+    folder = words[3].partition("/")[0]
+    (tmp_path / folder).mkdir()
+    README_LINES[folder](tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    # The toy is so small that the filter for real logs would leave nothing.
+    monkeypatch.setattr("sys.argv", [*words, "--min-user", "3", "--min-item", "1", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert json.loads(capsys.readouterr().out)["format"] == name

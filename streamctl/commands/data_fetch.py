@@ -13,7 +13,7 @@ from streamctl.commands.options import Json, print_json
 def command(
     name: Annotated[
         str,
-        typer.Argument(help="ml-100k, ml-1m, ml-20m or an Amazon 2023 category; none: list them."),
+        typer.Argument(help="ml-1m, amazon-2014-beauty, Video_Games, ...; none: list them."),
     ] = "",
     into: Annotated[
         Optional[Path],  # noqa: UP045 - Typer reads Optional
@@ -25,7 +25,10 @@ def command(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Fetch a public set: MovieLens 100K, 1M, 20M, or a 5-core category of Amazon Reviews 2023.
+    """Fetch a public set: MovieLens 100K to 32M, or a 5-core category of Amazon Reviews.
+
+    Amazon's releases of 2014, 2018 and 2023; of the last one also as the owner splits it, such as
+    amazon-2023-video-games-last-out (the last two of each user) and -timestamp (two moments).
 
     An interrupted download goes on where it stopped; checksums are compared where the owner
     publishes them; the files appear under their names only when they are whole.

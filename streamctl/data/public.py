@@ -7,10 +7,26 @@ from dataclasses import dataclass
 from streamctl.errors import UsageError, close_matches
 
 _GROUPLENS = ("https://files.grouplens.org/datasets/movielens",)
-_AMAZON = (
-    "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023",
-    "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023",
+_UCSD = (
+    "https://mcauleylab.ucsd.edu/public_datasets/data",
+    "https://datarepo.eng.ucsd.edu/mcauley_group/data",
 )
+_SNAP = ("https://snap.stanford.edu/data/amazon/productGraph/categoryFiles",)
+# Of the releases of 2014 and 2018 those whose 5-core papers compare on.
+CATEGORIES_2014 = (
+    "Automotive", "Baby", "Beauty", "CDs_and_Vinyl", "Cell_Phones_and_Accessories",
+    "Clothing_Shoes_and_Jewelry", "Digital_Music", "Grocery_and_Gourmet_Food",
+    "Health_and_Personal_Care", "Home_and_Kitchen", "Movies_and_TV", "Musical_Instruments",
+    "Office_Products", "Patio_Lawn_and_Garden", "Pet_Supplies", "Sports_and_Outdoors",
+    "Tools_and_Home_Improvement", "Toys_and_Games", "Video_Games",
+)  # fmt: skip
+CATEGORIES_2018 = (
+    "Arts_Crafts_and_Sewing", "Automotive", "CDs_and_Vinyl", "Cell_Phones_and_Accessories",
+    "Grocery_and_Gourmet_Food", "Industrial_and_Scientific", "Luxury_Beauty",
+    "Musical_Instruments", "Office_Products", "Patio_Lawn_and_Garden", "Pet_Supplies",
+    "Prime_Pantry", "Sports_and_Outdoors", "Tools_and_Home_Improvement", "Toys_and_Games",
+    "Video_Games",
+)  # fmt: skip
 CATEGORIES = (
     "All_Beauty", "Amazon_Fashion", "Appliances", "Arts_Crafts_and_Sewing", "Automotive",
     "Baby_Products", "Beauty_and_Personal_Care", "Books", "CDs_and_Vinyl",
@@ -58,18 +74,40 @@ class PublicSet:
     terms: str
 
 
-def _movielens(name: str, md5: str) -> PublicSet:
+def _movielens(name: str, md5: str | None) -> PublicSet:
     terms = "research use, no redistribution without permission; see its README"
     return PublicSet(name, (Remote(f"{name}.zip", _GROUPLENS, md5),), terms)
 
 
-def _amazon(category: str) -> PublicSet:
+_TERMS = "see amazon-reviews-2023.github.io; cite Hou et al., 2024"
+# Ready-made splits of the 2023 release: the last two of each user, or at two moments.
+SPLITS = {"": "rating_only", "last-out": "last_out", "timestamp": "timestamp"}
+
+
+def _amazon_2023(category: str, split: str = "") -> PublicSet:
+    folder = f"amazon_2023/benchmark/5core/{SPLITS[split]}"
+    parts = [f".{part}" for part in ("train", "valid", "test")] if split else [""]
+    files = [Remote(f"{folder}/{category}{part}.csv.gz", _UCSD) for part in parts]
+    files.append(Remote(f"amazon_2023/raw/meta_categories/meta_{category}.jsonl.gz", _UCSD))
+    return PublicSet(_name(2023, category, split), tuple(files), _TERMS)
+
+
+def _amazon_2018(category: str) -> PublicSet:
     files = (
-        Remote(f"benchmark/5core/rating_only/{category}.csv.gz", _AMAZON),
-        Remote(f"raw/meta_categories/meta_{category}.jsonl.gz", _AMAZON),
+        Remote(f"amazon_v2/categoryFilesSmall/{category}_5.json.gz", _UCSD),
+        Remote(f"amazon_v2/metaFiles2/meta_{category}.json.gz", _UCSD),
     )
-    terms = "see amazon-reviews-2023.github.io; cite Hou et al., 2024"
-    return PublicSet(f"amazon-2023-{category.lower().replace('_', '-')}", files, terms)
+    return PublicSet(_name(2018, category), files, "cite Ni, Li and McAuley, EMNLP 2019")
+
+
+def _amazon_2014(category: str) -> PublicSet:
+    names = (f"reviews_{category}_5.json.gz", f"meta_{category}.json.gz")
+    files = tuple(Remote(name, _SNAP) for name in names)
+    return PublicSet(_name(2014, category), files, "cite He and McAuley, WWW 2016")
+
+
+def _name(year: int, category: str, split: str = "") -> str:
+    return "-".join(filter(None, (f"amazon-{year}", category.lower().replace("_", "-"), split)))
 
 
 SETS: dict[str, PublicSet] = {
@@ -78,7 +116,11 @@ SETS: dict[str, PublicSet] = {
         _movielens("ml-100k", "0e33842e24a9c977be4e0107933c0723"),
         _movielens("ml-1m", "c4d9eecfca2ab87c1945afe126590906"),
         _movielens("ml-20m", "cd245b17a1ae2cc31bb14903e1204af3"),
-        *map(_amazon, CATEGORIES),
+        _movielens("ml-25m", "6b51fb2759a8657d3bfcbfc42b592ada"),
+        _movielens("ml-32m", None),
+        *map(_amazon_2014, CATEGORIES_2014),
+        *map(_amazon_2018, CATEGORIES_2018),
+        *(_amazon_2023(category, split) for split in SPLITS for category in CATEGORIES),
     )
 }
 
