@@ -88,9 +88,10 @@ class PretrainConfig:
     history: Literal["codes", "items"] = "items"  # encoder positions: m an item, or one an item
     # What a thought is made of: the evidence of the user's history, or the paper's think tokens
     thoughts: Literal["evidence", "vocabulary"] = "evidence"
-    # Eq. 9's retrieved items: alike to the target, as the paper has it, cannot be had when serving
-    retrieve: Literal["history", "target"] = "history"
-    hops: tuple[int, ...] = (32, 32, 32, 16, 32, 0)  # most pieces of each hop of evidence
+    # Eq. 9's retrieved items; None: those that the history brings to mind, or alike to the target
+    # with thoughts of the vocabulary, as the paper has it, though these cannot be had when serving
+    retrieve: Literal["history", "target"] | None = None
+    hops: tuple[int, ...] = ()  # most pieces of each hop; (): 32, and own where items are repeated
     hold: int = 1  # last training targets of each user that only SFT sees: there codes are unsure
     think_codebook: int = 0  # tokens that only thoughts use; 0: thoughts use the codes' tokens
     # What an item's codes are normalised over: Eq. 11's vocabulary, or the catalogue's own codes
@@ -108,10 +109,23 @@ class PretrainConfig:
     seed: int = 0
 
     def settled(self) -> PretrainConfig:
-        """The same with a learning rate."""
+        """The same with what the thoughts are read from, and a learning rate.
+
+        Raises:
+            UsageError: settings that do not go together.
+        """
+        read = "history" if self.thoughts == "evidence" else "target"
+        if self.retrieve not in (None, read):
+            raise UsageError(
+                f"retrieve={self.retrieve} does not go with thoughts={self.thoughts}, which reads "
+                f"what is retrieved by the {read}",
+                run=f"the same command with --set pretrain.retrieve={read}, or other thoughts",
+            )
+        if self.thoughts == "evidence" and not any(self.hops):
+            raise UsageError("hops are all 0: a thought needs one that brings items")
         rate = LEARNING_RATES[self.size] if self.lr is None else self.lr
-        count = (2 if self.retrieve == "target" else 8) if self.neighbours is None else None
-        return dataclasses.replace(self, lr=rate, neighbours=count or self.neighbours)
+        count = (2 if read == "target" else 8) if self.neighbours is None else self.neighbours
+        return dataclasses.replace(self, retrieve=read, lr=rate, neighbours=count)
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,8 @@ class AnnotateConfig:
     """Iterative inference (Sec. 2.3.1, Eqs. 12-13)."""
 
     section: ClassVar[str] = "annotate"
+    # vocabulary: whose weights the slow decoder begins with, in annotation and SFT
+    start: Literal["direct", "pretrain"] = "direct"
     length: int = 4  # l: think tokens, or pieces of evidence that are labelled
     positions: int = 5  # evidence: the last training targets of each user that SFT learns from
     mode: Literal["normalised", "literal"] = "normalised"
@@ -133,7 +149,6 @@ class SftConfig:
     """Stage 2 (Eqs. 14-19): rounds of annotation and training."""
 
     section: ClassVar[str] = "sft"
-    start: Literal["direct", "pretrain"] = "direct"  # whose weights the slow decoder begins with
     rounds: int = 3  # vocabulary: annotation and training in turn
     epochs: int = 4  # epochs a round, or in all with evidence
     weigh_weight: float = 1.0  # evidence: the weights' own cross-entropy beside -log P(target)
@@ -147,6 +162,7 @@ class SftConfig:
     quant_beta: float = 0.25  # beta of Eq. 15
     state_temperature: float = 0.07
     corrupt: float = 0.2  # probability that a think token is replaced in training
+    own: float = 0.5  # vocabulary: share of examples answered after the policy's own thought
     dropout: float = 0.1
     batch: int = 256
     lr: float | None = None  # None: 3e-3 for the weighing of evidence, 5e-4 for a decoder
@@ -277,6 +293,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     name: (least, most)
     for names, least, most in (
         ("clip corrupt dropout mask warmup", 0, 0.95),
+        ("own", 0, 1),
         ("lr", 1e-12, 10),
         ("state_temperature temperature", 1e-6, 100),
         ("beta collaborative dpo_beta quant_beta weight_decay", 0, 100),

@@ -249,8 +249,7 @@ def annotate(
             return check_strict(run.stage("annotate"), strict)
         where = resolve_device(device)
         material = Material.load(run)
-        policy = material.policy(run.stage("pretrain"), where)
-        policy.requires_grad_(False)
+        policy = material.starting_policy(run, config.start, where).requires_grad_(False)
         if policy.config.thoughts == "evidence":
             _inside_evidence(stage, policy, material, config, where)
             stage.publish()

@@ -90,13 +90,17 @@ def state_target_loss(
 
 
 def quantization_loss(
-    residuals: torch.Tensor, tokens: torch.Tensor, beta: float = 0.25
+    residuals: torch.Tensor,
+    tokens: torch.Tensor,
+    beta: float = 0.25,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """|sg[r] - o|^2 + beta |r - sg[o]|^2 (Eq. 15, whose leading minus is a misprint).
 
     Args:
         residuals: (B, l, d) r_1..r_l.
         tokens: (B, l, d) embeddings of the tokens o_1..o_l.
+        real: (B, l) bool, the steps that count; None for all.
 
     Returns:
         scalar float32: summed over steps and dimensions, mean over the batch.
@@ -104,7 +108,8 @@ def quantization_loss(
     residuals, tokens = residuals.float(), tokens.float()
     codebook = (residuals.detach() - tokens).square()
     commitment = (residuals - tokens.detach()).square()
-    return (codebook + beta * commitment).sum((1, 2)).mean()
+    each = (codebook + beta * commitment).sum(2)
+    return (each if real is None else each * real).sum(1).mean()
 
 
 def dpo_loss(

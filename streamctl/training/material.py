@@ -44,7 +44,7 @@ class Material:
         pretrain = run.stage("pretrain")
         hops = SIZES
         if pretrain.complete:
-            hops = tuple(pretrain.manifest["config"]["hops"])
+            hops = tuple(pretrain.manifest["hops"])
         ids, neighbours = SemanticIds.load(tokenizer), tokenizer.array("neighbours.npy")
         return cls(split, ids, neighbours, vectors(run), hops)
 
@@ -75,6 +75,16 @@ class Material:
             policy = Policy(replace(policy.config, dropout=dropout), self.item_tokens)
             policy.load_state_dict(weights)
         return policy.to(device).eval()
+
+    def starting_policy(
+        self, run: RunDir, start: str, device: torch.device, dropout: float | None = None
+    ) -> Policy:
+        """The pretrained policy, its slow decoder with the weights that `start` names: "direct" or
+        "pretrain". What annotation labels with is what SFT begins as."""
+        policy = self.policy(run.stage("pretrain"), device, dropout)
+        if start == "direct" and policy.config.thoughts == "vocabulary":
+            policy.decoder.load_state_dict(policy.direct.state_dict())
+        return policy
 
 
 def save_policy(stage: StageWriter, policy: Policy) -> None:

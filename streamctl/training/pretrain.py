@@ -17,7 +17,13 @@ from streamctl.runs import RunDir, Stage
 from streamctl.training.loop import Batch, fit
 from streamctl.training.losses import answer_loss, sequence_loss
 from streamctl.training.material import Material, save_policy
-from streamctl.training.thinking import first_pieces, last_positions, standardise, validate
+from streamctl.training.thinking import (
+    first_pieces,
+    last_positions,
+    standardise,
+    suitable_hops,
+    validate,
+)
 from streamctl.training.validation import Validator
 
 
@@ -129,7 +135,8 @@ def pretrain(
         if config.thoughts == "evidence":
             held = last_positions(examples, config.hold)
             examples = examples.subset(np.delete(np.arange(len(examples)), held))
-            material = replace(material, hops=config.hops)
+            hops = config.hops or suitable_hops(material.split.train)
+            material = replace(material, hops=hops)
         if config.retrieve == "history":
             count = config.neighbours
             look_alikes = Retrieved(first_pieces(material.evidence, examples, count))
@@ -152,6 +159,7 @@ def pretrain(
         report = {
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,
+            "hops": list(material.hops),
             "valid": {"direct": result.best, "slow": slow},
         }
         save_policy(stage, policy)

@@ -205,10 +205,13 @@ class Trainer:
                 if self.progress.step == 0:
                     _check_first(logprobs, rollouts.logprobs, found)
             anchor = -policy.target_logprob(encoded, target, rollouts.think[:, 0]).mean()
-            metrics |= {"anchor": anchor.detach(), "loss": loss.detach()}
+            # The direct decoder follows the encoder that it shares, and does not pull at it.
+            direct = -policy.target_logprob(encoded.detach(), target, decoder="direct").mean()
+            metrics |= {name: value.detach() for name, value in
+                        (("anchor", anchor), ("direct", direct), ("loss", loss))}  # fmt: skip
             # A batch that came out smaller counts by its size.
             scale = share.weight / config.batch
-            ((loss + config.anchor_weight * anchor) * scale).backward()
+            ((loss + config.anchor_weight * anchor + direct) * scale).backward()
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             ranks().sum_gradients(trained)
             nn.utils.clip_grad_norm_(trained, CLIP_NORM)

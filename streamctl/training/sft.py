@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from safetensors.torch import load_file
 
 from streamctl.config import SftConfig
 from streamctl.decode.evidence import FULL
+from streamctl.decode.think import beam_thoughts
 from streamctl.device import resolve_device
 from streamctl.distributed import Share, ranks
 from streamctl.errors import UsageError
-from streamctl.model.policy import Encoded, Policy
+from streamctl.model.policy import IGNORED, Encoded, Policy
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage, StageWriter, read_json
 from streamctl.training import thinking
@@ -73,6 +76,17 @@ def corrupt(
     return torch.where((chance < probability).to(thoughts.device), others.to(thoughts), thoughts)
 
 
+@contextmanager
+def without_dropout(policy: Policy) -> Iterator[Policy]:
+    """The policy in evaluation mode, and afterwards in the mode that it was in."""
+    training = policy.training
+    policy.eval()
+    try:
+        yield policy
+    finally:
+        policy.train(training)
+
+
 @dataclass
 class Tuner:
     """The loss of one SFT stage.
@@ -100,28 +114,51 @@ class Tuner:
         low, high = policy.tokens.think_range
         generator = batch.generator("corrupt")
         given = corrupt(labels, config.corrupt, low, high, generator, batch.share)
+        own = self._own(batch)
+        given = torch.where(own[:, None], self._thought(batch, own, given), given)
         encoded = policy.encode(batch.history)
         inputs, _ = policy.target_inputs(batch.target, given)
         hidden = policy.decode(encoded, inputs)
         length, m = labels.shape[1], policy.tokens.levels
         chosen = policy.answer_logprobs(hidden[:, -m:], batch.target).sum(-1)
-        think = sequence_loss(policy.logits(hidden[:, :length]), labels)
+        wanted = labels.masked_fill(own[:, None], IGNORED)
+        think = sequence_loss(policy.logits(hidden[:, :length]), wanted)
+        # A label says what comes next after the labels before it, and after nothing else.
+        right = (given == labels).roll(1, 1)
+        right[:, 0] = True
+        right = right.cumprod(1).bool()
         terms = {
             "sft": think - chosen.mean(),
-            "dpo": self._dpo(batch, encoded, given, chosen),
-            **self._state_terms(batch, encoded, hidden[:, 1 : length + 1], labels),
+            "dpo": self._dpo(batch, given),
+            **self._state_terms(batch, encoded, hidden[:, 1 : length + 1], labels, right),
         }
         value = total_loss(terms, config)
         terms |= {"think": think, "target": -chosen.mean()}
         terms["direct"] = direct_loss(policy, batch, encoded)
         return value + config.direct_weight * terms["direct"], terms
 
-    def _dpo(
-        self, batch: Batch, encoded: Encoded, given: torch.Tensor, chosen: torch.Tensor
-    ) -> torch.Tensor:
-        """Eqs. 16-18; think tokens are conditioned on and not scored."""
+    def _own(self, batch: Batch) -> torch.Tensor:
+        """(B,) bool: the rows that are answered after the policy's own thought, as in serving."""
+        chance = torch.rand(batch.share.total, generator=batch.generator("own"))
+        return batch.share.of(chance < self.config.own).to(batch.target.device)
+
+    @torch.no_grad()
+    def _thought(self, batch: Batch, own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """`given` (B, l) with the policy's greedy thoughts in the rows `own`."""
+        if not bool(own.any()):
+            return given
+        with without_dropout(self.policy) as policy:
+            encoded = policy.encode(batch.history[own])
+            thought = beam_thoughts(policy, encoded, given.shape[1], 1, "slow").tokens[:, 0]
+        return given.masked_scatter(own[:, None], thought)
+
+    def _dpo(self, batch: Batch, given: torch.Tensor) -> torch.Tensor:
+        """Eqs. 16-18; think tokens are conditioned on and not scored.
+
+        Dropout is off in policy and reference alike: what they differ by is what was learned.
+        """
         if not self.config.dpo_weight:
-            return chosen.new_zeros(())
+            return torch.zeros((), device=batch.target.device)
         generator = batch.generator("look-alike")
         size = (batch.share.total,)
         pick = batch.share.of(torch.randint(self.look_alikes.shape[1], size, generator=generator))
@@ -130,13 +167,22 @@ class Tuner:
         with torch.no_grad():
             seen = self.reference.encode(batch.history)
             reference = self.reference.target_logprob(seen, pair, decoder="direct")
-        minus = self.policy.target_logprob(encoded, rejected, given)
-        return dpo_loss(chosen, minus, reference[:, 0], reference[:, 1], self.config.dpo_beta)
+        with without_dropout(self.policy) as policy:
+            found = policy.target_logprob(policy.encode(batch.history), pair, given)
+        return dpo_loss(*found.unbind(1), *reference.unbind(1), self.config.dpo_beta)
 
     def _state_terms(
-        self, batch: Batch, encoded: Encoded, hidden: torch.Tensor, labels: torch.Tensor
+        self,
+        batch: Batch,
+        encoded: Encoded,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        right: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Eqs. 14 and 15. Targets carry no gradient (Sec. 2.3.1); the tokens of Eq. 15 do."""
+        """Eqs. 14 and 15. Targets carry no gradient (Sec. 2.3.1); the tokens of Eq. 15 do.
+
+        right: (B, l) bool, steps whose residual is of the prefix that the label was made for.
+        """
         policy, config = self.policy, self.config
         targets = policy.item_vectors(batch.targets).detach().float()
         target = batch.share.of(targets)
@@ -148,7 +194,7 @@ class Tuner:
             "state": state_target_loss(
                 states, targets, batch.targets, config.state_temperature, batch.share.first
             ),
-            "quant": quantization_loss(residuals, vectors, config.quant_beta),
+            "quant": quantization_loss(residuals, vectors, config.quant_beta, right),
         }
 
     def twin_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -205,16 +251,6 @@ class Rounds:
         self.reports.append(read_json(self._file(number, "json")))
 
 
-def starting_policy(
-    run: RunDir, config: SftConfig, material: Material, device: torch.device
-) -> Policy:
-    """The pretrained policy, its slow decoder with the weights that `start` names."""
-    policy = material.policy(run.stage("pretrain"), device, config.dropout)
-    if config.start == "direct":
-        policy.decoder.load_state_dict(policy.direct.state_dict())
-    return policy
-
-
 def sft(
     run: RunDir,
     config: SftConfig,
@@ -244,7 +280,7 @@ def sft(
             "`eval` shows it as l0"
         )
     name = TWIN if twin else "sft"
-    parents = ["data", "tokenizer", "pretrain"] + ([] if twin else ["annotate"])
+    parents = ["data", "tokenizer", "pretrain", "annotate"]  # the twin's start is annotate's, too
     with run.begin(name, config, parents, force=force) as stage:
         if stage is None:
             say(f"{name}: complete already")
@@ -255,7 +291,8 @@ def sft(
         if _thoughts(run) == "evidence":
             _with_evidence(run, stage, config, material, where)
             return run.stage(name)
-        policy = starting_policy(run, config, material, where)
+        settings = run.stage("annotate").manifest["config"]
+        policy = material.starting_policy(run, settings["start"], where, config.dropout)
         reference = material.policy(run.stage("pretrain"), where).requires_grad_(False)
         look_alikes = material.look_alikes(where)
         tuner = Tuner(policy, reference, look_alikes, config, "normalised")
@@ -263,7 +300,6 @@ def sft(
         length, before = 0, None
         if not twin:
             annotation = run.stage("annotate")
-            settings = annotation.manifest["config"]
             length, tuner.mode = settings["length"], settings["mode"]
             policy.thinker.load_state_dict(load_file(annotation.file("thinker.safetensors")))
             before = Rounds(stage, tuner, material, annotation)

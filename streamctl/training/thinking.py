@@ -23,10 +23,11 @@ from streamctl.decode.evidence import (
 )
 from streamctl.decode.think import draw
 from streamctl.device import autocast, derive_seed
+from streamctl.distributed import ranks
 from streamctl.model.policy import Encoded, Policy
 from streamctl.ranking import evaluate, gains, target_ranks
 from streamctl.ranking.evaluate import batches_by_length
-from streamctl.retrieval.evidence import Evidence, Pieces
+from streamctl.retrieval.evidence import SIZES, Evidence, Pieces
 from streamctl.training import rewards
 from streamctl.training.loop import Batch
 from streamctl.training.losses import advantages, grpo_loss, quantization_loss, state_target_loss
@@ -36,6 +37,8 @@ BUDGETS = (1, 2, 4, 8, 16, 32, 64)  # a batch draws one, so that one model serve
 TOGETHER = 1024  # histories gathered at a time
 KEPT = 2 << 30  # bytes of evidence kept in memory; above it is gathered again for every batch
 VALIDATION_USERS = 2000
+REPEATS_OF, REPEATED = 20_000, 0.01  # examples looked at; share of repeats that makes own a hop
+OWN = 8  # its pieces
 
 
 def last_positions(examples: Examples, count: int) -> np.ndarray:
@@ -43,6 +46,13 @@ def last_positions(examples: Examples, count: int) -> np.ndarray:
     ends = np.flatnonzero(np.append(examples.users[1:] != examples.users[:-1], True))
     last = np.repeat(ends, np.diff(ends, prepend=-1))
     return np.flatnonzero(last - np.arange(len(examples)) < count)
+
+
+def suitable_hops(examples: Examples) -> tuple[int, ...]:
+    """The sizes of the hops; own items are evidence where one target in a hundred is one."""
+    some = np.random.default_rng(0).permutation(len(examples))[:REPEATS_OF]
+    had = (examples.histories(some) == examples.targets[some][:, None]).any(1).mean()
+    return (*SIZES[:-1], OWN if had >= REPEATED else SIZES[-1])
 
 
 class Gathered:
@@ -80,6 +90,7 @@ class Gathered:
 
 def first_pieces(evidence: Evidence, examples: Examples, count: int) -> torch.Tensor:
     """int64 (E, count, 2): items and hops of each example's first pieces, in the hops' order."""
+    count = min(count, sum(evidence.sizes))
     found = torch.full((len(examples), count, 2), -1, dtype=torch.int64)
     for at in range(0, len(examples), TOGETHER):
         index = np.arange(at, min(at + TOGETHER, len(examples)))
@@ -129,19 +140,19 @@ def calibrate(policy: Policy, material: Material, seed: int) -> dict[str, float]
     rows = np.sort(random.permutation(len(examples))[:VALIDATION_USERS])
     policy.eval()
     thinker = EvidenceRecommender(policy, material.trie, material.evidence, beam=20)
-    total = dict.fromkeys(SHIFTS, 0.0)
-    for index in batches_by_length(examples.lengths[rows], 256):
+    total = np.zeros(len(SHIFTS))
+    for index in ranks().mine(list(batches_by_length(examples.lengths[rows], 256))):
         some = rows[index]
         parts = thinker.parts(
             torch.from_numpy(examples.histories(some)), examples.users[some], 20, FULL,
             examples.seen(some),
         )  # fmt: skip
-        for shift in SHIFTS:
+        for place, shift in enumerate(SHIFTS):
             found = parts.best(10, shift).items.cpu().numpy()
-            total[shift] += gains(target_ranks(found, examples.targets[some]), 10).sum()
-    best = max(SHIFTS, key=lambda shift: (total[shift], shift))
-    policy.weighing.codes_trust.bias += best
-    return {f"{shift:+.1f}": float(value / len(rows)) for shift, value in total.items()}
+            total[place] += gains(target_ranks(found, examples.targets[some]), 10).sum()
+    total = ranks().sum(total) / len(rows)
+    policy.weighing.codes_trust.bias += max(zip(total, SHIFTS, strict=True))[1]
+    return {f"{shift:+.1f}": float(value) for shift, value in zip(SHIFTS, total, strict=True)}
 
 
 # --- annotate ---------------------------------------------------------------------------------
@@ -222,24 +233,26 @@ def label_all(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """int32 (E, l) places among the pieces of each example, and how often the target is chosen."""
     examples = gathered.examples
-    labels = np.full((len(examples), length), -1, np.int32)
-    hit = known = 0
+    labels = np.zeros((len(examples), length), np.int32)
+    counts = np.zeros(2)  # examples whose target is chosen, and whose target is there
     order = np.argsort(examples.lengths, kind="stable")
     policy.eval()
     with autocast(policy.device):
-        for index in np.array_split(order, max(1, -(-len(order) // batch))):
+        for index in ranks().mine(np.array_split(order, max(1, -(-len(order) // batch)))):
             history = torch.from_numpy(examples.histories(index)).to(policy.device)
             targets = torch.from_numpy(examples.targets[index]).to(policy.device)
             found = weigh(policy, gathered(index))
             steps = infer(policy, policy.encode(history), found, targets, length)
             labels[index] = steps.places.cpu().numpy()
             chosen = found.items.gather(1, steps.places.clamp(min=0))
-            hit += int(((chosen == targets[:, None]) & (steps.places >= 0)).any(1).sum())
-            known += int((found.items == targets[:, None]).any(1).sum())
-    return labels, {
+            hit = ((chosen == targets[:, None]) & (steps.places >= 0)).any(1)
+            known = (found.items == targets[:, None]).any(1)
+            counts += [int(hit.sum()), int(known.sum())]
+    hit, known = (ranks().sum(counts) / max(len(examples), 1)).tolist()
+    return ranks().sum(labels), {
         "examples": len(examples),
-        "targets_in_evidence": known / max(len(examples), 1),
-        "targets_chosen": hit / max(len(examples), 1),
+        "targets_in_evidence": known,
+        "targets_chosen": hit,
         "collapsed": False,
     }
 
@@ -263,12 +276,18 @@ class Tuner:
     held: torch.Tensor
     config: SftConfig
 
+    def __post_init__(self) -> None:
+        # Means over all examples, not over a batch's: several processes have the loss of one.
+        self._held = float(self.held.double().mean())
+
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """-log P(target) under the policy's own thought, cross-entropy of the weights, labels.
 
         The thought has a length drawn for the batch; its order is that of the weights.
         """
         policy, config, index = self.policy, self.config, batch.index.cpu()
+        # Only the weighing is trained: the codes are as sure as in serving.
+        policy.eval().weighing.train()
         found = weigh(policy, self.gathered(index.numpy()))
         terms = {
             "weigh": weighing_loss(found, batch.target),
@@ -284,7 +303,7 @@ class Tuner:
             with torch.no_grad():
                 encoded = policy.encode(batch.history[rows])
             chance = target_logprob(policy, encoded, some.heaviest(budget), batch.target[rows])
-            terms["target"] = -chance.mean()
+            terms["target"] = -chance.sum() / (len(batch) * self._held)
         value = terms["target"] + config.weigh_weight * terms["weigh"]
         return value + config.label_weight * terms["label"], terms
 
