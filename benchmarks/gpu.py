@@ -22,8 +22,7 @@ from pathlib import Path
 
 # The order in which jobs begin: the comparison the table is for, then the rest.
 METHODS = (
-    "popularity", "tiger", "sasrec_ce", "stream", "sasrec_bce", "stream_plain_rl",
-    "tiger_long", "gru4rec", "bert4rec", "caser",
+    "popularity", "tiger", "sasrec_ce", "stream", "sasrec_bce", "gru4rec", "bert4rec", "caser",
 )  # fmt: skip
 INTERPRETED_ROWS = 7  # the interpreter takes milliseconds a row
 
@@ -62,8 +61,7 @@ def speed(name):
 
 def table(source, output, size, until):
     """Jobs of `reproduce` that begin before `until` (monotonic seconds), on a copy of the run."""
-    from streamctl.evaluation.jobs import Plan
-    from streamctl.evaluation.reproduce import reproduce
+    from streamctl.evaluation.reproduce import Plan, reproduce
     from streamctl.runs import RunDir
 
     copy = output / source.name

@@ -234,6 +234,7 @@ class BaselineConfig:
     layers: int | None = None
     heads: int | None = None
     mask: float | None = None  # bert4rec: share of positions hidden
+    repeat: bool | None = None  # learn a bias for items that the user had already
     dropout: float | None = None
     epochs: int | None = None
     patience: int | None = None

@@ -177,18 +177,31 @@ class TestPopularity(BaselineContract):
         assert (np.diff(split.popularity()[items]) <= 0).all()
 
 
-class TestSASRec(BaselineContract):
-    name = "sasrec"
+class TestTransitions(BaselineContract):
+    name = "transitions"
+    reaches = 0.5
+
+    @pytest.fixture(scope="class")
+    def run(self, tokenized):
+        return tokenized
+
+
+class TestKNN(TestTransitions):
+    name = "knn"
+
+
+class TestRanker(TestTransitions):
+    name = "ranker"
+
+
+class TestSASRecCE(BaselineContract):
+    name = "sasrec_ce"
 
 
 class TestSASRecBCE(BaselineContract):
-    name = "sasrec"
-    settings: ClassVar[dict] = {"loss": "bce", "epochs": 50}
+    name = "sasrec_bce"
+    settings: ClassVar[dict] = {"epochs": 50}
     reaches = 0.4  # one negative a position learns slower
-
-    @pytest.fixture(scope="class")
-    def run(self, tmp_path_factory):
-        return write_cycle(tmp_path_factory.mktemp("bce") / "run")
 
 
 class TestGRU4Rec(BaselineContract):
@@ -216,7 +229,8 @@ class TestTiger(BaselineContract):
 
 
 def test_every_registered_baseline_keeps_the_contract():
-    tested = {cls.name for cls in BaselineContract.__subclasses__()}
+    direct = BaselineContract.__subclasses__()
+    tested = {cls.name for cls in (*direct, *TestTransitions.__subclasses__())}
     assert tested == set(BASELINES)
 
 
@@ -288,19 +302,34 @@ def test_too_few_items_left_are_marked():
 
 
 def test_open_settings_take_the_methods_own(cycle):
-    config = settle(cycle, BaselineConfig(name="sasrec", dropout=0.25))
-    own = baseline_class("sasrec").defaults
+    config = settle(cycle, BaselineConfig(name="sasrec_ce", dropout=0.25))
+    own = baseline_class("sasrec_ce").defaults
     assert config == dataclasses.replace(
-        BaselineConfig(name="sasrec", loss="ce"), **(own | {"dropout": 0.25})
+        BaselineConfig(name="sasrec_ce", loss="ce"), **(own | {"dropout": 0.25})
     )
-    sampled = settle(cycle, BaselineConfig(name="sasrec", loss="bce", patience=3))
-    assert (sampled.epochs, sampled.patience, sampled.dim) == (200, 3, own["dim"])
+
+
+@pytest.mark.parametrize("name", ["sasrec_ce", "gru4rec", "bert4rec", "caser"])
+def test_a_learned_bias_tells_whether_users_come_back_to_what_they_had(name, tmp_path):
+    """Where nobody takes an item twice it becomes negative, and the seen fall behind."""
+    run = write_cycle(tmp_path / "run")
+    quick = {"epochs": 6, "batch": 32, "lr": 2e-2, "dropout": 0.1, "dim": 16}
+    config = BaselineConfig(name=name, repeat=True, **quick)
+    model = baseline_class(name).load(train_baseline(run, config, device="cpu"))
+    bonus = float(model.bonus)
+    assert bonus < -0.1
+    history = torch.tensor([[3, 4, 5, -1]])
+    ranking = model.recommend(history, N_ITEMS)
+    plain = model.score(history)[0]
+    for item, score in zip(ranking.items[0].tolist(), ranking.scores[0].tolist(), strict=True):
+        assert score == pytest.approx(float(plain[item]) + bonus * (item in (3, 4, 5)), abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (BaselineConfig(name="sasrek"), "did you mean sasrec"),
+        (BaselineConfig(name="sasrec_cd"), "did you mean sasrec_ce"),
+        (BaselineConfig(name="caser", loss="bce", repeat=True), "repeat needs"),
         (BaselineConfig(name="gru4rec", loss="bce"), "takes ce"),
         (BaselineConfig(name="gru4rec", heads=2), "no setting 'heads'"),
         (BaselineConfig(name="popularity", epochs=2), "no setting 'epochs'"),

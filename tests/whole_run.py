@@ -14,7 +14,7 @@ STAGES = {
     "annotate": "annotate",
     "sft": "sft",
     "rl": "rl",
-    "baselines/sasrec": "baseline sasrec",
+    "baselines/sasrec_ce": "baseline sasrec_ce",
     "eval": "eval",
 }
 

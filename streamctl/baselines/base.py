@@ -43,6 +43,8 @@ class Baseline(nn.Module):
         super().__init__()
         self.config = config
         self.n_items = split.n_items
+        # What it adds to the logits of items that the user had: learned, where `repeat` is on.
+        self.bonus = nn.Parameter(torch.zeros(())) if config.repeat else None
 
     @classmethod
     def settings(cls, run: RunDir, config: BaselineConfig) -> dict[str, Any]:
@@ -98,7 +100,21 @@ class Baseline(nn.Module):
         """The k best items by score (`ranking.Recommender`)."""
         device = next((tensor.device for tensor in self.state_dict().values()), None)
         known = None if users is None else torch.as_tensor(users, device=device)
-        return rank_scores(self.score(histories.to(device), known), k, exclude, allow)
+        scores = self.score(histories.to(device), known)
+        if self.bonus is not None:
+            rows, places = (histories >= 0).nonzero(as_tuple=True)
+            had = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+            had[rows.to(device), histories[rows, places].to(device)] = True
+            scores = scores + self.bonus * had
+        return rank_scores(scores, k, exclude, allow)
+
+    def marked(self, history: torch.Tensor) -> torch.Tensor | None:
+        """int64 (B * H, H): the items up to each position, -1 elsewhere; None without `repeat`."""
+        if self.bonus is None:
+            return None
+        length = history.shape[1]
+        past = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
+        return history[:, None].masked_fill(~past, -1).flatten(0, 1)
 
 
 def last_states(states: torch.Tensor, history: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,9 @@ class BERT4Rec(Baseline):
     """Trained to fill hidden positions; recommends what it would fill in after the history."""
 
     defaults: ClassVar[dict[str, Any]] = {
-        "dim": 64, "layers": 2, "heads": 2, "mask": 0.4, "dropout": 0.2, "epochs": 100,
-        "patience": 15, "batch": 256, "lr": 1e-3, "weight_decay": 0.01, "warmup": 0.05,
+        "dim": 64, "layers": 2, "heads": 2, "mask": 0.4, "dropout": 0.2, "repeat": False,
+        "epochs": 100, "patience": 15, "batch": 256, "lr": 1e-3, "weight_decay": 0.01,
+        "warmup": 0.05,
     }  # fmt: skip
     sequences = True
 
@@ -61,7 +62,12 @@ class BERT4Rec(Baseline):
         hidden[:, -1] |= ~hidden.any(1)  # every sequence hides something
         states = self.states(items.masked_fill(hidden, self.n_items))[hidden]
         weight = self.items.weight[: self.n_items]
-        return catalogue_cross_entropy(states, weight, items[hidden], self.bias), {}
+        marked = None
+        if self.bonus is not None:  # the items in sight, once for each that is hidden
+            rows = hidden.nonzero()[:, 0]
+            marked = items.masked_fill(hidden, -1)[rows]
+        loss = catalogue_cross_entropy(states, weight, items[hidden], self.bias, marked, self.bonus)
+        return loss, {}
 
     def score(self, history: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         items = F.pad(history, (0, 1), value=-1)

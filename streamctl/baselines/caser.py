@@ -27,7 +27,7 @@ class Caser(Baseline):
     """
 
     defaults: ClassVar[dict[str, Any]] = {
-        "dim": 64, "dropout": 0.5, "epochs": 30, "patience": 6,
+        "dim": 64, "dropout": 0.5, "repeat": False, "epochs": 30, "patience": 6,
         "batch": 512, "lr": 1e-3, "weight_decay": 0.0, "warmup": 0.05,
     }  # fmt: skip
     losses = ("ce", "bce")
@@ -68,7 +68,10 @@ class Caser(Baseline):
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         states = self.states(batch.history, batch.user)
         if self.config.loss == "ce":
-            return catalogue_cross_entropy(states, self.out.weight, batch.target, self.bias), {}
+            marked = None if self.bonus is None else batch.history
+            return catalogue_cross_entropy(
+                states, self.out.weight, batch.target, self.bias, marked, self.bonus
+            ), {}
         own = torch.cat([batch.history, batch.target[:, None]], dim=1)
         generator = batch.generator("negatives")
         negatives = sample_negatives(own, NEGATIVES, self.n_items, generator)

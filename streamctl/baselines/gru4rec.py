@@ -18,7 +18,7 @@ class GRU4Rec(Baseline):
     """Embedding, GRU of twice the width, projection; item embeddings are shared with the output."""
 
     defaults: ClassVar[dict[str, Any]] = {
-        "dim": 64, "layers": 1, "dropout": 0.3, "epochs": 40, "patience": 8,
+        "dim": 64, "layers": 1, "dropout": 0.3, "repeat": False, "epochs": 40, "patience": 8,
         "batch": 256, "lr": 1e-3, "weight_decay": 0.0, "warmup": 0.05,
     }  # fmt: skip
     sequences = True
@@ -43,7 +43,9 @@ class GRU4Rec(Baseline):
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         states = self.states(batch.history).flatten(0, 1)
         targets = shifted_targets(batch.history, batch.target).flatten()
-        return catalogue_cross_entropy(states, self.items.weight, targets), {}
+        marked = self.marked(batch.history)
+        weight = self.items.weight
+        return catalogue_cross_entropy(states, weight, targets, None, marked, self.bonus), {}
 
     def score(self, history: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         return last_states(self.states(history), history) @ self.items.weight.T

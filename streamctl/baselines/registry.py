@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from streamctl.baselines.base import Baseline
 from streamctl.baselines.bert4rec import BERT4Rec
 from streamctl.baselines.caser import Caser
@@ -9,7 +11,7 @@ from streamctl.baselines.gru4rec import GRU4Rec
 from streamctl.baselines.knn import KNN
 from streamctl.baselines.popularity import Popularity
 from streamctl.baselines.ranker import Ranker
-from streamctl.baselines.sasrec import SASRec
+from streamctl.baselines.sasrec import SASRecBCE, SASRecCE
 from streamctl.baselines.tiger import Tiger
 from streamctl.baselines.transitions import Transitions
 from streamctl.errors import UsageError, close_matches
@@ -21,7 +23,8 @@ BASELINES: dict[str, type[Baseline]] = {
     "ranker": Ranker,
     "caser": Caser,
     "gru4rec": GRU4Rec,
-    "sasrec": SASRec,
+    "sasrec_bce": SASRecBCE,
+    "sasrec_ce": SASRecCE,
     "bert4rec": BERT4Rec,
     "tiger": Tiger,
 }
@@ -36,3 +39,13 @@ def baseline_class(name: str) -> type[Baseline]:
     if name not in BASELINES:
         raise UsageError(f"unknown baseline {name!r}; {close_matches(name, BASELINES)}")
     return BASELINES[name]
+
+
+def applicable(name: str, sets: Sequence[str]) -> list[str]:
+    """`--set` texts for all baselines, without those of settings that this one does not have."""
+    known = baseline_class(name).defaults.keys() | {"seed", "name", "loss"}
+    return [
+        text
+        for text in sets
+        if not text.startswith("baseline.") or text.partition("=")[0][len("baseline.") :] in known
+    ]

@@ -28,14 +28,14 @@ _SHARED = (
 class Tiger(Baseline):
     """A policy whose direct decoder is trained on the target alone; nothing else is trained."""
 
-    defaults: ClassVar[dict[str, Any]] = {}
+    defaults: ClassVar[dict[str, Any]] = dict.fromkeys(_SHARED)  # filled in by `settings`
     bf16 = True
     parents = ("data", "tokenizer")
     beam: int = 50
 
     def __init__(self, config: BaselineConfig, policy: Policy):
         torch.nn.Module.__init__(self)
-        self.config, self.policy = config, policy
+        self.config, self.policy, self.bonus = config, policy, None
         self.n_items = len(policy.item_tokens)
         for unused in (policy.decoder, policy.thinker):
             unused.requires_grad_(False)

@@ -41,7 +41,10 @@ def settle(run: RunDir, config: BaselineConfig) -> BaselineConfig:
     loss = given.get("loss")
     if loss is not None and loss not in cls.losses:
         raise UsageError(f"{config.name} cannot train with loss {loss}; it takes {cls.losses[0]}")
-    return dataclasses.replace(config, **(own | given))
+    settled = dataclasses.replace(config, **(own | given))
+    if settled.repeat and settled.loss != "ce":
+        raise UsageError(f"repeat needs the loss over the whole catalogue, not {settled.loss}")
+    return settled
 
 
 def whole_sequences(examples: Examples, history: int) -> Examples:

@@ -24,15 +24,14 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="popularity, transitions, knn, ranker, caser, gru4rec, sasrec, bert4rec or tiger.",
+            help="popularity, transitions, knn, ranker, caser, gru4rec, "
+            "sasrec_ce, sasrec_bce, bert4rec or tiger.",
         ),
     ],
     run: Run,
     loss: Annotated[
         Optional[str],  # noqa: UP045 - Typer reads Optional
-        typer.Option(
-            "--loss", help="sasrec, caser: ce (whole catalogue) or bce (sampled negatives)."
-        ),
+        typer.Option("--loss", help="caser: ce (whole catalogue) or bce (sampled negatives)."),
     ] = None,
     size: Size = None,
     seed: Seed = None,

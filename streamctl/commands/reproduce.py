@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from streamctl.commands.options import Device, Json, Sets, print_json, print_table
-
-ONE_LINE = 96  # columns of a terminal that holds both ends of an interval side by side
 
 
 def command(
@@ -20,55 +18,48 @@ def command(
         Optional[str],  # noqa: UP045 - Typer reads Optional
         typer.Option(
             "--methods",
-            help="Comma-separated: popularity, caser, gru4rec, bert4rec, sasrec_bce, sasrec_ce, "
-            "tiger, tiger_vocabulary, tiger_long, stream, stream_plain_rl; default: all.",
+            help="Comma-separated: popularity, transitions, knn, ranker, caser, gru4rec, bert4rec, "
+            "sasrec_bce, sasrec_ce, tiger, stream, letter; default: all.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Seeds 0..N-1 of each.", min=1)] = 1,
     size: Annotated[
         str, typer.Option("--size", help="Generative models: tiny, small or paper.")
     ] = "small",
+    rerank: Annotated[
+        bool, typer.Option("--rerank/--no-rerank", help="Every row re-ranked, too.")
+    ] = True,
     budget: Annotated[
-        float, typer.Option("--budget", help="Hours after which no job begins; 0: none.", min=0)
+        float, typer.Option("--budget", help="Hours after which no stage begins; 0: none.", min=0)
     ] = 0.0,
     save: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--save",
-            help="Copy table-NAME.json and NAME/ (receipts, ranks by user) to this folder.",
-        ),
+        typer.Option("--save", help="Copy table-NAME.json and NAME/ (receipts) to this folder."),
     ] = None,
     check: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--check", help="Run what this receipt describes again, and compare."),
+        typer.Option("--check", help="Make what this receipt describes again, and compare."),
     ] = None,
     set_: Sets = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Do jobs of another plan again; each is kept as .previous."),
-    ] = False,
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
     """Train and evaluate every method with every seed, and print the table.
 
-    A method is what is trained, a row what is measured (`eval --methods` takes rows): sasrec_bce
-    and sasrec_ce are `eval`'s row sasrec with either loss, tiger_vocabulary and tiger_long its row
-    tiger; stream gives stream_pt, stream_sft, stream_rl and their controls, stream_plain_rl gives
-    stream_rl without the rewards of Eqs. 25-27.
+    `stream` gives STREAM-Rec after each stage and its controls, `letter` the same by the paper's
+    letter (thoughts from the vocabulary, retrieval by the target), whose rows begin with letter_.
+    Each row is shown bare and with a ranker behind it; `vs_*` in the JSON are 95% intervals of
+    masked ndcg@10 over users and seeds.
 
-    Interrupt it at any time: the same command continues, job by job. With `--check RECEIPT` that
-    receipt's stages are made again in RUN/check and every figure is compared.
+    Interrupt it at any time: the same command continues, stage by stage. With `--check RECEIPT`
+    that receipt's stages are made again in RUN/check and every figure is compared.
 
-    Reads: data of the run, for generative methods its tokenizer too. Writes: RUN/reproduce (a
-    run and a receipt for each job, table.json).
-    Next: `streamctl eval --run RUN/reproduce/stream-0`.
+    Reads: data and tokenizer of the run. Writes: RUN/reproduce (a run for each seed, receipts,
+    table.json).
+    Next: `streamctl eval --run RUN/reproduce/seed-0`.
     """
-
     from streamctl.errors import UsageError
-    from streamctl.evaluation.jobs import JOBS, Plan
-    from streamctl.evaluation.reproduce import reproduce, save_receipts
-    from streamctl.progress import plain_console
+    from streamctl.evaluation.reproduce import METHODS, Plan, reproduce, save_receipts
     from streamctl.runs import RunDir
 
     if size not in ("tiny", "small", "paper"):
@@ -79,44 +70,48 @@ def command(
                 f"--set {text}: `reproduce` takes stage.key=value, such as sft.lr=1e-3, "
                 "or METHOD.key=value, such as sasrec_ce.dropout=0.5"
             )
-    folder = Path(target) if Path(target).is_dir() else Path("runs") / target
+    run = RunDir(target if Path(target).is_dir() else Path("runs") / target)
     if check is not None:
-        _check(folder, check, device, json_)
+        _check(run, check, device, json_)
         return
-    chosen = tuple(methods.split(",")) if methods else tuple(JOBS)
-    plan = Plan(chosen, tuple(range(seeds)), size, tuple(set_ or ()), budget, device)
-    table = reproduce(RunDir(folder), plan, force=force)
+    chosen = tuple(methods.split(",")) if methods else tuple(METHODS)
+    plan = Plan(chosen, tuple(range(seeds)), size, tuple(set_ or ()), rerank, budget, device)
+    table = reproduce(run, plan)
     if save is not None:
-        save_receipts(RunDir(folder), plan, save)
-    if json_:
-        print_json(table)
-        return
-    columns = ("recall@10", "ndcg@10", "ndcg@10_masked")
-    between = "\n" if plain_console().width < ONE_LINE else " "
-    rows = []
-    for row in table["rows"]:
-        published = row["published"]
-        figures = [f"{row[column]:.4f}" for column in columns]
-        versus = [
-            f"{row[key][0]:+.4f}{between}{row[key][1]:+.4f}" if row[key] else ""
-            for key in ("vs_tiger", "vs_sasrec_ce")
+        save_receipts(run, save)
+    print_json(table) if json_ else _show(table)
+
+
+def _show(table: dict[str, Any]) -> None:
+    columns = ("recall@10", "ndcg@10", "ndcg@10_masked", "rerank_ndcg@10_masked")
+    against = ("transitions", "tiger", "sasrec_ce")
+
+    def cell(value: float | list[float] | None) -> str:
+        if isinstance(value, list):
+            return f"{value[0]:+.4f}\n{value[1]:+.4f}"
+        return "" if value is None else f"{value:.4f}"
+
+    rows = [
+        [
+            row["method"], row["seeds"], *(cell(row[column]) for column in columns),
+            cell(row["published"] and row["published"]["ndcg@10"]),
+            *(cell(row.get(f"vs_{other}")) for other in against),
         ]
-        shown = f"{published['ndcg@10']:.4f}" if published else ""
-        rows.append([row["method"], *figures, shown, *versus])
+        for row in table["rows"]
+    ]  # fmt: skip
     print_table(
-        f"{table['data']}, size {table['size']}: differences in ndcg@10, 95%",
-        ["", "recall\n@10", "ndcg\n@10", "masked", "in\nprint", "less\nTIGER",
-         "less\nSASRec\n(CE)"],
+        f"{table['data']}: differences in masked ndcg@10, 95%",
+        ["", "seeds", "recall\n@10", "ndcg\n@10", "masked", "re-\nranked", "in\nprint",
+         *(f"less\n{other}" for other in against)],
         rows,
     )  # fmt: skip
 
 
-def _check(folder: Path, receipt: Path, device: str, json_: bool) -> None:
+def _check(run: Any, receipt: Path, device: str, json_: bool) -> None:
     from streamctl.errors import StreamctlError
-    from streamctl.evaluation.check import check_receipt
-    from streamctl.runs import RunDir
+    from streamctl.evaluation.reproduce import check_receipt
 
-    found = check_receipt(RunDir(folder), receipt, device=device)
+    found = check_receipt(run, receipt, device=device)
     if json_:
         print_json(found)
     elif found["differences"]:

@@ -1,12 +1,14 @@
-"""The table: every method times every seed, one resumable job and one receipt each."""
+"""The table of a paper: methods times seeds, one run a seed, receipts, and whether they repeat."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,42 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from streamctl import config as configs
+from streamctl.baselines.registry import BASELINES, applicable
+from streamctl.baselines.train import train_baseline
 from streamctl.errors import StreamctlError, UsageError, close_matches
-from streamctl.evaluation.jobs import (
-    JOBS,
-    Plan,
-    copy_stages,
-    differences,
-    identity,
-    job_path,
-)
+from streamctl.evaluation.methods import RERANKED
+from streamctl.evaluation.rerank import rerank
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
-from streamctl.files import BROKEN_ZIP
-from streamctl.progress import say, warn
-from streamctl.ranking import bootstrap_mean, gains
-from streamctl.runs import RunDir, atomic_file, provenance, read_json
+from streamctl.files import BROKEN_ZIP, atomic_file, disk_errors, read_json
+from streamctl.progress import say
+from streamctl.provenance import provenance
+from streamctl.ranking import bootstrap_seeds, gains
+from streamctl.runs import MANIFEST, RunDir
+from streamctl.tokenizer.stage import tokenize
+from streamctl.training.annotate import annotate
+from streamctl.training.pretrain import pretrain
+from streamctl.training.rl import rl
+from streamctl.training.sft import TWIN, sft
 
+Maker = tuple[Callable[..., Any], type]
+# Stages in the order in which they are made; then baselines, then rankers behind methods.
+MAKERS: dict[str, Maker] = {
+    "tokenizer": (tokenize, configs.TokenizeConfig),
+    "pretrain": (pretrain, configs.PretrainConfig),
+    "annotate": (annotate, configs.AnnotateConfig),
+    "sft": (sft, configs.SftConfig),
+    "rl": (rl, configs.RlConfig),
+    TWIN: (functools.partial(sft, twin=True), configs.SftConfig),
+}
+_STREAM = ("pretrain", "annotate", "sft", "rl", TWIN)
+_ALONE = ("transitions", "knn", "ranker", "caser", "gru4rec", "bert4rec", "sasrec_bce", "sasrec_ce")
+METHODS: dict[str, tuple[str, ...]] = {
+    "popularity": (),
+    **{name: (f"baselines/{name}",) for name in (*_ALONE, "tiger")},
+    "stream": _STREAM,
+    "letter": _STREAM,
+}
+LETTER = ("pretrain.thoughts=vocabulary", "pretrain.retrieve=target")  # the paper's own stages
 # recall@5, ndcg@5, recall@10, ndcg@10 as printed elsewhere: leave-one-out, whole catalogue.
 PUBLISHED = {
     "amazon-2014-beauty": {
@@ -38,133 +61,158 @@ PUBLISHED = {
         "sasrec_bce": (0.0387, 0.0249, 0.0605, 0.0318),
         "sasrec_ce": (0.0543, 0.0315, 0.0821, 0.0405),
         "tiger": (0.0454, 0.0321, 0.0648, 0.0384),
-        "tiger_vocabulary": (0.0454, 0.0321, 0.0648, 0.0384),
-    }
+    },
 }
-LAST = 255  # a rank as it is kept: all that no metric reads are one
 COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-REFERENCES = ("tiger", "sasrec_ce")  # what every row is compared with
-TWINS = {  # what a thought is measured by: the answer without one (RL's is the twin of SFT)
-    "no_thinking": (
-        "stream_sft", "stream_rl", "stream_plain_rl", "random_thinking", "random_thinking_rl",
-        "oracle_thinking",
-    ),
-}  # fmt: skip
+# What every row is compared with: counts, votes, the ranker, the strongest baselines (both also
+# re-ranked), the model without a thought, with a random one, and the stage before.
+REFERENCES = (
+    "transitions", "knn", "ranker", "tiger", "sasrec_ce", f"tiger{RERANKED}",
+    f"sasrec_ce{RERANKED}", f"ranker{RERANKED}", "no_thinking", "stream_pt", "stream_sft",
+)  # fmt: skip
+LAST = 255  # a rank as it is kept: all that no metric reads are one
+TIMES = ("ms_per_user", "train_s")  # no rerun repeats them
 
 
-def reproduce(run: RunDir, plan: Plan, *, force: bool = False) -> dict[str, Any]:
-    """Run every job that has no receipt yet, and join the receipts to the table.
+@dataclass(frozen=True)
+class Plan:
+    """What to train.
 
-    A job works in RUN/reproduce/METHOD-SEED, itself a run whose stages resume; its receipt is
-    written last, after the ranks of its users. All jobs share the run's data and tokenizer.
+    Attributes:
+        methods: of `METHODS`. seeds: each is trained once with each.
+        size: of the generative models.
+        sets: `stage.key=value` texts for every method, `METHOD.key=value` for one baseline.
+        rerank: fit a ranker behind every method, too.
+        budget: hours after which no further stage begins; 0 for no limit.
+    """
 
-    Args:
-        force: do jobs again that were made by another plan; each is kept as METHOD-SEED.previous.
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0,)
+    size: configs.Size = "small"
+    sets: tuple[str, ...] = ()
+    rerank: bool = True
+    budget: float = 0.0
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Refuse what is unknown before anything is trained.
+
+        Raises:
+            UsageError: an unknown method, stage, baseline or setting.
+        """
+        for name in self.methods:
+            if name not in METHODS:
+                raise UsageError(f"unknown method {name!r}; {close_matches(name, METHODS)}")
+        owners = {stage.section for stage in configs.STAGES} | set(METHODS)
+        for text in self.sets:
+            owner, dot, _ = text.partition("=")[0].partition(".")
+            if dot and owner not in owners:
+                known = close_matches(owner, owners)
+                raise UsageError(f"--set {text}: no stage or method {owner!r}; {known}")
+            if owner == "baseline" and not any(applicable(name, [text]) for name in BASELINES):
+                raise UsageError(f"--set {text}: no baseline has such a setting")
+        for name in self.methods:
+            for stage in METHODS[name]:
+                self.resolve(stage, 0, name)
+
+    def resolve(self, stage: str, seed: int, method: str = "") -> Any:
+        """A stage's configuration."""
+        _, cls = maker(stage)
+        fixed: dict[str, Any] = {"seed": seed}
+        if cls is configs.BaselineConfig:
+            fixed["name"] = stage.removeprefix("baselines/")
+        if "size" in cls.__dataclass_fields__ and (stage == "pretrain" or method == "tiger"):
+            fixed["size"] = self.size
+        sections = {each.section for each in configs.STAGES}
+        sets = [text for text in self.sets if text.partition(".")[0] in sections]
+        if cls is configs.BaselineConfig:
+            sets = applicable(fixed["name"], sets)
+        sets += LETTER if method == "letter" else ()
+        own = [text for text in self.sets if text.partition(".")[0] == method != ""]
+        sets += [f"{cls.section}.{text.partition('.')[2]}" for text in own]
+        return configs.resolve(cls, sets=sets, **fixed)
+
+
+def maker(stage: str) -> Maker:
+    """What makes a stage of this name, and its configuration."""
+    if stage.startswith("rerank/"):
+        return rerank, configs.RerankConfig
+    return MAKERS.get(stage, (train_baseline, configs.BaselineConfig))
+
+
+def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
+    """Train and evaluate every method with every seed; what is complete is left as it is.
+
+    A seed's models are one run, RUN/reproduce/seed-N (the paper's letter: letter-N), which shares
+    data and tokenizer with the run. Its receipt, with the ranks of all users beside it, is written
+    last, in RUN/reproduce/receipts.
 
     Returns:
         the table, also written to RUN/reproduce/table.json.
 
     Raises:
-        UsageError: an unknown method, in the plan's methods or its settings.
-        StreamctlError: a job is there that was made by another plan, data or tokenizer are missing
-            or stale, or what a stage raises.
+        UsageError: the plan has something unknown.
+        StreamctlError: what a stage raises: one that is there was made with other settings, ...
     """
-    for name in plan.methods:
-        if name not in JOBS:
-            raise UsageError(f"unknown method {name!r}; {close_matches(name, JOBS)}")
-    baselines = {name for name, job in JOBS.items() if job.fixed}
-    owners = {stage.section for stage in configs.STAGES} | baselines
-    for text in plan.sets:
-        owner, dot, _ = text.partition("=")[0].partition(".")
-        if dot and owner not in owners:
-            known = close_matches(owner, owners)
-            raise UsageError(f"--set {text}: no stage or baseline {owner!r}; {known}")
-    for stage in dict.fromkeys(stage for name in plan.methods for stage in JOBS[name].stages):
-        if stage in ("data", "tokenizer"):
-            run.require(stage)
-    jobs = [(name, seed) for seed in plan.seeds for name in plan.methods]
-    if not force:
-        for name, seed in jobs:
-            _refuse_another_plan(run, plan, name, seed)
+    plan.check()
     began = time.monotonic()
-    for number, (name, seed) in enumerate(jobs, 1):
-        receipt = receipt_path(run, name, seed)
-        wanted = identity(run, plan, name)
-        if receipt.is_file() and not differences(read_json(receipt)["plan"], wanted):
-            say(f"[{number}/{len(jobs)}] {name}, seed {seed}: complete already")
-            _find_ranks(run, name, seed, wanted)
-            continue
-        if plan.budget and time.monotonic() - began > 3600 * plan.budget:
-            say(f"budget of {plan.budget} hours used up; the same command continues")
-            break
-        say(f"[{number}/{len(jobs)}] {name}, seed {seed}")
-        value = run_job(run, plan, name, seed) | {"plan": wanted}
-        save_ranks(job_path(run, name, seed), value["rows"], ranks_path(receipt))
-        with atomic_file(receipt) as path:
-            path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    return write_table(run, plan)
+    run.require("data")
+    for seed in plan.seeds:
+        for kind in ("seed", "letter"):
+            methods = [name for name in plan.methods if (name == "letter") == (kind == "letter")]
+            if not methods:
+                continue
+            if any(METHODS[name] for name in methods):
+                run.require("tokenizer")
+            job = RunDir(run.path / "reproduce" / f"{kind}-{seed}")
+            for stage in ("data", "tokenizer"):
+                if run.stage(stage).complete:
+                    copy_stage(run, job, stage)
+            done = all(_train(job, plan, name, seed, began) for name in methods)
+            if not done:
+                say(f"budget of {plan.budget} hours used up; the same command continues")
+                return write_table(run)
+            if plan.rerank and job.stage("tokenizer").complete:
+                rerank(job, plan.resolve("rerank/", seed), device=plan.device)
+            config = configs.resolve(
+                configs.EvalConfig,
+                sets=[text for text in plan.sets if text.startswith("eval.")],
+                seed=seed,
+            )
+            evaluate_run(job, config, device=plan.device)
+            _write_receipt(run, job, seed)
+    return write_table(run)
 
 
-def receipt_path(run: RunDir, name: str, seed: int) -> Path:
-    return run.path / "reproduce" / "receipts" / f"{name}-{seed}.json"
+def _train(job: RunDir, plan: Plan, method: str, seed: int, began: float) -> bool:
+    """Make the stages of one method; False when the time is over."""
+    for stage in METHODS[method]:
+        if job.stage(stage).complete and not job.stage(stage).stale_parents():
+            say(f"{job.path.name}: {stage} is complete")
+        elif plan.budget and time.monotonic() - began > 3600 * plan.budget:
+            return False
+        else:
+            say(f"{job.path.name}: {stage}")
+        make, _ = maker(stage)
+        make(job, plan.resolve(stage, seed, method), device=plan.device)
+    return True
 
 
-def ranks_path(receipt: Path) -> Path:
-    """Where the ranks of a receipt's users are: beside it, and saved and brought back with it."""
-    return receipt.with_suffix(".npz")
-
-
-def save_ranks(job: RunDir, rows: Mapping[str, Any], target: Path) -> None:
-    """Keep each row's ranks of the users, from which a table takes its paired intervals.
-
-    Writes row of the table -> uint8 (E,), zero-based, cut at `LAST`; masked ones are under
-    ROW/masked. Nothing for the wide beam, which depends on time.
-    """
-    found = load_file(job.stage("eval").file(RANKS))
-    kept = {
-        f"{shown}{end}": np.minimum(found[f"{entry['row']}{end}"], LAST).astype(np.uint8)
-        for shown, entry in rows.items()
-        for end in ("", "/masked")
-        if entry["row"] in found
-    }
-    with atomic_file(target) as path, path.open("wb") as file:
-        np.savez_compressed(file, **kept)
-
-
-def _find_ranks(run: RunDir, name: str, seed: int, wanted: Mapping[str, Any]) -> None:
-    """Keep the ranks of a finished job that has none beside its receipt, if it still has them."""
-    receipt, job = receipt_path(run, name, seed), job_path(run, name, seed)
-    made = _plan_of(run, name, seed)
-    if ranks_path(receipt).is_file():
+def copy_stage(source: RunDir, target: RunDir, name: str) -> None:
+    """Copy a complete stage to another run, unless it is there; the manifest comes last."""
+    folders = source.stage(name).path, target.stage(name).path
+    if target.stage(name).complete:
+        if target.stage(name).hash != source.stage(name).hash:
+            raise StreamctlError(
+                f"{target.path.name} was made from another {name}",
+                where=target.path,
+                run=f"mv {target.path} {target.path}.previous, then the same command",
+            )
         return
-    if made and not differences(made, wanted) and job.stage("eval").complete:
-        save_ranks(job, read_json(receipt)["rows"], ranks_path(receipt))
-    else:
-        warn(f"{receipt.name} is without its users' ranks: its rows will have no intervals")
-
-
-def run_job(run: RunDir, plan: Plan, name: str, seed: int) -> dict[str, Any]:
-    """Train one method with one seed, evaluate it, and say how it was done."""
-    job = _job_folder(run, plan, name, seed)
-    JOBS[name].train(job, plan, seed)
-    own = JOBS[name].rows
-    config = plan.resolve(configs.EvalConfig, seed, methods=tuple(own))
-    result = read_result(evaluate_run(job, config, device=plan.device))
-    found = result["methods"] | result["controls"]
-    if not own:  # rows that other jobs have of their own
-        own = {row: row for row in found if row not in ("popularity", "tiger")}
-    stages = {
-        stage: {key: manifest[key] for key in ("config", "seed", "wall_s", "hash")}
-        for stage, manifest in ancestors(job, job.stage("eval").manifest["parents"]).items()
-        if stage != "data"
-    }
-    rows = {
-        shown: found[row] | {"row": row, "train_s": _train_seconds(job, found[row])}
-        for row, shown in own.items()
-    }
-    return {"method": name, "seed": seed, "rows": rows, "stages": stages, **provenance()} | {
-        key: result[key] for key in ("split", "users", "items", "ties", "data_hash", "comparisons")
-    }
+    with disk_errors(folders[1]):
+        ignored = shutil.ignore_patterns(MANIFEST)
+        shutil.copytree(*folders, ignore=ignored, dirs_exist_ok=True)
+        shutil.copy2(*(folder / MANIFEST for folder in folders))
 
 
 def ancestors(run: RunDir, stages: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -178,175 +226,200 @@ def ancestors(run: RunDir, stages: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _train_seconds(job: RunDir, entry: Mapping[str, Any]) -> float | None:
-    """Wall time of every stage that a row's model comes from; None for the wide beam's."""
-    if "stages" not in entry:
-        return None
-    spent = ancestors(job, entry["stages"]).items()
-    seconds = (made["wall_s"] for name, made in spent if name not in ("data", "tokenizer"))
-    return round(sum(seconds), 1)
+def _write_receipt(run: RunDir, job: RunDir, seed: int) -> None:
+    """What was measured and how it was made; the users' ranks first, cut at `LAST`."""
+    evaluated = job.stage("eval")
+    result, made = read_result(evaluated), ancestors(job, ["eval"])
+    prefix = "letter_" if job.path.name.startswith("letter") else ""
+    rows = result["methods"] | result["controls"]
+    if prefix:
+        rows = {name: row for name, row in rows.items() if _is_streams(name)}
+    for row in rows.values():
+        spent = ancestors(job, row["stages"])
+        seconds = (spent[name]["wall_s"] for name in spent if name not in ("data", "tokenizer"))
+        row["train_s"] = round(sum(seconds), 1)
+    receipt = {
+        "seed": seed,
+        "rows": {prefix + name: row for name, row in rows.items()},
+        "stages": {
+            name: {key: manifest[key] for key in ("config", "seed", "wall_s", "hash")}
+            for name, manifest in made.items()
+            if name != "data"
+        },
+        **{key: result[key] for key in ("split", "users", "items", "ties", "data_hash", "winner")},
+        **provenance(),
+    }
+    ranks = {
+        f"{prefix}{name}{end}": np.minimum(found, LAST).astype(np.uint8)
+        for name in rows
+        for end in ("", "/masked")
+        for found in (load_file(evaluated.file(RANKS))[name + end],)
+    }
+    path = run.path / "reproduce" / "receipts" / f"{job.path.name}.json"
+    with atomic_file(path.with_suffix(".npz")) as part, part.open("wb") as file:
+        np.savez_compressed(file, **ranks)
+    with atomic_file(path) as part:
+        part.write_text(json.dumps(receipt, indent=1) + "\n")
 
 
-def _plan_of(run: RunDir, name: str, seed: int) -> dict[str, Any] | None:
-    """`identity` of the plan that a job's folder was made by; None if there is no such job."""
-    note = job_path(run, name, seed).path / "plan.json"
-    return read_json(note) if note.is_file() else None
+def _is_streams(name: str) -> bool:
+    controls = ("no_thinking", "random_", "oracle_")
+    return name.startswith(("stream_", *controls)) and not name.startswith("stream_pt+")
 
 
-def _refuse_another_plan(run: RunDir, plan: Plan, name: str, seed: int) -> None:
-    """Raise rather than train a job again that was made by other settings or from other stages."""
-    made, wanted = _plan_of(run, name, seed), identity(run, plan, name)
-    receipt = receipt_path(run, name, seed)
-    if made is None and receipt.is_file():
-        made = read_json(receipt)["plan"]
-    other = differences(made, wanted) if made else []
-    if not other:
-        return
-    raise StreamctlError(
-        f"{name}, seed {seed} was made by another plan ({'; '.join(other)})",
-        where=job_path(run, name, seed).path,
-        run="the same command with the settings that it was made with, or with --force (does it "
-        f"again and keeps the old one as {name}-{seed}.previous)",
-    )
-
-
-def _job_folder(run: RunDir, plan: Plan, name: str, seed: int) -> RunDir:
-    """The job's own run with the stages it starts from; one of another plan is set aside."""
-    job, receipt = job_path(run, name, seed), receipt_path(run, name, seed)
-    wanted = identity(run, plan, name)
-    made = _plan_of(run, name, seed)
-    if made is None or differences(made, wanted):
-        job.path.mkdir(parents=True, exist_ok=True)
-        for source, kept in ((receipt, "receipt.json"), (ranks_path(receipt), "receipt.npz")):
-            if source.is_file():
-                source.rename(job.path / kept)
-        if any(not file.name.endswith(".part") for file in job.path.iterdir()):
-            previous = job.path.with_name(job.path.name + ".previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            job.path.rename(previous)
-        with atomic_file(job.path / "plan.json") as path:
-            path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-    copy_stages(run, name, seed)
-    return job
-
-
-def valid_receipts(run: RunDir, plan: Plan) -> list[Path]:
-    """Receipts of this plan's size and settings, of any seed and method, in the table's order."""
-    return [path for path in _all_receipts(run) if _is_of(run, plan, read_json(path))]
-
-
-def _all_receipts(run: RunDir) -> list[Path]:
-    folder = run.path / "reproduce" / "receipts"
-    return [path for name in JOBS for path in sorted(folder.glob(f"{name}-[0-9]*.json"))]
-
-
-def _is_of(run: RunDir, plan: Plan, receipt: Mapping[str, Any]) -> bool:
-    """Whether a receipt is of this plan; a plan with settings that its method lacks is another."""
-    try:
-        return not differences(receipt["plan"], identity(run, plan, receipt["method"]))
-    except UsageError:
-        return False
-
-
-def save_receipts(run: RunDir, plan: Plan, folder: Path) -> None:
-    """Copy the table to FOLDER/table-NAME.json, its receipts and their ranks to FOLDER/NAME/."""
-    name = run.path.resolve().name
-    receipts = valid_receipts(run, plan)
-    ranks = [path for path in map(ranks_path, receipts) if path.is_file()]
-    for source, target in (
-        (run.path / "reproduce" / "table.json", folder / f"table-{name}.json"),
-        *((path, folder / name / path.name) for path in (*receipts, *ranks)),
-    ):
-        with atomic_file(target) as path:
-            shutil.copyfile(source, path)
-
-
-def write_table(run: RunDir, plan: Plan) -> dict[str, Any]:
-    """Join the receipts there are: means and spreads over seeds, paired intervals over users."""
-    paths = valid_receipts(run, plan)
-    if others := [path.stem for path in _all_receipts(run) if path not in paths]:
-        warn(f"not in the table, made by another plan: {', '.join(others)}")
+def write_table(run: RunDir) -> dict[str, Any]:
+    """Join the receipts there are: means over seeds, intervals over users and seeds."""
+    folder = run.path / "reproduce"
+    paths = sorted((folder / "receipts").glob("*.json"))
     receipts = [read_json(path) for path in paths]
-    rows: dict[str, list[Mapping[str, Any]]] = {}
-    gained: dict[str, list[np.ndarray]] = {}
+    entries: dict[str, list[Mapping[str, Any]]] = {}
+    masked: dict[str, list[np.ndarray]] = {}
     for path, receipt in zip(paths, receipts, strict=True):
-        ranks = _ranks(ranks_path(path), receipt)
-        for name, entry in receipt["rows"].items():
-            rows.setdefault(name, []).append(entry)
-            if name in ranks:
-                gained.setdefault(name, []).append(gains(ranks[name], 10))
-    source = run.stage("data").manifest["config"]["source"]
-    published = PUBLISHED.get(Path(source).name, {})
+        ranks = _read_ranks(path.with_suffix(".npz"), receipt)
+        for name, row in receipt["rows"].items():
+            entries.setdefault(name, []).append(row)
+            masked.setdefault(name, []).append(gains(ranks[f"{name}/masked"], 10))
+    source = Path(run.stage("data").manifest["config"]["source"]).name
+    published = PUBLISHED.get(source, {})
+    names = [name for name in entries if not name.endswith(RERANKED)]
     table = {
         "name": "reproduce",
-        "data": Path(source).name,
+        "data": source,
         "data_hash": run.stage("data").hash,
-        "size": plan.size,
-        "sets": list(plan.sets),
-        "rows": [_row(name, rows, gained, published.get(name)) for name in rows],
+        "rows": [_table_row(name, entries, masked, published.get(name)) for name in names],
         **{key: receipts[0][key] for key in ("split", "users", "items", "ties") if receipts},
         **provenance(),
     }
-    with atomic_file(run.path / "reproduce" / "table.json") as path:
-        path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    with atomic_file(folder / "table.json") as path:
+        path.write_text(json.dumps(table, indent=1) + "\n")
     return table
 
 
-def _ranks(source: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What `save_ranks` kept of a receipt; none without its file.
+def _read_ranks(path: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The users' ranks beside a receipt.
 
-    Receipts of one plan are of the same users, in the same order: it says data and `eval.users`.
+    Raises:
+        StreamctlError: they are missing, damaged, or not the receipt's.
     """
-    if not source.is_file():
-        return {}
     try:
-        with np.load(source) as file:
-            found = dict(file)
-        same = all(
-            abs(gains(found[name], 10).mean() - entry["ndcg@10"]) < 1e-12
-            for name, entry in receipt["rows"].items()
-            if name in found
-        )
-    except (ValueError, *BROKEN_ZIP):
-        same = False
-    if not same or any(len(ranks) != receipt["users"] for ranks in found.values()):
-        raise StreamctlError(
-            f"these are not the ranks of {receipt['method']}, seed {receipt['seed']}",
-            where=source,
-            run="the same command without that file (its rows then have no intervals)",
-        )
-    return found
+        with np.load(path) as file:
+            ranks = dict(file)
+        if all(
+            abs(gains(ranks[name], 10).mean() - row["ndcg@10"]) < 1e-9
+            for name, row in receipt["rows"].items()
+        ):
+            return ranks
+    except (OSError, KeyError, ValueError, *BROKEN_ZIP):
+        pass
+    raise StreamctlError(
+        f"these are not the ranks of {path.stem}'s receipt",
+        where=path,
+        run="the same command after removing both: the receipt is written again",
+    )
 
 
-def _row(
+def _table_row(
     name: str,
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
-    gained: Mapping[str, Sequence[np.ndarray]],
+    entries: Mapping[str, Sequence[Mapping[str, Any]]],
+    masked: Mapping[str, Sequence[np.ndarray]],
     published: Sequence[float] | None,
 ) -> dict[str, Any]:
-    """One line: means over seeds, the spread of ndcg@10, intervals of the difference over users.
+    """One method: means over seeds, bare and re-ranked, and 95% intervals of masked ndcg@10."""
+    own = entries[name]
 
-    With several seeds a user's gain is its mean over them, so that the interval is of the method
-    and not of one lucky seed. It takes the ranks of every seed of both rows.
-    """
-    entries = rows[name]
-    row: dict[str, Any] = {"method": name, "seeds": len(entries)}
-    row |= {key: statistics.fmean(entry[key] for entry in entries) for key in COLUMNS}
-    masked = [entry["masked"]["ndcg@10"] for entry in entries]
-    row["ndcg@10_masked"] = statistics.fmean(masked)
-    values = [entry["ndcg@10"] for entry in entries]
-    row["ndcg@10_spread"] = [min(values), max(values)]
-    row["ms_per_user"] = statistics.fmean(entry["ms_per_user"] for entry in entries)
-    spent = [entry["train_s"] for entry in entries if entry["train_s"] is not None]
-    row["train_s"] = statistics.fmean(spent) if spent else None
+    def mean(rows: Sequence[Mapping[str, Any]] | None, key: str) -> float | None:
+        return statistics.fmean(row[key] for row in rows) if rows else None
+
+    row: dict[str, Any] = {"method": name, "seeds": len(own)}
+    row |= {key: mean(own, key) for key in COLUMNS}
+    behind = entries.get(name + RERANKED)
+    for prefix, rows in (("", own), ("rerank_", behind)):
+        inner = [entry["masked"] for entry in rows] if rows else None
+        row[f"{prefix}ndcg@10_masked"] = mean(inner, "ndcg@10")
+    row["rerank_ndcg@10"] = mean(behind, "ndcg@10")
+    row |= {key: mean(own, key) for key in TIMES}
     row["published"] = dict(zip(COLUMNS, published, strict=True)) if published else None
-    twin = next((twin for twin, rows in TWINS.items() if name in rows), None)
-    compared = {other: other for other in REFERENCES} | {"twin": twin}
-    for key, other in compared.items():
-        row[f"vs_{key}"] = None
-        both = {method for method in (name, other) if method in rows}
-        if len(both) == 2 and all(len(gained.get(each, ())) == len(rows[each]) for each in both):
-            own, theirs = (np.mean(gained[method], axis=0) for method in (name, other))
-            interval = bootstrap_mean(own - theirs)
-            row[f"vs_{key}"] = [interval.low, interval.high]
+    for prefix, method in (("", name), ("rerank_", name + RERANKED)):
+        for other in REFERENCES:
+            if method != other and {method, other} <= masked.keys():
+                seeds = min(len(masked[method]), len(masked[other]))
+                pairs = zip(masked[method][:seeds], masked[other][:seeds], strict=True)
+                found = bootstrap_seeds(np.stack([one - two for one, two in pairs]))
+                row[f"{prefix}vs_{other}"] = [found.low, found.high]
     return row
+
+
+def save_receipts(run: RunDir, folder: Path) -> None:
+    """Copy the table to FOLDER/table-NAME.json, receipts and ranks to FOLDER/NAME/."""
+    name, source = run.path.resolve().name, run.path / "reproduce"
+    pairs = [(source / "table.json", folder / f"table-{name}.json")]
+    pairs += [(path, folder / name / path.name) for path in (source / "receipts").iterdir()]
+    for path, target in pairs:
+        with atomic_file(target) as part:
+            shutil.copyfile(path, part)
+
+
+def check_receipt(run: RunDir, path: Path, *, device: str = "auto") -> dict[str, Any]:
+    """Make what a receipt describes again, in RUN/check/NAME, and compare every figure.
+
+    Returns:
+        `same`, `figures` (how many were compared), `differences` (row, metric, receipt, now),
+        `stages` whose artifacts differ, and `changed`: versions and machine.
+
+    Raises:
+        StreamctlError: no such receipt, or it is of other data.
+    """
+    receipt = read_json(path)
+    if not isinstance(receipt, dict) or not {"stages", "data_hash", "rows"} <= receipt.keys():
+        raise StreamctlError("not a receipt of `streamctl reproduce`", where=path)
+    if run.require("data").hash != receipt["data_hash"]:
+        raise StreamctlError(
+            f"the receipt is of other data than {run.path}",
+            where=path,
+            run="`streamctl data prepare` with the source and the settings of the receipt",
+        )
+    work = RunDir(run.path / "check" / path.stem)
+    copy_stage(run, work, "data")
+    recorded = receipt["stages"]
+    order = [name for name in MAKERS if name in recorded]
+    order += [name for name in recorded if name.startswith("baselines/") and name not in order]
+    order += [name for name in recorded if name.startswith("rerank/")]
+    for name in order:
+        say(f"check: {name}")
+        make, cls = maker(name)
+        make(work, configs.resolve(cls, base=recorded[name]["config"]), device=device)
+    config = configs.resolve(configs.EvalConfig, base=recorded["eval"]["config"])
+    result = read_result(evaluate_run(work, config, device=device))
+    now = result["methods"] | result["controls"]
+    figures, differences = 0, []
+    for name, row in receipt["rows"].items():
+        fresh = dict(_flat(now[name.removeprefix("letter_")]))
+        for metric, value in _flat(row):
+            figures += 1
+            if fresh.get(metric) != value:
+                differences.append(
+                    {"row": name, "metric": metric, "receipt": value, "now": fresh.get(metric)}
+                )
+    stages = [name for name in recorded if work.stage(name).hash != recorded[name]["hash"]]
+    here = provenance()
+    changed = {
+        key: {"receipt": receipt.get(key), "now": here[key]}
+        for key in ("versions", "machine", "git")
+        if receipt.get(key) != here[key]
+    }
+    same = not differences and not stages
+    return {
+        "same": same, "figures": figures, "differences": differences, "stages": stages,
+        "changed": changed,
+    }  # fmt: skip
+
+
+def _flat(entry: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """(name, number) of every metric in a row, masked ones and intervals included."""
+    for name, value in entry.items():
+        if isinstance(value, Mapping) and name == "masked":
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, list) and all(isinstance(each, float) for each in value):
+            yield from ((f"{prefix}{name}/{number}", each) for number, each in enumerate(value))
+        elif isinstance(value, int | float) and name not in TIMES:
+            yield prefix + name, value

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from streamctl.config import EvalConfig, to_dict
 from streamctl.data import Examples, load_data
@@ -32,9 +33,9 @@ DECIDERS = 5000
 TIES = {"keep": "kept", "shuffle": "shuffled", "runs": "shuffled, all runs of ascending ids"}
 # What each row is compared with, besides TIGER: the strongest baseline, and its own controls.
 AGAINST = {
-    "stream_pt": ("sasrec",),
-    "stream_sft": ("sasrec", "no_thinking", "random_thinking"),
-    "stream_rl": ("sasrec", "no_thinking", "random_thinking_rl", "stream_sft"),
+    "stream_pt": ("sasrec_ce",),
+    "stream_sft": ("sasrec_ce", "no_thinking", "random_thinking"),
+    "stream_rl": ("sasrec_ce", "no_thinking", "random_thinking_rl", "stream_sft"),
 }
 
 
@@ -46,9 +47,9 @@ def evaluate_run(
     Figures are of `config.split`; the winner is the method of the highest masked ndcg@10 on (up to
     5,000) validation users, whatever the split. It is what the run answers with from then on.
 
-    Redone whenever a stage it reads, the set of stages, or a setting has changed; the last one is
-    kept as `eval.previous`. Its artifacts hold no timing: latencies are in the manifest.
-    `read_result` joins them.
+    Redone whenever a stage it reads, the set of stages, or a setting has changed; rows whose own
+    stages are as they were are taken over, unless forced. The last one is kept as `eval.previous`.
+    Its artifacts hold no timing: latencies are in the manifest, and `read_result` joins them.
 
     Returns:
         the eval stage.
@@ -62,6 +63,7 @@ def evaluate_run(
     parents = list(dict.fromkeys(["data", *(stage for row in rows for stage in row.stages)]))
     if absent:
         say(f"not in this run: {', '.join(absent)}")
+    known = {} if force else _unchanged(run, config, rows)
     force = force or _outdated(run, config, parents)
     with run.begin("eval", config, parents=parents, force=force) as stage:
         if stage is None:
@@ -73,6 +75,8 @@ def evaluate_run(
         table = _Table(stage, config, examples, split.n_items)
         models = Models(run, config, examples, device)
         deciders = sample_users(split.valid, DECIDERS, 0)
+        for name, row_before in known.items():
+            table.keep(name, *row_before)
         for row in rows:
             if row.name not in table.entries:
                 table.add(row.name, row.make(models), deciders if _decided(row) else None)
@@ -92,6 +96,30 @@ def _outdated(run: RunDir, config: EvalConfig, parents: list[str]) -> bool:
         or set(manifest["parents"]) != set(parents)
         or bool(stage.stale_parents())
     )
+
+
+def _unchanged(run: RunDir, config: EvalConfig, rows: list[Row]) -> dict[str, tuple]:
+    """Rows of the last evaluation that are still true: entry, ranks and latency by name."""
+    stage = run.stage("eval")
+    if not stage.complete:
+        return {}
+    manifest, wanted = stage.manifest, json.loads(json.dumps(to_dict(config)))
+    if any(manifest["config"].get(key) != wanted[key] for key in wanted if key != "methods"):
+        return {}
+    result, ranks = read_result(stage), load_file(stage.file(RANKS))
+    before, known = result["methods"] | result["controls"], {}
+    for row in rows:
+        entry = before.get(row.name)
+        if entry is not None and entry["made"] == _made(run, row):
+            names = (row.name, f"{row.name}/masked", CHOICE + row.name)
+            kept = {name: ranks[name].numpy() for name in names if name in ranks}
+            known[row.name] = entry, kept, entry.pop("ms_per_user")
+    return known
+
+
+def _made(run: RunDir, row: Row) -> dict[str, str]:
+    """What a row's figures depend on: the data, and the stages that it is read from."""
+    return {name: run.stage(name).hash for name in dict.fromkeys(("data", *row.stages))}
 
 
 class _Table:
@@ -147,6 +175,14 @@ class _Table:
             self.ranks[CHOICE + name] = found.ranks
         tensors = {name: torch.from_numpy(ranks) for name, ranks in self.ranks.items()}
         self.stage.save_checkpoint(tensors, {"entries": self.entries, "latency": self.latency})
+
+    def keep(
+        self, name: str, entry: dict[str, Any], ranks: dict[str, np.ndarray], latency: float
+    ) -> None:
+        """Take over a row of the last evaluation."""
+        if name not in self.entries:
+            self.entries[name], self.latency[name] = entry, latency
+            self.ranks |= ranks
 
     def winner(self, names: Sequence[str]) -> dict[str, Any] | None:
         """The best of some methods on validation, and how it differs from the next best."""
@@ -204,6 +240,7 @@ def _publish(
     for row in rows:
         note = {"note": row.note} if row.note else {}
         entry = table.entries[row.name] | note | {"stages": list(row.stages)}
+        entry["made"] = _made(run, row)
         groups["controls" if row.control else "methods"][row.name] = entry
     labels = _labels(run, stage.parents)
     result = {

@@ -1,6 +1,11 @@
 """What is recommended and how good it is: shared by training, baselines, evaluation, serving."""
 
-from streamctl.ranking.bootstrap import Interval, bootstrap_mean, paired_difference
+from streamctl.ranking.bootstrap import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_seeds,
+    paired_difference,
+)
 from streamctl.ranking.evaluate import Evaluation, evaluate, sample_users
 from streamctl.ranking.metrics import gains, ranking_metrics, target_ranks
 from streamctl.ranking.ranking import Ranking, Thought, rank_scores
@@ -13,6 +18,7 @@ __all__ = [
     "Recommender",
     "Thought",
     "bootstrap_mean",
+    "bootstrap_seeds",
     "evaluate",
     "gains",
     "paired_difference",

@@ -43,6 +43,24 @@ def bootstrap_mean(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) 
     return Interval(float(values.mean()), float(low), float(high))
 
 
+def bootstrap_seeds(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """95% percentile interval of the mean over users and seeds, both drawn with return.
+
+    Args:
+        values: float64 (S, E): of each seed and user.
+    """
+    seeds, users = values.shape
+    if seeds == 1:
+        return bootstrap_mean(values[0], resamples=resamples, seed=seed)
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap", seeds, users))
+    means = np.empty(resamples)
+    for number in range(resamples):
+        mean = values[rng.integers(0, seeds, seeds)].mean(axis=0)
+        means[number] = mean[rng.integers(0, users, users, dtype=np.int32)].mean()
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(values.mean()), float(low), float(high))
+
+
 def paired_difference(
     ranks: np.ndarray, others: np.ndarray, *, k: int = 10, resamples: int = 2000, seed: int = 0
 ) -> Interval:
