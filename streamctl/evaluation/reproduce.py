@@ -43,13 +43,13 @@ MAKERS: dict[str, Maker] = {
     "rl": (rl, configs.RlConfig),
     TWIN: (functools.partial(sft, twin=True), configs.SftConfig),
 }
-_STREAM = ("pretrain", "annotate", "sft", "rl", TWIN)
+_STREAM = ("pretrain", "annotate", "sft", "rl")
 _ALONE = ("transitions", "knn", "ranker", "caser", "gru4rec", "bert4rec", "sasrec_bce", "sasrec_ce")
 METHODS: dict[str, tuple[str, ...]] = {
     "popularity": (),
     **{name: (f"baselines/{name}",) for name in (*_ALONE, "tiger")},
     "stream": _STREAM,
-    "letter": _STREAM,
+    "letter": (*_STREAM, TWIN),  # with its control, the same steps without a thought
 }
 LETTER = ("pretrain.thoughts=vocabulary", "pretrain.retrieve=target")  # the paper's own stages
 # recall@5, ndcg@5, recall@10, ndcg@10 as printed elsewhere: leave-one-out, whole catalogue.
@@ -68,7 +68,8 @@ COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 # re-ranked), the model without a thought, with a random one, and the stage before.
 REFERENCES = (
     "transitions", "knn", "ranker", "tiger", "sasrec_ce", f"tiger{RERANKED}",
-    f"sasrec_ce{RERANKED}", f"ranker{RERANKED}", "no_thinking", "stream_pt", "stream_sft",
+    f"sasrec_ce{RERANKED}", f"ranker{RERANKED}", "l0", "random_evidence", "letter_no_thinking",
+    "stream_pt", "stream_sft",
 )  # fmt: skip
 LAST = 255  # a rank as it is kept: all that no metric reads are one
 TIMES = ("ms_per_user", "train_s")  # no rerun repeats them

@@ -32,10 +32,13 @@ CHOICE = "choice/"  # ranks of the validation users who choose
 DECIDERS = 5000
 TIES = {"keep": "kept", "shuffle": "shuffled", "runs": "shuffled, all runs of ascending ids"}
 # What each row is compared with, besides TIGER: the strongest baseline, and its own controls.
+_CONTROLS = (
+    "transitions", "knn", "ranker", "sasrec_ce", "l0", "random_evidence", "no_thinking",
+)  # fmt: skip
 AGAINST = {
-    "stream_pt": ("sasrec_ce",),
-    "stream_sft": ("sasrec_ce", "no_thinking", "random_thinking"),
-    "stream_rl": ("sasrec_ce", "no_thinking", "random_thinking_rl", "stream_sft"),
+    "stream_pt": _CONTROLS,
+    "stream_sft": (*_CONTROLS, "random_thinking", "stream_pt"),
+    "stream_rl": (*_CONTROLS, "random_thinking_rl", "stream_sft"),
 }
 
 
