@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
+import gc
 import json
+import os
 import re
 import zoneinfo
 from pathlib import Path
@@ -22,7 +24,7 @@ from streamctl.data.doctor import examine
 from streamctl.data.prepare import build
 from streamctl.data.sources import read_source
 from streamctl.data.sources.items import id_text
-from streamctl.data.sources.raw import RawLog
+from streamctl.data.sources.raw import PREFIX, RawLog
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
 
@@ -425,6 +427,37 @@ def test_times_and_items_that_are_not_wanted_are_left_out(tmp_path):
     assert facts["items_without_text"] == 0
     with pytest.raises(UsageError, match="takes a date here"):
         prepared(tmp_path, tmp_path / "other", since="5")
+
+
+def test_sequences_have_no_ratings_to_choose_by(tmp_path):
+    (tmp_path / "user_sequence.txt").write_text("u a b c d e\n")
+    for settings in ({"min_rating": 4}, {"events": "buy"}):
+        with pytest.raises(UsageError, match="the format sequences holds no"):
+            prepared(tmp_path, tmp_path / "run", **settings)
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path, monkeypatch):
+    """Not even of a process that was killed; what a living one uses is let alone."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / f"{PREFIX}dead").mkdir()
+    (tmp_path / f"{PREFIX}dead" / "lock").touch()
+    os.utime(tmp_path / f"{PREFIX}dead" / "lock", (0, 0))
+    (tmp_path / f"{PREFIX}dead" / "log.duckdb").touch()
+    raw = RawLog(size=1 << 30)
+    other = RawLog()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {Path(raw.folder.name).name, Path(other.folder.name).name}
+    assert (Path(raw.folder.name) / "log.duckdb").exists()
+    del raw, other
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_place_for_temporary_files_is_one_line(tmp_path, monkeypatch):
+    path = write(tmp_path / "log.csv", [*"12345"])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(StreamctlError, match="none"):
+        read_source(path)
 
 
 def test_a_dense_log_has_no_negative_sparsity():

@@ -168,6 +168,9 @@ def _shuffle(log: InteractionLog, rank: np.ndarray | None, seed: int) -> None:
         starts = np.ones(part.stop - part.start, bool)
         starts[1:] = steps != 0 if rank is None else steps <= 0
         starts[log.offsets[first:last] - part.start] = True
+        if log.cuts is not None:  # nothing changes its part
+            cuts = log.cuts[first:last]
+            starts[cuts[cuts < part.stop] - part.start] = True
         order = np.lexsort((rng.random(len(starts)), np.cumsum(starts)))
         for column in (log.items, log.timestamps, log.weights):
             if column is not None:

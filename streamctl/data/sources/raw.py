@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import duckdb
 import numpy as np
@@ -15,10 +19,13 @@ import pyarrow as pa
 
 from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.times import as_integers
-from streamctl.errors import StreamctlError
+from streamctl.errors import StreamctlError, UsageError
+from streamctl.files import disk_errors
 
 MEMORY = "1GB"  # that DuckDB may use; what is more goes to the folder for temporary files
 HELD_BYTES = 32 << 20  # of a source, up to which its log stays in memory altogether
+_YOUNG = 60  # seconds
+PREFIX = "streamctl-log-"  # of the folders of temporary files
 PARTS = ("train", "valid", "test")
 EXTRA = ("rating", "event", "part")
 # An id that is a whole number, however it is written, as people write it; any other without
@@ -72,7 +79,7 @@ class RawLog:
             reading: which columns it has, and whether ids that are the same number are one id.
             parts: whether the source is split already.
         """
-        self.folder = tempfile.TemporaryDirectory(prefix="streamctl-", ignore_cleanup_errors=True)
+        self.folder, self._lock = _scratch()
         place = ":memory:" if size < HELD_BYTES else str(Path(self.folder.name) / "log.duckdb")
         self.con = duckdb.connect(place)
         self._reading = reading or Reading()
@@ -124,9 +131,9 @@ class RawLog:
         if self._reading.numbers:
             ids = ", ".join(f"{name} = {_SAME.format(name)}" for name in ("user_id", "item_id"))
             self.con.execute(f"UPDATE staged SET {ids}")
-        time = "time::BIGINT"
+        moment = "time::BIGINT"
         if not self.whole:
-            time, self.dates, self.scale = as_integers(self.con)
+            moment, self.dates, self.scale = as_integers(self.con)
         for plural, letter, name in (("users", "u", "user_id"), ("items", "i", "item_id")):
             self.con.execute(f"""
                 CREATE TABLE {plural} AS
@@ -138,7 +145,7 @@ class RawLog:
         ]
         self.con.execute(f"""
             CREATE TABLE log AS
-            SELECT {", ".join(["u", "i", f"{time} AS t", *extra, "staged.rowid AS row"])}
+            SELECT {", ".join(["u", "i", f"{moment} AS t", *extra, "staged.rowid AS row"])}
             FROM staged JOIN users ON users.name = staged.user_id
                         JOIN items ON items.name = staged.item_id;
             DROP TABLE staged""")
@@ -153,6 +160,9 @@ class RawLog:
         reading: Reading,
     ) -> RawLog:
         """A log of (user, items from the oldest) that gives the order only."""
+        for role in ("rating", "event"):
+            if getattr(reading, role):
+                raise UsageError(f"the format {format} holds no {role}s")
         raw = cls(size, reading)
         raw.format, raw.timed = format, False
         users: list[str] = []
@@ -220,6 +230,28 @@ class RawLog:
         return {"users": users, "items": items, "interactions": len(self)}
 
 
+def _scratch() -> tuple[tempfile.TemporaryDirectory, IO[bytes]]:
+    """A folder for temporary files, and a lock that says that its process lives.
+
+    What a process that was killed has left behind is deleted.
+
+    Raises:
+        StreamctlError: there is no place for temporary files.
+    """
+    with disk_errors(Path(tempfile.tempdir or os.environ.get("TMPDIR", "/tmp"))):
+        top = Path(tempfile.gettempdir())
+        folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+        lock = open(Path(folder.name) / "lock", "wb")  # noqa: SIM115 - held as long as the folder
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for path in top.glob(f"{PREFIX}*/lock"):
+        with suppress(OSError), open(path, "rb+") as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - path.stat().st_mtime > _YOUNG:  # its owner may be about to lock it
+                shutil.rmtree(path.parent, ignore_errors=True)
+    return folder, lock
+
+
 @contextmanager
 def database_errors(where: Path | None = None) -> Iterator[None]:
     """What DuckDB raises, as one line.
@@ -229,6 +261,8 @@ def database_errors(where: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except duckdb.InterruptException as error:
+        raise KeyboardInterrupt from error
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
         raise StreamctlError(
             f"no room for the log: {first_sentence(error)}",
