@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from streamctl import kernels
-from streamctl.decode.items import best_items, legal_nodes
+from streamctl.decode.items import best_items, legal_nodes, together
 from streamctl.decode.think import (
     Thought,
     beam_thoughts,
@@ -29,7 +29,6 @@ from streamctl.ranking import Ranking
 from streamctl.tokenizer.trie import PrefixTrie
 
 Mode = Literal["greedy", "joint", "marginal"]
-CHUNK = 256  # users searched together
 
 
 @torch.no_grad()
@@ -91,7 +90,7 @@ def recommend(
     states = torch.zeros(len(history), width + 1, policy.config.d_model, device=device)
     # Users of similar lengths side by side: little of a chunk is padding.
     order = torch.argsort(lengths, stable=True)
-    for rows in order.split(CHUNK) if len(order) else ():
+    for rows in order.split(together(trie, exclude, allow)) if len(order) else ():
         part = history[rows, : int(lengths[rows].max())]
         legal = legal_nodes(trie, rows, exclude, allow)
         with autocast(device, enabled=not exact):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from streamctl.decode import beam as codes
-from streamctl.decode.items import best_items, legal_nodes
+from streamctl.decode.items import best_items, legal_nodes, together
 from streamctl.device import autocast, derive_seed
 from streamctl.model.past import Past
 from streamctl.model.policy import Encoded, Policy
@@ -21,7 +21,6 @@ from streamctl.tokenizer.trie import PrefixTrie
 POSITIONS = 8  # items of a thought that the decoder reads, the heaviest first
 FULL = 64  # items of a thought unless somebody asks for another length
 NOTHING = len(HOPS)  # the hop of no item
-CHUNK = 256  # users answered together
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class EvidenceRecommender:
         shown = [torch.full((count, length), -1, dtype=torch.int64) for _ in range(2)]
         weights = torch.zeros(count, length)
         order = torch.argsort((histories >= 0).sum(1), stable=True)
-        for rows in order.split(CHUNK) if count else ():
+        for rows in order.split(together(self.trie, exclude, allow)) if count else ():
             index = rows.numpy()
             part = histories[rows]
             part = part[:, : int((part >= 0).sum(1).max())]

@@ -12,6 +12,21 @@ from streamctl.device import derive_seed
 from streamctl.tokenizer.trie import PrefixTrie
 
 
+CHUNK = 256  # users searched together
+MASKS = 1 << 27  # bytes of masks held at once: fewer users together over a large catalogue
+
+
+def together(
+    trie: PrefixTrie,
+    exclude: Sequence[np.ndarray] | None,
+    allow: Sequence[np.ndarray | None] | None,
+) -> int:
+    """How many users are searched together, so that their masks stay within `MASKS`."""
+    if exclude is None and allow is None:
+        return CHUNK
+    return min(CHUNK, max(1, MASKS // trie.n_nodes))
+
+
 def legal_nodes(
     trie: PrefixTrie,
     rows: torch.Tensor,
