@@ -11,7 +11,6 @@ import torch
 from streamctl.device import derive_seed
 from streamctl.tokenizer.trie import PrefixTrie
 
-
 CHUNK = 256  # users searched together
 MASKS = 1 << 27  # bytes of masks held at once: fewer users together over a large catalogue
 
