@@ -121,7 +121,7 @@ class PretrainConfig:
                 f"what is retrieved by the {read}",
                 run=f"the same command with --set pretrain.retrieve={read}, or other thoughts",
             )
-        if self.thoughts == "evidence" and not any(self.hops):
+        if self.thoughts == "evidence" and self.hops and not any(self.hops):
             raise UsageError("hops are all 0: a thought needs one that brings items")
         rate = LEARNING_RATES[self.size] if self.lr is None else self.lr
         count = (2 if read == "target" else 8) if self.neighbours is None else self.neighbours
