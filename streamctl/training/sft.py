@@ -359,7 +359,8 @@ def _with_evidence(
     tuner = thinking.Tuner(policy, gathered, labels, unseen, config)
     result = fit(
         stage, policy, config, loss=tuner.loss, examples=gathered.examples, device=device,
-        validate=lambda: thinking.validate(policy, material, config.seed, FULL),
+        # The weights alone pick the epoch: how far codes are trusted is settled afterwards.
+        validate=lambda: thinking.validate(policy, material, config.seed, FULL, mix="weights"),
         patience=0, start=True, title="sft",
     )  # fmt: skip
     report = {

@@ -110,14 +110,18 @@ def standardise(policy: Policy, material: Material, rows: np.ndarray) -> None:
     policy.weighing.standardise(features, torch.from_numpy(pieces.items >= 0).to(policy.device))
 
 
-def validate(policy: Policy, material: Material, seed: int, think: int) -> dict[str, float]:
+def validate(
+    policy: Policy, material: Material, seed: int, think: int, mix: str = "item"
+) -> dict[str, float]:
     """Masked ndcg@10 and recall@10 of a fixed sample of validation users."""
     examples = material.split.valid
     random = np.random.default_rng(derive_seed(seed, "validation users"))
     rows = np.sort(random.permutation(len(examples))[:VALIDATION_USERS])
     training = policy.training
     policy.eval()
-    thinker = EvidenceRecommender(policy, material.trie, material.evidence, think=think, beam=20)
+    thinker = EvidenceRecommender(
+        policy, material.trie, material.evidence, think=think, beam=20, mix=mix
+    )
     found = evaluate(
         thinker, examples.subset(rows), n_items=material.split.n_items, masked=True, title="valid"
     )
