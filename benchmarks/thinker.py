@@ -25,10 +25,10 @@ from streamctl.runs import RunDir
 
 LENGTHS = (0, 1, 2, 4, 8, 16, 32, 64)
 MAIN = (
-    "popularity", "transitions", "knn", "ranker", "sasrec", "tiger", "stream_pt", "stream_sft",
+    "popularity", "transitions", "knn", "ranker", "sasrec_ce", "tiger", "stream_pt", "stream_sft",
     "stream_rl", "l0", "random_evidence",
 )  # fmt: skip
-NAMES = {"sasrec": "sasrec_ce", "random_evidence": "random"}
+NAMES = {"random_evidence": "random"}
 RIVALS = ("transitions", "knn", "ranker", "tiger", "sasrec_ce", "l0", "random")
 PARTS = ("weights_alone", "codes_alone")
 
@@ -81,7 +81,7 @@ class Table:
 def trained(run, name):
     """Prefixes a stage saw and seconds it took."""
     stages = {
-        "tiger": ("baselines/tiger",), "sasrec": ("baselines/sasrec",),
+        "tiger": ("baselines/tiger",), "sasrec_ce": ("baselines/sasrec_ce",),
         "ranker": ("baselines/ranker",), "transitions": ("baselines/transitions",),
         "knn": ("baselines/knn",), "stream_pt": ("pretrain",), "l0": ("pretrain",),
         "stream_sft": ("pretrain", "annotate", "sft"),
