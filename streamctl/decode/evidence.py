@@ -20,6 +20,7 @@ from streamctl.tokenizer.trie import PrefixTrie
 
 POSITIONS = 8  # items of a thought that the decoder reads, the heaviest first
 FULL = 64  # items of a thought unless somebody asks for another length
+SCORED = 16  # heaviest items of a thought whose codes are scored though no beam found them
 NOTHING = len(HOPS)  # the hop of no item
 
 
@@ -95,8 +96,8 @@ class EvidenceRecommender:
     """`ranking.Recommender`: gather, weigh, answer with codes and weights mixed at the item.
 
     An item's probability is pi_0 P(its codes | history, thought) + (1 - pi_0) w(item). It is exact
-    for all items that the beam ends with and for all items of the thought; l = 0 is the direct
-    decoder.
+    for the items that the beam ends with and for the `SCORED` heaviest of the thought; the others
+    of the thought have their weight alone. l = 0 is the direct decoder.
 
     Attributes:
         think: l if nobody asks for another.
@@ -203,7 +204,8 @@ class EvidenceRecommender:
             odds = log_odds(policy, thought, hidden[:, -1])
             if self.mix != "item":
                 odds = torch.full_like(odds, torch.inf if self.mix == "codes" else -torch.inf)
-            known = policy.items_logprob(encoded, thought.items.clamp(min=0), hidden, past)
+            heavy = thought.items[:, :SCORED].clamp(min=0)
+            known = policy.items_logprob(encoded, heavy, hidden, past).float()
             leaves, chance = codes.search_after(
                 policy, self.trie, hidden[:, -1:], past, encoded, max(self.beam, k), legal
             )
@@ -211,12 +213,14 @@ class EvidenceRecommender:
             self.trie, leaves, chance, leaves.shape[1], exclude, allow, self.seed
         )
         # An item of the thought that the beam found, too, counts once.
-        twice = (other[..., None] == thought.items[:, None]).any(-1)
+        same = other[..., None] == thought.items[:, None]
+        twice = same.any(-1)
+        light = torch.where(same, chance[..., None], -torch.inf).amax(1)[:, heavy.shape[1] :]
         return Parts(
             thought,
             odds,
             torch.cat([thought.items, other.masked_fill(twice, -1)], 1),
-            torch.cat([known.float(), chance], 1),
+            torch.cat([known, light, chance], 1),
             torch.cat([thought.logits, torch.full_like(chance, -torch.inf)], 1),
         )
 
