@@ -17,7 +17,7 @@ def command(
         int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: a free one.")
     ] = 8000,
     workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Processes; each holds its own model.")
+        int, typer.Option("--workers", min=1, help="Model processes.")
     ] = 1,
     keys: Annotated[
         Optional[Path],  # noqa: UP045 - Typer reads Optional
@@ -26,11 +26,18 @@ def command(
     open_to_all: Annotated[
         bool, typer.Option("--open-to-all", help="Answer without keys on a public address.")
     ] = False,
-    items: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--items", help="Journal of changes [default: RUN/serving/items.jsonl]."),
+    method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--method", help="What answers [default: the best on validation]."),
     ] = None,
-    beam: Annotated[int, typer.Option("--beam", min=1, max=500, help="Beam width.")] = 20,
+    origins: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--cors", help="Origin of web pages that may call the API; repeatable."),
+    ] = None,
+    store: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--store", help="Folder of what changes meanwhile [default: RUN/serving]."),
+    ] = None,
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, max=1024, help="Most requests computed together.")
     ] = 32,
@@ -48,14 +55,16 @@ def command(
         float, typer.Option("--drain-seconds", min=0, help="Goes on so long after SIGTERM.")
     ] = 1.0,
     threads: Annotated[
-        int, typer.Option("--threads", min=1, help="CPU threads a worker; more workers do more.")
+        int, typer.Option("--threads", min=1, help="CPU threads a model; more workers do more.")
     ] = 1,
     device: Device = "auto",
 ) -> None:
     """Serve a trained run: an API under /v1, its description at /docs, a page at /.
 
-    Reads: the best finished stage of the run (rl, else sft, else pretrain) and the journal of
-    changes; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS. Writes: the journal.
+    Answers with RUN/final where `streamctl refit` made it, else with the method that was best on
+    validation, or with --method.
+    Reads: these, and RUN/serving; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS. Writes:
+    RUN/serving, the items and interactions that come meanwhile.
     Next: `curl -X POST localhost:8000/v1/recommend -H 'content-type: application/json'
     -d '{"user_id": "u0017"}'`, or open http://localhost:8000/.
     """
@@ -69,10 +78,11 @@ def command(
             port=port,
             workers=workers,
             device=device,
-            items=items,
+            method=method,
+            store=store,
             keys=keys,
             open_to_all=open_to_all,
-            beam=beam,
+            origins=tuple(origins or ()),
             max_batch=max_batch,
             max_wait_ms=max_wait_ms,
             queue=queue,

@@ -1,212 +1,196 @@
-"""The engine: a run's model, live items and live users. It answers queries and knows no HTTP."""
+"""The engine: a run's methods with what came since. It answers in indexes and knows no HTTP."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Hashable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from streamctl.data import load_data
+from streamctl.ranking import Ranking, Recommender
 from streamctl.runs import RunDir
-from streamctl.serving.catalogue import LiveCatalogue, Refused
-from streamctl.serving.explain import Explained, Meanings
-from streamctl.serving.job import STRANGER, Job, Reply
-from streamctl.serving.model import servable
+from streamctl.serving.live import LiveCatalog
+from streamctl.serving.question import POPULAR
 from streamctl.serving.report import run_report
-from streamctl.serving.schemas import Query
-from streamctl.serving.stream import Stream
-from streamctl.serving.users import LiveUsers
-from streamctl.tokenizer import SemanticIds
+from streamctl.serving.store import Refused, Store
+
+SHOWN = 10  # items of each ranking in an explanation
 
 
 class Engine:
     """One run in service.
 
-    Questions may be asked from any thread; `recommend` and the catalogue's changes belong to one.
-
     Attributes:
-        stream: the policy that answers.
+        store: what it reads of items and users; what others write there it follows.
+        method: that answers where nobody asks for another.
     """
 
     def __init__(
-        self,
-        run: RunDir,
-        *,
-        journal: Path,
-        device: str = "auto",
-        beam: int = 20,
+        self, run: RunDir, store: Store, *, method: str | None = None, device: str = "auto"
     ):
-        """Load the best finished stage of a run, and what came since.
-
-        Raises:
-            StreamctlError: the run cannot be served, or the journal is damaged.
-        """
-        self.run, self.name, self.beam = run, run.path.resolve().name, beam
-        self.stage = servable(run)
-        catalog, self.split = load_data(run)
-        ids = SemanticIds.load(run.stage("tokenizer"))
-        meanings = Meanings(catalog.titles, ids.codes)
-        self.stream = Stream(run, self.stage, ids, meanings, device)
-        # Nothing below may refer to the engine: after a reload its memory must be free at once.
-        joined = self.stream.join
-        self.users = LiveUsers(self.split.log)
-        self.catalogue = LiveCatalogue(
-            catalog, ids, ids.tokens(), run.stage("tokenizer"), journal, joined, self.users
-        )
-        self._report: dict[str, Any] | None = None
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """Which run and stage answers."""
-        return self.stream.model
-
-    def warm_up(self, batch: int) -> dict[Hashable, float]:
-        """Run the paths that queries take, so that the first ones find everything compiled.
-
-        Returns:
-            seconds that a job of a full batch takes, by the job's kind.
-        """
-        longest, base = self.split.history, self.catalogue.items.base
-        costs = {}
-        for think in sorted({0, self.stream.think}):
-            rows = np.arange(batch * longest).reshape(batch, longest) % base
-            self.recommend([self._trial(rows[0], think, explain=True)])
-            jobs = [self._trial(row, think, explain=False) for row in rows]
-            began = time.perf_counter()
-            self.recommend(jobs)
-            costs[jobs[0].kind] = (time.perf_counter() - began) / batch
-        return costs
-
-    def _trial(self, history: np.ndarray, think: int, explain: bool) -> Job:
-        none = np.empty(0, np.int64)
-        return Job(self, history, none, None, 10, think, "greedy", explain, self._width(10))
-
-    def prepare(self, query: Query, prefix: str = "") -> Job:
-        """A query as a job.
+        """Load a method.
 
         Args:
-            prefix: where the query stands in the request, for error messages.
+            method: its name; None for the run's best.
 
         Raises:
-            Refused: an unknown item, user or field; an empty history.
+            StreamctlError: the run has no such method, or cannot be served.
         """
-        catalogue, user = self.catalogue, STRANGER
-        if query.user_id is not None:
-            user = self._user(query.user_id, f"{prefix}/user_id", "invalid")
-            seen = self.users.taken(user)
-        else:
-            seen = catalogue.known(query.history, f"{prefix}/history")
-        if not len(seen):
-            raise Refused("invalid", f"{prefix}/history", "a history needs an item or more")
-        thinker = self.stream
-        history = seen[-self.split.history :]
-        denied = [catalogue.items.index_ever(item) for item in query.deny]
-        exclude = [np.array([item for item in denied if item is not None], np.int64)]
-        if query.exclude_seen:
-            exclude.append(seen)
-        return Job(
-            engine=self,
-            history=history,
-            exclude=np.unique(np.concatenate(exclude)),
-            allow=self._allowed(query, prefix),
-            k=query.k,
-            think=thinker.think if query.think == "auto" else min(query.think, thinker.most),
-            mode=query.mode,
-            explain=query.explain,
-            beam=self._width(query.k),
-            user=user,
-        )
+        self.run, self.store, self.device = run, store, device
+        self.methods = method_names(run)
+        self.method, recommender = load(run, method, device)
+        self._split = load_data(run)[1]
+        self.live = LiveCatalog(run, store, self._split)
+        self._loaded: dict[str, Recommender] = {}
+        self._join(self.method, recommender)
 
-    def _width(self, k: int) -> int:
-        """The engine's beam, doubled until it holds k items."""
-        width = self.beam
-        while width < k:
-            width *= 2
-        return width
+    def _join(self, name: str, recommender: Recommender) -> None:
+        self._loaded[name] = recommender
+        self.live.serve(recommender)
 
-    def _allowed(self, query: Query, prefix: str) -> np.ndarray | None:
-        catalogue = self.catalogue
-        allowed = None
-        if query.allow is not None:
-            allowed = np.unique(catalogue.known(query.allow, f"{prefix}/allow"))
-        for name, values in query.filter.items():
-            if name not in catalogue.items.field_names:
-                raise Refused("invalid", f"{prefix}/filter/{name}", catalogue.no_field(name))
-            having = catalogue.items.with_values(name, values)
-            allowed = having if allowed is None else np.intersect1d(allowed, having)
-        return allowed
-
-    def _user(self, user_id: str, field: str, kind: str) -> int:
-        user = self.users.index(user_id)
-        if user is None:
-            raise Refused(kind, field, f"no such user: {user_id}")
-        return user
-
-    def recommend(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Answers to jobs of one group: {"items": [...]} and, where wanted, "explain"."""
-        self.catalogue.follow()
-        removed = np.array(sorted(self.catalogue.items.removed), np.int64)
-        answers: list[dict[str, Any]] = [{"items": []} for _ in jobs]
-        # A job that allows nothing has an empty answer; the trie would have no legal path.
-        live = [place for place, job in enumerate(jobs) if job.allow is None or len(job.allow)]
-        if not live:
-            return answers
-        wanted = [jobs[place] for place in live]
-        with torch.inference_mode():
-            replies: list[Reply] = self.stream.answer(wanted, self.catalogue.trie, removed)
-        for place, reply in zip(live, replies, strict=True):
-            answers[place]["items"] = self._ranked(reply.items, reply.scores)
-            if reply.explained is not None:
-                answers[place]["explain"] = self._described(reply.explained)
-        return answers
-
-    def _ranked(self, items: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
-        return [
-            {**self._named(item), "score": score}
-            for item, score in zip(items.tolist(), scores.tolist(), strict=True)
-            if item >= 0
-        ]
-
-    def _named(self, item: int) -> dict[str, str]:
-        known = self.catalogue.items
-        return {"id": known.ids[item], "title": known.titles[item]}
-
-    def _described(self, explained: Explained) -> dict[str, Any]:
-        steps = [
-            {
-                "title": step.title,
-                "token": step.token,
-                "level": step.level,
-                "code": step.code,
-                "words": step.meaning.words,
-                "items": [self._named(item) for item in step.meaning.items],
-                "moved": step.moved,
-                "ranking": self._ranked(step.items, step.scores),
-            }
-            for step in explained.steps
-        ]
-        return {"before": self._ranked(explained.items, explained.scores), "steps": steps}
-
-    def user(self, user_id: str) -> dict[str, Any]:
-        """What the model reads of a user.
+    def load(self, method: str) -> None:
+        """Have a method ready; those that were asked for once stay.
 
         Raises:
-            Refused: there is no such user.
+            StreamctlError: it cannot be loaded.
         """
-        seen = self.users.taken(self._user(user_id, "id", "unknown"))
-        read = seen[-self.split.history :].tolist()
+        if method not in (*self._loaded, POPULAR):
+            self._join(*load(self.run, method, self.device))
+
+    def about(self) -> dict[str, Any]:
+        """What the server has to know."""
+        stage = stage_of(self.run, self.method)
         return {
-            "id": user_id,
-            "history": [self.catalogue.describe(item) for item in read],
-            "interactions": len(seen),
+            "run": self.run.path.resolve().name,
+            "stage": stage.name,
+            "hash": stage.hash,
+            "method": self.method,
+            "methods": {name: self._budget(name) for name in self.methods},
+            "loaded": [*self._loaded, POPULAR],
+            "history": self._split.history,
         }
 
+    def warm_up(self, batch: int) -> None:
+        """Run the paths that queries take, so that the first ones find everything compiled."""
+        size, length = self.store.base, self._split.history
+        rows = (np.arange(batch * length) % size).reshape(batch, length).tolist()
+        jobs = [
+            {"history": row, "user": -1, "user_id": None, "exclude": [], "allow": None, "k": SHOWN}
+            for row in rows
+        ]
+        for think in (0, None):
+            self.answer(jobs, self.method, think, False)
+            self.answer(jobs[:1], self.method, think, False)
+        self.answer(jobs[:1], self.method, None, True)
+
+    def answer(
+        self, jobs: Sequence[dict[str, Any]], method: str, think: int | None, explain: bool
+    ) -> list[dict[str, Any]]:
+        """Answers to jobs in one batch.
+
+        Args:
+            jobs: each with `history` and `exclude`, lists of items; `allow`, one or None; `user`,
+                a dense user of training or -1; `user_id` or None; `k`.
+            think: pieces of evidence; None: as many as the method is best with.
+            explain: add the thought.
+
+        Returns:
+            for each job `items`, (item, score) pairs, best first; `method`; `think`; `note`, why
+            the popular items stand for an answer, or None; `explain`, `before` and `steps`.
+        """
+        self.live.follow()
+        self.load(method)
+        answers: list[dict[str, Any]] = [{}] * len(jobs)
+        asked = []
+        for place, job in enumerate(jobs):
+            history = self._readable(job["history"], method)
+            if history and (job["allow"] is None or job["allow"]):
+                asked.append((place, job, history))
+                continue
+            note = None if method == POPULAR or history else (
+                f"popular items: {method} knows none of the history's"
+            )
+            found = self.live.popular(job["k"], job["exclude"], job["allow"])
+            answers[place] = _answer(found, POPULAR, 0, note)
+        if asked:
+            with torch.inference_mode():
+                found = self._recommend(asked, method, think, explain)
+            for (place, _, _), answer in zip(asked, found, strict=True):
+                answers[place] = answer
+        return answers
+
+    def _readable(self, history: list[int], method: str) -> list[int]:
+        """What a method can read of a history, latest last."""
+        if method == POPULAR:
+            return []
+        known = self.live.known(self._loaded[method])
+        return [item for item in history if item < known][-self._split.history :]
+
+    def _recommend(
+        self, asked: list[tuple[int, dict[str, Any], list[int]]], method: str, think: int | None,
+        explain: bool,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        recommender, jobs = self._loaded[method], [job for _, job, _ in asked]
+        width = max(len(history) for _, _, history in asked)
+        histories = torch.full((len(asked), width), -1, dtype=torch.int64)
+        for row, (_, _, history) in enumerate(asked):
+            histories[row, : len(history)] = torch.tensor(history)
+        options = {
+            "users": np.array([self.live.owner(job["user"], job["user_id"]) for job in jobs]),
+            "exclude": [np.union1d(np.array(job["exclude"], np.int64), self.live.removed)
+                        for job in jobs],
+            "allow": [None if job["allow"] is None else np.array(job["allow"], np.int64)
+                      for job in jobs],
+        }  # fmt: skip
+        most = max(job["k"] for job in jobs)
+        ranking = recommender.recommend(histories, most, think=think, **options)
+        used = self._budget(method) if think is None else think
+        answers = []
+        for row, job in enumerate(jobs):
+            pairs = _pairs(ranking, row, job["k"])
+            answers.append(_answer(pairs, method, used, None))
+            if explain:
+                own = {name: value[row : row + 1] for name, value in options.items()}
+                answers[row]["explain"] = self._explain(
+                    recommender, histories[row : row + 1], ranking, row, own
+                )
+        return answers
+
+    def _budget(self, method: str) -> int:
+        return int(getattr(self._loaded.get(method), "think", 0) or 0)
+
+    def similar(self, item: int, k: int) -> list[tuple[int, float]]:
+        """(item, cosine of their texts) of the k items most alike to one, best first."""
+        self.live.follow()
+        return self.live.similar(item, k)
+
+    def add(self, id_: str, title: str, text: str, fields: dict[str, str]) -> int:
+        """A new item: its codes and its vector by its text; the index it has from now on.
+
+        Raises:
+            Refused: the id is taken, or an unknown field.
+            StreamctlError: the run has no tokenizer, or it cannot be loaded.
+        """
+        codes, vectors = self.live.tokenize([text])
+        with self.store.writing():
+            self.live.follow()
+            self.store.check_new(id_, fields)
+            item = self.store.add(id_, title, text, fields)
+            self.store.set_codes(item, self.live.free(codes[0]), vectors[0])
+        self.live.follow()
+        return item
+
     def report(self) -> dict[str, Any]:
-        """The run's report for the page; read once."""
-        if self._report is None:
-            self._report = run_report(self.run, self.name, self.stage.name)
-        return self._report
+        """The run's report for the page."""
+        return run_report(self.run, self.run.path.resolve().name, self.method)
+
+
+def _answer(items: list, method: str, think: int, note: str | None) -> dict[str, Any]:
+    return {"items": items, "method": method, "think": think, "note": note, "explain": None}
+
+
+def _pairs(ranking: Ranking, row: int, k: int) -> list[tuple[int, float]]:
+    items, scores = ranking.items[row, :k].tolist(), ranking.scores[row, :k].tolist()
+    return [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]

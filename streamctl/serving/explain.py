@@ -73,6 +73,14 @@ class Meanings:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """Evidence: some items that another user had, latest first, and what that user took next."""
+
+    had: list[int]
+    took: int
+
+
+@dataclass(frozen=True)
 class ThoughtStep:
     """One step of one user's reasoning, of whichever kind.
 
@@ -83,6 +91,7 @@ class ThoughtStep:
         token: a think token's id in the vocabulary; None for steps that are no token.
         level, code: what the token is; level None for a token of a think codebook.
         moved: how far the state moved, ||s_i - s_{i-1}||; None where it stays.
+        reasons: of a look-up, the heaviest first.
     """
 
     title: str
@@ -93,6 +102,7 @@ class ThoughtStep:
     level: int | None = None
     code: int | None = None
     moved: float | None = None
+    reasons: Sequence[Reason] = ()
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,154 @@
-"""Which model of a run is served, and loading it."""
+"""A model in a process of its own, and what is said to it: a line of JSON each way.
+
+The server answers HTTP and knows no torch; the model computes and knows no HTTP. A model that dies
+loses nothing: the server still has what it was asked, and asks another.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
 from typing import Any
 
-import torch
+from streamctl.errors import StreamctlError
+from streamctl.serving.batcher import Gone
+from streamctl.serving.store import Refused
 
-from streamctl.device import has_bf16, resolve_device
-from streamctl.model import Policy
-from streamctl.runs import RunDir, Stage
-from streamctl.tokenizer import SemanticIds
-
-BEST_FIRST = ("rl", "sft", "pretrain")
+LINE = 1 << 28  # bytes of an answer at most
 
 
-def best_stage(run: RunDir) -> Stage | None:
-    """The furthest finished stage that holds a model: rl, sft or pretrain."""
-    stages = (run.stage(name) for name in BEST_FIRST)
-    return next((stage for stage in stages if stage.complete), None)
+class Model:
+    """The server's end of a model process.
 
-
-def servable(run: RunDir) -> Stage:
-    """The stage to serve, checked with its parents.
-
-    Raises:
-        StreamctlError: no such run, no finished model, or a damaged or stale stage.
+    Attributes:
+        about: what the model said of itself when it was ready.
     """
-    stage = best_stage(run)
-    return run.require("pretrain" if stage is None else stage.name)
+
+    def __init__(self, process: asyncio.subprocess.Process):
+        self._process, self._turn = process, asyncio.Lock()
+        self.about: dict[str, Any] = {}
+
+    @classmethod
+    async def start(cls, **settings: Any) -> Model:
+        """A process whose model is loaded and warm.
+
+        Args:
+            settings: of `answer_questions`.
+
+        Raises:
+            StreamctlError: the run cannot be served.
+        """
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", __name__, json.dumps(settings),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LINE,
+        )  # fmt: skip
+        model = cls(process)
+        try:
+            model.about = await model._answer()
+        except Gone as gone:
+            raise StreamctlError(f"the model's process ended while it loaded ({gone})") from None
+        except BaseException:
+            model.kill()
+            raise
+        return model
+
+    async def ask(self, what: str, **details: Any) -> Any:
+        """The answer to one question; questions take turns.
+
+        Raises:
+            Gone: the process has died.
+            Refused, StreamctlError: as the model said.
+        """
+        # Who is no longer interested must not leave the answer to the next one.
+        return await asyncio.shield(asyncio.ensure_future(self._ask(what, details)))
+
+    async def _ask(self, what: str, details: dict[str, Any]) -> Any:
+        async with self._turn:
+            try:
+                self._process.stdin.write(json.dumps([what, details]).encode() + b"\n")
+                await self._process.stdin.drain()
+            except (ConnectionError, RuntimeError):
+                raise Gone(f"exit code {await self._process.wait()}") from None
+            return await self._answer()
+
+    async def _answer(self) -> Any:
+        line = await self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise Gone(f"exit code {await self._process.wait()}")
+        kind, value = json.loads(line)
+        if kind == "refused":
+            raise Refused(*value)
+        if kind == "error":
+            raise StreamctlError(value)
+        if kind == "failed":
+            raise RuntimeError(value)
+        return value
+
+    async def stop(self) -> None:
+        """Let it end."""
+        self._process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), 5)
+        self.kill()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
 
-def model_name(run: RunDir, stage: Stage) -> dict[str, Any]:
-    """What answers say about the model that made them."""
-    return {"run": run.path.resolve().name, "stage": stage.name, "hash": stage.hash}
+def answer_questions(
+    run: str, store: str, method: str | None, device: str, threads: int, batch: int
+) -> None:
+    """Load a run's model, then answer what comes on stdin until it is closed.
 
-
-def load_policy(stage: Stage, ids: SemanticIds, device: str = "auto") -> Policy:
-    """The stage's policy on its device, in bf16 where the device computes in it.
-
-    Raises:
-        StreamctlError: the artifacts are damaged or do not fit the tokenizer's codes.
-        UsageError: no such device.
+    Args:
+        run, store: folders. method: that answers where nobody asks for another; None: the best.
+        batch: most users asked about together.
     """
-    place = resolve_device(device)
-    policy = Policy.load(stage.path, torch.from_numpy(ids.tokens().item_tokens(ids.codes)))
-    return policy.to(place, torch.bfloat16 if has_bf16(place) else torch.float32)
+    # A signal to the whole group is for the server, which ends its models itself.
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)  # whatever is printed is no answer
+
+    def send(kind: str, value: Any) -> None:
+        answers.write(json.dumps([kind, value]) + "\n")
+        answers.flush()
+
+    try:
+        import torch
+
+        torch.set_num_threads(threads)
+        from streamctl.runs import RunDir
+        from streamctl.serving.engine import Engine
+        from streamctl.serving.store import Store
+
+        folder = RunDir(Path(run))
+        engine = Engine(folder, Store(folder, Path(store)), method=method, device=device)
+        engine.warm_up(batch)
+    except StreamctlError as error:
+        send("error", str(error))
+        return
+    send("ready", engine.about())
+    for line in sys.stdin:
+        what, details = json.loads(line)
+        try:
+            send("answer", getattr(engine, what)(**details))
+        except Refused as error:
+            send("refused", [error.kind, error.field, error.detail])
+        except StreamctlError as error:
+            send("error", str(error))
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            send("failed", repr(error))
 
 
-def thought_length(run: RunDir, stage: Stage) -> int:
-    """Think tokens that the model was trained with; a pretrained one does not think."""
-    if stage.name == "pretrain":
-        return 0
-    return run.stage("annotate").manifest["config"]["length"]
+if __name__ == "__main__":
+    answer_questions(**json.loads(sys.argv[1]))

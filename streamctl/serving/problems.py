@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from streamctl.serving.catalogue import Refused
+from streamctl.serving.store import Refused
 
 MEDIA_TYPE = "application/problem+json"
 _TYPE = re.compile(r"(constrained-|literal\[|function-|list\[)")

@@ -18,28 +18,34 @@ _METRICS = ("recall@", "ndcg@", "coverage@")
 _SILENT = ("seconds", "_s", "lr", "memory", "per_s")
 
 
-def run_report(run: RunDir, name: str, stage: str) -> dict[str, Any]:
+def run_report(run: RunDir, name: str, method: str) -> dict[str, Any]:
     """The report as plain JSON values.
 
     Args:
-        run: a run with a finished model.
-        name, stage: what is being served.
+        run: what is served. name: of its folder. method: what answers.
     """
     names = [*STAGES, *sorted(f"baselines/{p.name}" for p in run.path.glob("baselines/*"))]
     done = [run.stage(one) for one in names if run.stage(one).complete]
-    ids = SemanticIds.load(run.stage("tokenizer"))
+    return {
+        "run": name,
+        "method": method,
+        "stages": [_summary(one) for one in done],
+        "evaluation": _evaluation(run),
+        "curves": [curve for one in done for curve in curves(one.path / "metrics.jsonl", one.name)],
+        "codes": _codes(run.stage("tokenizer")),
+    }
+
+
+def _codes(stage: Stage) -> dict[str, Any] | None:
+    """How the codes of each level are used; None for a run without any."""
+    if not stage.complete:
+        return None
+    ids = SemanticIds.load(stage)
     codes = ids.report()
     for level, summary in enumerate(codes["levels"]):
         counts = np.bincount(ids.codes[:, level], minlength=summary["codes"])
         summary["counts"] = counts.tolist()
-    return {
-        "run": name,
-        "stage": stage,
-        "stages": [_summary(one) for one in done],
-        "evaluation": _evaluation(run),
-        "curves": [curve for one in done for curve in curves(one.path / "metrics.jsonl", one.name)],
-        "codes": {key: codes[key] for key in ("items", "distinct", "collision_rate", "levels")},
-    }
+    return {key: codes[key] for key in ("items", "distinct", "collision_rate", "levels")}
 
 
 def _summary(stage: Stage) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MAX_HISTORY = 200
-MAX_K = 100
-MAX_THINK = 8
+MAX_K = 1000
+MAX_THINK = 64
 MAX_BATCH = 64
 MAX_LIST = 10_000  # ids in allow or deny
 MAX_FILTERS = 16
@@ -19,7 +19,6 @@ _CLEAN = r"^[^\x00-\x1f\x7f]*$"
 ItemId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=_CLEAN)]
 Text = Annotated[str, StringConstraints(max_length=10_000)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=_CLEAN)]
-Mode = Literal["greedy", "joint", "marginal"]
 
 
 class _Strict(BaseModel):
@@ -32,19 +31,24 @@ class Query(_Strict):
     history: Annotated[list[ItemId], Field(max_length=MAX_HISTORY)] | None = Field(
         None,
         description="Item ids, oldest first. The model reads the latest ones, as many as it was "
-        "trained with; the rest count as seen.",
+        "trained with; the rest count as seen. Empty: the popular items.",
     )
     user_id: ItemId | None = Field(
         None,
-        description="A user of the log or of interactions sent since, instead of a history.",
+        description="A user, instead of a history: of the log or of interactions sent since. To "
+        "one of whom nothing is known go the popular items, and `note` says so.",
     )
     k: int = Field(10, ge=1, le=MAX_K, description="Items wanted.")
     think: Annotated[int, Field(ge=0, le=MAX_THINK)] | Literal["auto"] = Field(
         "auto",
-        description='Think tokens: 0 is the fast way; "auto" as many as it was trained with. The '
-        "answer says how many there were.",
+        description='Pieces of evidence to think of: 0 is the fast way; "auto" as many as the '
+        "method is best with. The answer says how many there were.",
     )
-    mode: Mode = Field("greedy", description="How thoughts are chosen.")
+    method: Name = Field(
+        "auto",
+        description='Which of the run\'s methods answers (`/readyz` lists them); "auto" the one '
+        "that is served: by default what was best on validation.",
+    )
     allow: Annotated[list[ItemId], Field(max_length=MAX_LIST)] | None = Field(
         None, description="Only these items."
     )
@@ -77,31 +81,24 @@ class Batch(_Strict):
     requests: Annotated[list[Query], Field(min_length=1, max_length=MAX_BATCH)]
 
 
-class Ranked(BaseModel):
+class Named(BaseModel):
     id: str
     title: str
-    score: float = Field(
-        description="Log-probability of the item given history and thought; only its order within "
-        "one answer has a meaning."
-    )
 
 
-class CodeItem(BaseModel):
-    id: str
-    title: str
+class Ranked(Named):
+    score: float = Field(description="Only the order within one answer has a meaning.")
 
 
 class Step(BaseModel):
-    """One step of the reasoning and what it changed."""
+    """One piece of evidence that was thought of, and what it changed."""
 
-    title: str = Field(description="What kind of step this is, in words.")
-    words: list[str] = Field(description="What it stands for, most telling first.")
-    items: list[CodeItem] = Field(description="The items that it stands for or rests on.")
+    text: str = Field(description='In words: "after A, 12 users took B".')
+    item: Named | None = Field(None, description="What came to mind.")
+    via: Named | None = Field(None, description="The item that it was reached from.")
+    hop: str | None = Field(None, description="How it was found: next, alike, others, own ...")
+    weight: float | None = Field(None, description="Its share of the weighing.")
     ranking: list[Ranked] = Field(description="The first items if thinking had stopped here.")
-    token: int | None = Field(None, description="The think token; none for other kinds of steps.")
-    level: int | None = Field(None, description="Level of the code that the token is, if it is.")
-    code: int | None = None
-    moved: float | None = Field(None, description="Distance the state moved, if it did.")
 
 
 class Explanation(BaseModel):
@@ -111,7 +108,7 @@ class Explanation(BaseModel):
 
 class Model(BaseModel):
     run: str
-    stage: str
+    stage: str = Field(description="The stage that the served method comes from.")
     hash: str
 
 
@@ -123,8 +120,9 @@ class Timing(BaseModel):
 
 class Answer(BaseModel):
     items: list[Ranked]
-    think: int
-    mode: Mode
+    method: str = Field(description="What answered.")
+    think: int = Field(description="Pieces of evidence that were thought of, at most.")
+    note: str | None = Field(None, description="Why this is no answer for this user, if it is not.")
     model: Model
     timing: Timing
     explain: Explanation | None = None
@@ -132,6 +130,10 @@ class Answer(BaseModel):
 
 class BatchAnswer(BaseModel):
     answers: list[Answer]
+
+
+class Similar(BaseModel):
+    items: list[Ranked] = Field(description="Cosine of their texts as score.")
 
 
 class NewItem(_Strict):
@@ -187,8 +189,11 @@ class Reload(_Strict):
 class Health(BaseModel):
     status: Literal["ok", "loading", "draining"]
     model: Model | None = None
-    think: int = Field(0, description='Think tokens where a query says "auto".')
-    most: int = Field(0, description="More think tokens than these are not made.")
+    method: str | None = Field(None, description="What answers where a query names no method.")
+    methods: dict[str, int] = Field(
+        default_factory=dict,
+        description="The run's methods, and how many pieces of evidence each thinks of by itself.",
+    )
 
 
 RunReport = dict[str, Any]

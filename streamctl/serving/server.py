@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import multiprocessing
-import os
+import asyncio
 import signal
 import socket
-import sys
-import tempfile
-import uuid
+import time
+from typing import Any
 
 from streamctl.errors import StreamctlError
 from streamctl.progress import say, warn
-from streamctl.runs import RunDir
-from streamctl.serving.model import servable
-from streamctl.serving.service import Settings
+from streamctl.serving.service import Service, Settings
 
-HEALTH_CHECK_S = 60  # a worker that loads a model may be silent for this long
-SWITCH_S = 5e-5  # a model's thread that waits for the interpreter gets it after so long
 KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they are the ones to close
+LAST_CALL_S = 2.0  # what connections have for their last request once the port is closed
 
 
 def serve(settings: Settings) -> None:
@@ -32,59 +25,55 @@ def serve(settings: Settings) -> None:
     """
     import uvicorn
 
-    stage = servable(RunDir(settings.run))
-    with tempfile.TemporaryDirectory(prefix="streamctl-metrics-") as folder:
-        if settings.workers > 1:
-            # prometheus-client adds the workers' metrics up through files in this folder; it
-            # looks at the variable when it is imported.
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        from streamctl.serving.closing import PatientServer, PatientWorkers
-        from streamctl.serving.http import create_app
+    from streamctl.serving.app import create_app
 
-        _check_address(settings)
-        listening = _bind(settings)
-        several = settings.workers > 1
-        loaded = multiprocessing.get_context("spawn").Event() if several else None
-        settings = dataclasses.replace(settings, server=uuid.uuid4().hex, loaded=loaded)
-        # The model asks for it after every operation: thousands of refusals must not hold it up.
-        sys.setswitchinterval(SWITCH_S)
-        factory = functools.partial(create_app, settings)
-        config = uvicorn.Config(
-            factory if several else factory(),
-            factory=several,
-            workers=settings.workers,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_worker_healthcheck=HEALTH_CHECK_S,
-            timeout_keep_alive=KEEP_ALIVE_S,
-        )
-        say(f"loading {settings.run} ({stage.name}) for {_address(settings.host, listening)}")
-        # uvicorn raises the signal again when it has stopped: by then there is nothing to end.
-        for sign in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(sign, lambda *_: None)
-        if several:
-            workers = PatientWorkers(config, [listening], settings.drain_s)
-            workers.run()
-            if workers.failed:
-                raise StreamctlError(
-                    "a worker could not load the run, and none had; the warning above says why",
-                    where=settings.run,
-                )
-            return
-        server = PatientServer(config)
-        service = config.app.state.service
-        service.failed = lambda: setattr(server, "should_exit", True)
-        server.run([listening])
-        if service.failure is not None:
-            raise service.failure
+    class Server(uvicorn.Server):
+        """uvicorn's server, with a time in which it answers and says that it is not ready."""
+
+        def handle_exit(self, sign: int, frame: Any) -> None:
+            if service.draining or not service.ready:
+                super().handle_exit(sign, frame)
+                return
+            service.draining = True
+            asyncio.get_running_loop().call_later(
+                settings.drain_s, super().handle_exit, sign, frame
+            )
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for one in (*self.servers, *(sockets or ())):
+                one.close()  # nobody else begins
+            service.closing = True  # each connection ends with its next answer
+            end = time.monotonic() + LAST_CALL_S
+            while self.server_state.connections and time.monotonic() < end:
+                await asyncio.sleep(0.02)
+            await super().shutdown(sockets)
+
+    app = create_app(settings)
+    service: Service = app.state.service
+    _check_address(settings, service)
+    listening = _bind(settings)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
+    say(f"loading {settings.run} for {_address(settings.host, listening)}")
+    # uvicorn raises the signal again when it has stopped: by then there is nothing to end.
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, lambda *_: None)
+    server = Server(config)
+    service.failed = lambda: setattr(server, "should_exit", True)
+    server.run([listening])
+    if service.failure is not None:
+        raise service.failure
 
 
-def _check_address(settings: Settings) -> None:
-    from streamctl.serving.http import is_loopback
-    from streamctl.serving.keys import KeyRing
+def _check_address(settings: Settings, service: Service) -> None:
+    from streamctl.serving.app import is_loopback
 
-    if is_loopback(settings.host) or KeyRing(settings.keys).guards_reading:
+    if is_loopback(settings.host) or service.keys.guards_reading:
         return
     if not settings.open_to_all:
         raise StreamctlError(

@@ -1,34 +1,28 @@
-"""The running service: the engine of the present run, its queue, and the changes to both."""
+"""The running service: the run it answers with, its queue and models, and the changes to them."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
+import sqlite3
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
-
-from uvicorn.config import STARTUP_FAILURE
 
 from streamctl.errors import StreamctlError, close_matches
 from streamctl.progress import say, warn
 from streamctl.runs import RunDir
 from streamctl.serving import metrics
-from streamctl.serving.batcher import Batcher, Busy, Late, Timed
-from streamctl.serving.catalogue import announced_run
-from streamctl.serving.engine import Engine
-from streamctl.serving.job import Job
+from streamctl.serving.batcher import Batcher, Busy, Gone, Late, Timed
 from streamctl.serving.keys import KeyRing
-from streamctl.serving.model import best_stage
+from streamctl.serving.model import Model
 from streamctl.serving.problems import Problem
+from streamctl.serving.question import Job, as_job
 from streamctl.serving.schemas import NewItem, Query, Taken
+from streamctl.serving.store import Store
 
-REFUSAL_S = 0.2  # before a 429: who asks again at once must not take the time of those who wait
-POLL_S = 0.5  # how often an idle worker looks for what the others wrote
+AGAIN_S = (0.0, 1.0, 5.0, 30.0)  # before another try to start a model in a dead one's place
 
 
 @dataclass(frozen=True)
@@ -37,145 +31,238 @@ class Settings:
 
     Attributes:
         run: the run's folder.
-        items: the journal of changes to items and users; by default inside the run's folder.
+        method: that answers where a query names none; None: the run's best.
+        store: folder of what changes while serving; by default inside the run's folder.
         keys: the key file.
         open_to_all: answer without keys on an address that others can reach.
+        origins: of web pages elsewhere that may call the API (CORS).
+        workers: model processes.
         max_batch, max_wait_ms, queue: the batcher's bounds.
         deadline_ms: for requests that name none.
         drain_s: seconds that a stopping server goes on answering, marked as not ready.
-        server: a name that the workers of one server share, and no other server has.
-        loaded: where there are several workers, set as soon as one of them has a model.
-        threads: CPU threads of one worker's model. Matrices of one request are too small to share.
+        threads: CPU threads of one model. Matrices of one request are too small to share.
     """
 
     run: Path
     host: str = "127.0.0.1"
     port: int = 8000
     workers: int = 1
+    method: str | None = None
     device: str = "auto"
-    items: Path | None = None
+    store: Path | None = None
     keys: Path | None = None
     open_to_all: bool = False
-    beam: int = 20
+    origins: Sequence[str] = ()
     max_batch: int = 32
     max_wait_ms: float = 0.0
     queue: int = 128
     deadline_ms: int = 1000
     drain_s: float = 1.0
     threads: int = 1
-    server: str = ""
-    loaded: Event | None = None
 
-    @property
-    def journal(self) -> Path:
-        return self.items or self.run / "serving" / "items.jsonl"
+
+class Served:
+    """A run in service: its store, its queue, and the models that take from it."""
+
+    def __init__(self, run: Path, settings: Settings):
+        self.run, self.settings = RunDir(run), settings
+        self.folder = settings.store or settings.run / "serving"
+        self.store = Store(self.run, self.folder)  # for the event loop
+        self.slow = Store(self.run, self.folder)  # for searches and changes, in threads
+        self.batcher = Batcher(
+            max_batch=settings.max_batch,
+            max_wait=settings.max_wait_ms / 1000,
+            capacity=settings.queue,
+        )
+        self.models: list[Model] = []
+        self._keepers: list[asyncio.Task] = []
+        self.about: dict[str, Any] = {}
+
+    async def start(self) -> None:
+        """Load all models; ready when it returns.
+
+        Raises:
+            StreamctlError: the run cannot be served.
+        """
+        starting = [asyncio.ensure_future(self._start()) for _ in range(self.settings.workers)]
+        try:
+            models = await asyncio.gather(*starting)
+        except BaseException:
+            for one in await asyncio.gather(*starting, return_exceptions=True):
+                if isinstance(one, Model):
+                    one.kill()
+            raise
+        self.about = models[0].about
+        self._keepers = [asyncio.create_task(self._keep(model)) for model in models]
+        metrics.ITEMS.set(self.store.count())
+
+    async def _start(self) -> Model:
+        settings = self.settings
+        model = await Model.start(
+            run=str(self.run.path),
+            store=str(self.folder),
+            method=settings.method,
+            device=settings.device,
+            threads=settings.threads,
+            batch=settings.max_batch,
+        )
+        self._here(model)
+        return model
+
+    def _here(self, model: Model) -> None:
+        self.models.append(model)
+        metrics.MODELS.set(len(self.models))
+
+    async def _keep(self, model: Model) -> None:
+        """Have a model answer; when it dies, another."""
+        while True:
+            try:
+                await self.batcher.serve(lambda jobs, model=model: _compute(model, jobs))
+            except Gone as gone:
+                self.models.remove(model)
+                metrics.MODELS.set(len(self.models))
+                metrics.DEATHS.inc()
+                warn(f"a model's process ended ({gone}); another takes its place")
+            for tries in range(10**9):
+                await asyncio.sleep(AGAIN_S[min(tries, len(AGAIN_S) - 1)])
+                try:
+                    model = await self._start()
+                    break
+                except StreamctlError as error:
+                    warn(f"no model can take its place: {error}")
+
+    async def ask(self, what: str, **details: Any) -> Any:
+        """One model's answer to a question that is no recommendation.
+
+        Raises:
+            Problem: 503 while there is none.
+        """
+        for _ in range(2):
+            if not self.models:
+                break
+            try:
+                return await self.models[0].ask(what, **details)
+            except Gone:
+                await asyncio.sleep(0.05)  # its keeper takes it off the list
+        raise Problem(503, "the model is loading", retry_after=2)
+
+    async def stop(self) -> None:
+        """Answer what waits, then end the models."""
+        while self.models and self.batcher.pending:
+            await asyncio.sleep(0.01)
+        for task in self._keepers:
+            task.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(model.stop() for model in self.models))
+        self.store.close()
+        self.slow.close()
+
+
+async def _compute(model: Model, jobs: list[Job]) -> list[Any]:
+    method, think, explain = jobs[0].group
+    return await model.ask(
+        "answer", jobs=[job.details for job in jobs], method=method, think=think, explain=explain
+    )
 
 
 class Service:
-    """One worker's state. All changes to the engine happen in the batcher's thread."""
+    """What the application calls."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.keys = KeyRing(settings.keys)
-        self.draining = False
-        self.failed: Callable[[], None] = self._end_worker
+        self.draining = False  # answering, but not ready for more
+        self.closing = False  # connections end with their next answer
         self.failure: Exception | None = None
-        self._engine: Engine | None = None
-        self._batcher: Batcher | None = None
-        self._tasks: list[asyncio.Task] = []
+        self.failed: Callable[[], None] = lambda: None
+        self._served: Served | None = None
         self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task] = set()
 
     @property
-    def engine(self) -> Engine:
-        """The engine in service.
+    def served(self) -> Served:
+        """The run in service.
 
         Raises:
             Problem: 503 while the first one is loading.
         """
-        if self._engine is None:
+        if self._served is None:
             raise Problem(503, "the model is loading", retry_after=2)
-        return self._engine
+        return self._served
 
     @property
     def ready(self) -> bool:
-        return self._engine is not None and not self.draining
+        return self._served is not None and bool(self._served.models) and not self.draining
 
     def start(self) -> None:
         """Begin loading; if that goes wrong `failure` is set and `failed` called."""
-        import torch
+        self._later(self._load_first())
 
-        settings = self.settings
-        self._batcher = Batcher(
-            lambda jobs: jobs[0].engine.recommend(jobs),
-            max_batch=settings.max_batch,
-            max_wait=settings.max_wait_ms / 1000,
-            capacity=settings.queue,
-            # OpenMP keeps the number for each thread; the model's own is the one that counts.
-            prepare=lambda: torch.set_num_threads(settings.threads),
-        )
-        self._tasks = [
-            asyncio.create_task(self._load_first()),
-            asyncio.create_task(self._watch()),
-        ]
+    def _later(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    def _end_worker(self) -> None:
-        """Of several workers: say why, and end so that the parent starts another one.
-
-        If none has had a model yet the parent stops: the next would most likely fail as well. An
-        application without such a parent is stopped by the signal that stops a server.
-        """
-        loaded = self.settings.loaded
-        if loaded is None:
-            signal.raise_signal(signal.SIGTERM)
+    async def _load_first(self) -> None:
+        try:
+            served = await asyncio.to_thread(Served, self.settings.run, self.settings)
+            await served.start()
+            self._served = served
+        except Exception as error:  # raised by whoever started the server
+            self.failure = error
+            self.failed()
             return
-        error = self.failure
-        said = str(error) if isinstance(error, StreamctlError) else repr(error)
-        warn(f"a worker cannot load its model: {said}")
-        os._exit(1 if loaded.is_set() else STARTUP_FAILURE)
+        about = served.about
+        say(f"ready: {about['run']} ({about['method']}), {served.store.count():,} items")
 
     async def stop(self) -> None:
         """Answer what waits, then end."""
-        await self._batcher.drain()
         for task in self._tasks:
             task.cancel()
+        if self._served is not None:
+            await self._served.stop()
 
-    async def recommend(self, queries: Sequence[Query], arrived: float) -> list[tuple[Job, Timed]]:
-        """Answers in the order of the queries, each with the job that it was made from.
+    def refusal(self) -> Problem | None:
+        """What every request for recommendations is told now, if too many wait.
+
+        Asked before a request is read: a refusal must cost less than the answer it makes room for.
+        """
+        if self._served is None:
+            return None
+        deadline = time.monotonic() + self.settings.deadline_ms / 1000
+        busy = self._served.batcher.refusal(1, deadline)
+        return None if busy is None else _too_many(busy)
+
+    async def recommend(self, queries: Sequence[Query]) -> list[dict[str, Any]]:
+        """Answers in the order of the queries.
 
         Raises:
             Refused: a query with a wrong value.
             Problem: 429 for a full queue, 504 for a deadline.
         """
-        engine = self.engine
+        arrived, served = time.monotonic(), self.served
+        if not served.models:
+            raise Problem(503, "the model is loading", retry_after=2)
         jobs = []
         for number, query in enumerate(queries):
             prefix = f"/requests/{number}" if len(queries) > 1 else ""
-            jobs.append(engine.prepare(query, prefix))
+            jobs.append(as_job(query, served.store, served.about, prefix))
+        for method in {job.group[0] for job in jobs} - set(served.about["loaded"]):
+            # Loading is not what a deadline is for, and every model needs it.
+            await asyncio.gather(*(model.ask("load", method=method) for model in served.models))
+            served.about["loaded"].append(method)
+            arrived = time.monotonic()
         limit = min(query.deadline_ms or self.settings.deadline_ms for query in queries) / 1000
         try:
-            answers = await self._batcher.submit(jobs, arrived + limit)
-        except Busy as error:
-            raise await self._refusal(error) from None
+            answers = await served.batcher.submit(jobs, arrived + limit)
+        except Busy as busy:
+            raise _too_many(busy) from None
         except Late:
             raise Problem(504, f"no answer within {limit * 1000:.0f} ms") from None
-        for job in jobs:
-            metrics.LATENCY.labels(job.think).observe(time.monotonic() - arrived)
-        return list(zip(jobs, answers, strict=True))
-
-    async def overloaded(self) -> Problem | None:
-        """The refusal that every request for recommendations gets now, if so many wait.
-
-        Asked before a request is read: refusals must cost less than the answers they make room for.
-        """
-        deadline = time.monotonic() + self.settings.deadline_ms / 1000
-        if self._batcher is None or not self._batcher.crowded(deadline):
-            return None
-        return await self._refusal(self._batcher.refuse())
-
-    @staticmethod
-    async def _refusal(error: Busy) -> Problem:
-        await asyncio.sleep(REFUSAL_S)
-        return Problem(429, "too many requests wait already", retry_after=error.seconds)
+        took = time.monotonic() - arrived
+        return [
+            _answer(served, job, timed, took) for job, timed in zip(jobs, answers, strict=True)
+        ]
 
     async def add(self, new: NewItem) -> dict[str, Any]:
         """Add an item; it is on the disk and can be recommended when this returns.
@@ -184,142 +271,106 @@ class Service:
             Refused: the id is taken, or an unknown field.
             Problem: 507 if the disk refuses.
         """
-        async with self._changing:
-            engine = self.engine
-            engine.catalogue.check_new(new)
-            codes = await asyncio.to_thread(engine.catalogue.tokenize, [new.text or new.title])
-            return await self._changed(lambda: engine.catalogue.add(new, codes[0]))
+        served, text = self.served, new.text or new.title
+        served.store.check_new(new.id, new.fields)
+        try:
+            await served.ask("add", id_=new.id, title=new.title, text=text, fields=new.fields)
+        except StreamctlError as error:
+            raise Problem(507, f"the item cannot be added: {error}") from error
+        metrics.ITEMS.set(served.store.count())
+        return served.store.item(new.id)
 
-    async def remove(self, item_id: str) -> None:
-        """Take an item out; it is not recommended any more when this returns.
+    async def change(self, method: str, *values: Any) -> None:
+        """Remove an item, take items or forget a user; it is on the disk when this returns.
 
         Raises:
-            Refused: an unknown id.
+            Refused: as the store says.
             Problem: 507 if the disk refuses.
         """
-        async with self._changing:
-            engine = self.engine
-            await self._changed(lambda: engine.catalogue.remove(item_id))
+        try:
+            await asyncio.to_thread(getattr(self.served.slow, method), *values)
+        except (OSError, sqlite3.Error) as error:
+            raise Problem(507, f"the change cannot be stored: {error}") from error
+        metrics.ITEMS.set(self.served.store.count())
 
     async def take(self, taken: Taken) -> dict[str, Any]:
-        """Add what a user took; it is on the disk and counts in this worker when this returns.
-
-        Raises:
-            Refused: an unknown item.
-            Problem: 507 if the disk refuses.
-        """
-        async with self._changing:
-            engine = self.engine
-            await self._changed(lambda: engine.catalogue.take(taken.user_id, taken.items))
-            return engine.user(taken.user_id)
+        """Add what a user took; it counts from the next answer on."""
+        await self.change("take", taken.user_id, taken.items)
+        return self.served.store.described_user(taken.user_id, self.served.about["history"])
 
     async def reload(self, name: str | None) -> None:
-        """Load a run beside the present one and serve it from the next batch on.
+        """Load a run beside the present one and serve it from the next request on.
 
         Requests that are waiting are answered by the model that was there when they came.
 
         Args:
-            name: the folder's name as `siblings` lists it; None reads the present run again.
+            name: a folder beside the present run's; None reads the present run again.
 
         Raises:
             Problem: 422 no such run, 409 a run that cannot be served.
         """
         async with self._changing:
-            engine = self.engine
-            runs = self.siblings()
-            if name is not None and name not in runs:
-                hint = close_matches(name, runs)
-                raise Problem(422, f"no such run; {hint}", errors=[("/run", hint)])
-            path = engine.run.path if name is None else runs[name]
-            await self._swap(path)
-            if self.settings.workers > 1:
-                own = self.settings.server, os.getpid()
-                await self._changed(lambda: self._engine.catalogue.announce(path.name, *own))
+            before = self.served
+            path = before.run.path
+            if name is not None:
+                beside = self.settings.run.resolve().parent
+                runs = {one.name: one for one in beside.iterdir() if (one / "data").is_dir()}
+                if name not in runs:
+                    hint = close_matches(name, runs)
+                    raise Problem(422, f"no such run; {hint}", errors=[("/run", hint)])
+                path = runs[name]
+            try:
+                served = await asyncio.to_thread(Served, path, self.settings)
+                await served.start()
+            except StreamctlError as error:
+                metrics.RELOADS.labels(outcome="failed").inc()
+                raise Problem(409, str(error)) from error
+            self._served = served
+            self._later(before.stop())
+            metrics.RELOADS.labels(outcome="done").inc()
+            say(f"serving {served.about['run']} ({served.about['method']}) from now on")
 
-    def siblings(self) -> dict[str, Path]:
-        """Runs that can be served, by name: folders beside the run with a finished model."""
-        parent = self.settings.run.resolve().parent
-        folders = sorted(path for path in parent.iterdir() if path.is_dir())
-        return {path.name: path for path in folders if best_stage(RunDir(path)) is not None}
 
-    async def _changed(self, change: Callable[[], Any]) -> Any:
-        try:
-            result = await self._batcher.call(change)
-        except OSError as error:
-            raise Problem(507, f"the change cannot be stored: {error.strerror}") from error
-        except StreamctlError as error:
-            raise Problem(507, "the change cannot be stored: the journal is damaged") from error
-        metrics.ITEMS.set(len(self.engine.catalogue.items))
-        return result
+def _too_many(busy: Busy) -> Problem:
+    return Problem(429, "too many requests wait already", retry_after=busy.seconds)
 
-    async def _swap(self, path: Path) -> None:
-        try:
-            engine, costs = await asyncio.to_thread(self._load, path)
-        except StreamctlError as error:
-            metrics.RELOADS.labels(outcome="failed").inc()
-            raise Problem(409, str(error)) from error
-        self._take_over(engine, costs)
-        metrics.RELOADS.labels(outcome="done").inc()
-        say(f"serving {engine.name} ({engine.stage.name}) from now on")
 
-    def _take_over(self, engine: Engine, costs: dict[Hashable, float]) -> None:
-        self._engine = engine
-        for kind, seconds in costs.items():
-            self._batcher.expect(kind, seconds)
-        metrics.ITEMS.set(len(engine.catalogue.items))
+def _answer(served: Served, job: Job, timed: Timed, took: float) -> dict[str, Any]:
+    """An answer with ids and titles for indexes."""
+    answer, told = timed.answer, timed.answer["explain"]
+    metrics.LATENCY.labels(answer["method"], answer["think"]).observe(took)
+    ranked = [answer["items"]]
+    mentioned = []
+    if told is not None:
+        ranked += [told["before"], *(step["ranking"] for step in told["steps"])]
+        mentioned = [item for step in told["steps"] for item in (step["item"], step["via"])]
+    mentioned += [item for ranking in ranked for item, _ in ranking]
+    names = served.store.names([item for item in mentioned if item is not None])
 
-    def _load(self, path: Path) -> tuple[Engine, dict[Hashable, float]]:
-        """An engine that is ready, and what its jobs take."""
-        engine = Engine(
-            RunDir(path),
-            journal=self.settings.journal,
-            device=self.settings.device,
-            beam=self.settings.beam,
-        )
-        return engine, engine.warm_up(self.settings.max_batch)
+    def listed(ranking: list) -> list[dict[str, Any]]:
+        return [{**names[item], "score": score} for item, score in ranking]
 
-    async def _load_first(self) -> None:
-        import torch
-
-        settings = self.settings
-        torch.set_num_threads(settings.threads)
-        try:
-            # A worker that takes the place of one that died serves what its siblings serve.
-            name = announced_run(settings.journal, settings.server)
-            while True:
-                path = self.siblings().get(name, settings.run)
-                engine, costs = await asyncio.to_thread(self._load, path)
-                served, name = name, engine.catalogue.take_announced(settings.server, os.getpid())
-                if name in (None, served):
-                    break
-            self._take_over(engine, costs)
-            if settings.loaded is not None:
-                settings.loaded.set()
-        except Exception as error:  # reported by whoever started the server
-            self.failure = error
-            self.failed()
-            return
-        say(f"ready: {engine.name} ({engine.stage.name}), {len(engine.catalogue.items):,} items")
-
-    async def _watch(self) -> None:
-        """Follow what other workers write: items, and the run to serve."""
-        told = None
-        while True:
-            await asyncio.sleep(POLL_S)
-            if self.keys.problem is not None:
-                warn(str(self.keys.problem))
-                self.keys.problem = None
-            if self._engine is None or self._changing.locked():
-                continue
-            catalogue = self._engine.catalogue
-            await self._batcher.call(catalogue.follow)
-            if catalogue.problem is not None and str(catalogue.problem) != told:
-                told = str(catalogue.problem)
-                warn(f"the items' journal cannot be followed: {told}")
-            name = catalogue.take_announced(self.settings.server, os.getpid())
-            if name in self.siblings():
-                try:
-                    async with self._changing:
-                        await self._swap(self.siblings()[name])
-                except Problem as error:
-                    warn(f"the run that another worker serves cannot be loaded: {error}")
+    if told is not None:
+        steps = [
+            {
+                **step,
+                "item": names.get(step["item"]),
+                "via": names.get(step["via"]),
+                "text": in_words(step["text"], names, step["item"], step["via"]),
+                "ranking": listed(step["ranking"]),
+            }
+            for step in told["steps"]
+        ]
+        told = {"before": listed(told["before"]), "steps": steps}
+    return {
+        **answer,
+        "items": listed(answer["items"]),
+        "note": answer["note"] or job.note,
+        "model": {key: served.about[key] for key in ("run", "stage", "hash")},
+        "timing": {
+            "queue_ms": round(timed.queue_s * 1e3, 2),
+            "compute_ms": round(timed.compute_s * 1e3, 2),
+            "batch": timed.batch,
+        },
+        "explain": told,
+    }

@@ -26,6 +26,6 @@ window.addEventListener("hashchange", show);
 show();
 newest("model", async (signal) => {
   const health = await call("readyz", undefined, signal);
-  byId("model").textContent = `${health.model.run}, stage ${health.model.stage}`;
+  byId("model").textContent = `${health.model.run}, answered by ${health.method}`;
   startRecommend(health);
 });

@@ -2,19 +2,25 @@
 
 import { call, newest } from "./api.js";
 import { byId, make } from "./dom.js";
+import { rank } from "./ranking.js";
 import { clearThought, showThought } from "./thought.js";
 
 const K = 10;
+const BUDGETS = [0, 1, 2, 4, 8, 16, 32, 64];
+let methods = {}; // name -> pieces of evidence that it thinks of by itself
+let budgets = BUDGETS; // what the slider's places stand for
 let history = []; // {id, title}
 let options = []; // what the search found
 let chosen = -1; // which of them the arrow keys are on
 
-export function startRecommend({ think, most }) {
-  const slider = byId("think");
-  slider.max = most;
-  slider.value = think;
-  slider.disabled = most === 0;
-  byId("think-value").textContent = slider.value;
+export function startRecommend(health) {
+  methods = health.methods;
+  const names = Object.keys(methods);
+  byId("method").replaceChildren(...names.map((name) => make("option", { value: name }, name)));
+  byId("method").value = health.method;
+  byId("method").addEventListener("change", choose);
+  byId("methods").hidden = names.length < 2;
+  choose();
   const search = byId("search");
   search.addEventListener("input", () => find(search.value));
   search.addEventListener("focus", () => find(search.value));
@@ -23,15 +29,34 @@ export function startRecommend({ think, most }) {
   byId("clear").addEventListener("click", () => setHistory([], "The history is empty."));
   byId("some-user").addEventListener("click", pickUser);
   byId("think").addEventListener("input", () => {
-    byId("think-value").textContent = byId("think").value;
+    showBudget();
     update();
   });
   byId("history-note").textContent = "Add some items, or take a real user's history.";
   update();
 }
 
-// `3 think tokens`, `1 think token`
-const steps = (count) => `${count} think token${count === 1 ? "" : "s"}`;
+const method = () => byId("method").value;
+const budget = () => budgets[Number(byId("think").value)];
+
+function choose() {
+  const own = methods[method()];
+  budgets = own ? [...new Set([...BUDGETS, own])].sort((a, b) => a - b) : [0];
+  const slider = byId("think");
+  slider.max = budgets.length - 1;
+  slider.value = budgets.indexOf(own);
+  slider.disabled = budgets.length === 1;
+  showBudget();
+  update();
+}
+
+function showBudget() {
+  byId("think-value").textContent = budget();
+  byId("think").setAttribute("aria-valuetext", steps(budget()));
+}
+
+// `3 pieces of evidence`, `1 piece of evidence`
+const steps = (count) => `${count} ${count === 1 ? "piece" : "pieces"} of evidence`;
 
 function find(words) {
   newest("search", async (signal) => {
@@ -127,68 +152,28 @@ function pickUser() {
 }
 
 function update() {
-  const think = Number(byId("think").value);
-  if (!history.length) {
-    running("Nothing to read yet.");
-    return newest("recommend", async () => {});
-  }
+  const think = budget();
+  const question = { history: history.map((item) => item.id), k: K, method: method() };
   newest("recommend", async (signal) => {
-    const question = { history: history.map((item) => item.id), k: K };
     const began = performance.now();
     const fast = await call("v1/recommend", { ...question, think: 0 }, signal);
     const between = performance.now();
     const slow = await call("v1/recommend", { ...question, think }, signal);
     const ended = performance.now();
-    const explained = await call("v1/recommend", { ...question, think, explain: true }, signal);
     showRanking("fast", fast, null, between - began);
     showRanking("slow", slow, fast, ended - between);
+    byId("note").textContent = fast.note ?? "";
     byId("slow-title").firstChild.textContent = `Slow, ${steps(think)} `;
     byId("latency").textContent =
       `${(ended - between).toFixed(0)} ms with ${steps(think)}, ` +
       `${(between - began).toFixed(0)} ms with none`;
-    showThought(explained);
+    const explained = await call("v1/recommend", { ...question, think, explain: true }, signal);
+    explained.explain ? showThought(explained) : clearThought();
   });
-}
-
-function running(text) {
-  for (const name of ["fast", "slow"]) {
-    byId(name).replaceChildren(make("li", { class: "empty" }, "", text));
-    byId(`${name}-time`).textContent = "";
-  }
-  byId("latency").textContent = "";
-  clearThought();
 }
 
 function showRanking(name, answer, before, milliseconds) {
   const { compute_ms } = answer.timing;
   byId(`${name}-time`).textContent = `${milliseconds.toFixed(0)} ms, ${compute_ms.toFixed(0)} of them the model's`;
   rank(byId(name), answer.items, before?.items, add);
-}
-
-// A ranking as list rows, with each item's movement since another ranking.
-export function rank(list, items, before, onpick) {
-  const best = items.length ? items[0].score : 0;
-  const rows = items.map((item, index) => {
-    const bar = make("span", { class: "bar", "aria-hidden": "true" });
-    bar.style.width = `${(100 * Math.exp(item.score - best)).toFixed(1)}%`;
-    return make(
-      "li",
-      { "data-id": item.id },
-      bar,
-      make("span", { class: "place" }, `${index + 1}`),
-      onpick
-        ? make("button", { type: "button", class: "title", title: "Add to the history", onclick: () => onpick(item) }, item.title)
-        : make("span", {}, item.title),
-      before ? shift(before.findIndex((other) => other.id === item.id), index) : make("span"),
-    );
-  });
-  list.replaceChildren(...(rows.length ? rows : [make("li", { class: "empty" }, "", "No items.")]));
-}
-
-function shift(was, is) {
-  if (was < 0) return make("span", { class: "shift up" }, "new");
-  if (was === is) return make("span", { class: "shift" }, make("span", { "aria-label": "same place" }, "="));
-  const [kind, sign, word] = was > is ? ["up", "▲", "up"] : ["down", "▼", "down"];
-  const steps = Math.abs(was - is);
-  return make("span", { class: `shift ${kind}`, "aria-label": `${word} ${steps}` }, `${sign} ${steps}`);
 }

@@ -7,10 +7,10 @@ export function showRun(report) {
   byId("curves").replaceChildren(
     ...(report.curves.length ? report.curves.map(curve) : [none("No training has been logged.")]),
   );
-  byId("codes").replaceChildren(codes(report.codes));
+  byId("codes").replaceChildren(report.codes ? codes(report.codes) : none("This run has no codes."));
   byId("stages").replaceChildren(
     table(
-      `${report.run}, serving ${report.stage}`,
+      `${report.run}, answered by ${report.method}`,
       ["stage", "seed", "seconds", "peak memory (MB)", "made by"],
       report.stages.map((s) => [s.name, s.seed ?? "", s.wall_s.toFixed(1), s.peak_memory_mb, s.git ?? ""]),
     ),

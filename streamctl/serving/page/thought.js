@@ -1,29 +1,22 @@
-// The thought as a path from the history over think tokens to the items.
+// The thought as a path: what came to mind, one piece after another, and the ranking after each.
 
 import { byId, make } from "./dom.js";
-import { rank } from "./recommend.js";
+import { rank } from "./ranking.js";
 
-let stops = []; // {name, words, detail, ranking, before}
+let stops = []; // {name, words, ranking, before, step}
 let at = 0;
 
 export function clearThought() {
   byId("thought").hidden = true;
 }
 
-const LETTERS = "abcdefgh";
-
-// A think token by its code.
-function nameOf(step) {
-  return step.level === null ? `o${step.code}` : `${LETTERS[step.level]}${step.code}`;
-}
-
 export function showThought(answer) {
   const { before, steps } = answer.explain;
   stops = [{ name: "History", words: "before thinking", ranking: before, before: null, step: null }];
-  for (const step of steps) {
+  for (const [index, step] of steps.entries()) {
     stops.push({
-      name: nameOf(step),
-      words: step.words.slice(0, 3).join(", ") || step.title,
+      name: `${index + 1}`,
+      words: step.item?.title ?? step.text,
       ranking: step.ranking,
       before: stops[stops.length - 1].ranking,
       step,
@@ -80,19 +73,10 @@ function choose(index) {
 }
 
 function meaning(step) {
-  const moved = step.moved === null ? null : make("p", { class: "quiet" }, `The state moved by ${step.moved.toFixed(2)}.`);
-  const words = step.words.map((word) => make("li", {}, word));
+  const share = step.weight === null ? null : `${(100 * step.weight).toFixed(0)}% of the thought's weight.`;
   return [
-    make("h3", {}, step.title),
-    moved,
-    make("ul", { class: "words-list", "aria-label": "What it stands for" }, ...words),
-    ...examples(step),
-  ].filter((one) => one !== null);
-}
-
-const titles = (items) => items.map((item) => make("li", {}, item.title));
-
-function examples(step) {
-  if (!step.items.length) return [];
-  return [make("p", {}, "Such as"), make("ul", { class: "plain" }, ...titles(step.items))];
+    make("h3", {}, step.item?.title ?? "Thought"),
+    make("p", { class: "reason" }, `${step.text[0].toUpperCase()}${step.text.slice(1)}.`),
+    make("p", { class: "quiet" }, share ?? ""),
+  ];
 }

@@ -1,15 +1,11 @@
-"""The HTTP application: routes, keys and answers. What is computed is the engine's business."""
+"""The HTTP application: routes, keys, limits and answers."""
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
-import signal
-import threading
-import time
-from collections.abc import AsyncIterator, Iterator
-from importlib.metadata import version
+import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,24 +15,33 @@ from fastapi import Query as Parameter
 from fastapi.responses import FileResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from streamctl import __version__
 from streamctl.serving import metrics, problems, schemas
-from streamctl.serving.closing import FIRST_REQUEST_S
-from streamctl.serving.limits import Limits
 from streamctl.serving.problems import Problem, described
 from streamctl.serving.service import Service, Settings
 
-ORPHAN_S = 10  # a worker that nobody tells to stop goes on for so much longer
+MAX_BODY = 1 << 20  # bytes
+TOO_LARGE = f"the body is larger than {MAX_BODY} bytes"
 PAGE = Path(__file__).parent / "page"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 _bearer = HTTPBearer(auto_error=False, description="An API key.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 Id = Annotated[str, PathParameter(min_length=1, max_length=200)]
 Words = Annotated[str, Parameter(max_length=200, description="Words, or their beginnings.")]
 Limit = Annotated[int, Parameter(ge=1, le=100)]
+Few = Annotated[int, Parameter(ge=1, le=schemas.MAX_K, description="Items wanted.")]
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application of one worker.
+    """The application.
 
     Raises:
         StreamctlError: the key file is wrong.
@@ -45,14 +50,13 @@ def create_app(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with _draining(service):
-            service.start()
-            yield
-            await service.stop()
+        service.start()
+        yield
+        await service.stop()
 
     app = FastAPI(
         title="streamctl",
-        version=version("streamctl"),
+        version=__version__,
         description="Recommendations by slow thinking, and the thoughts behind them.",
         lifespan=lifespan,
         redoc_url=None,
@@ -61,9 +65,15 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     problems.install(app)
-    app.add_middleware(
-        Limits, closing=lambda: service.draining, overloaded=lambda: service.overloaded()
-    )
+    app.add_middleware(Limits, service=service)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )
     _add_operations(app, service)
     _add_recommend(app, service)
     _add_catalogue(app, service)
@@ -71,6 +81,58 @@ def create_app(settings: Settings) -> FastAPI:
     _add_page(app)
     _describe(app)
     return app
+
+
+class Limits:
+    """What surrounds every request: the size of its body, a full queue, the headers."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        send = self._with_headers(scope, send)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared[:20]) > MAX_BODY:
+            await Problem(413, TOO_LARGE).response()(scope, receive, send)
+            return
+        if scope["method"] == "POST" and scope["path"].startswith("/v1/recommend"):
+            refusal = self.service.refusal()
+            if refusal is not None:
+                await refusal.response()(scope, receive, send)
+                return
+        received = 0
+
+        async def counting() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY:
+                # Of all exceptions FastAPI lets only this one through while it reads a body.
+                raise HTTPException(413, TOO_LARGE)
+            return message
+
+        await self.app(scope, counting, send)
+
+    def _with_headers(self, scope: Scope, send: Send) -> Send:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Set by the router; a path that leads nowhere must not become a label.
+                route = getattr(scope.get("route"), "path", "none")
+                metrics.REQUESTS.labels(route, message["status"]).inc()
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("Content-Security-Policy", PAGE_POLICY)
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                headers["Cross-Origin-Resource-Policy"] = "same-origin"
+                headers.setdefault("Cache-Control", "no-store")
+                if self.service.closing:
+                    headers["Connection"] = "close"
+            await send(message)
+
+        return sending
 
 
 async def _reader(request: Request, credentials: Credentials) -> None:
@@ -84,8 +146,10 @@ async def _writer(request: Request, credentials: Credentials) -> None:
 def _authorize(request: Request, credentials: Credentials, needed: str) -> None:
     service: Service = request.app.state.service
     if needed == "read" and not service.keys.guards_reading:
-        _check_host(request, service.settings)
-        return
+        # Without keys a page from elsewhere must not reach us under a name of its own.
+        if service.settings.open_to_all or is_loopback(request.url.hostname or ""):
+            return
+        raise Problem(421, "without API keys only requests to localhost are answered")
     if credentials is None:
         if not service.keys.guards_reading:
             raise Problem(403, "changes are made only with a write key, and none is set")
@@ -96,13 +160,6 @@ def _authorize(request: Request, credentials: Credentials, needed: str) -> None:
         raise Problem(401, "unknown API key", headers={"WWW-Authenticate": "Bearer"})
     if needed == "write" and right != "write":
         raise Problem(403, "this API key may read only")
-
-
-def _check_host(request: Request, settings: Settings) -> None:
-    """Without keys a page from elsewhere must not reach us under a name of its own."""
-    if settings.open_to_all or is_loopback(request.url.hostname or ""):
-        return
-    raise Problem(421, "without API keys only requests to localhost are answered")
 
 
 def is_loopback(host: str) -> bool:
@@ -117,7 +174,6 @@ def is_loopback(host: str) -> bool:
 
 READ = [Depends(_reader)]
 WRITE = [Depends(_writer)]
-COMMON = (400, 401, 413, 421, 422, 503)
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
@@ -130,10 +186,10 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         "/readyz", tags=["operations"], response_model=schemas.Health, responses=described(503)
     )
     async def ready() -> dict[str, Any]:
-        """The model is loaded and warm, and the server is not about to stop."""
+        """A model is loaded and warm, and the server is not about to stop."""
         if not service.ready:
             raise Problem(503, "draining" if service.draining else "loading", retry_after=1)
-        return _served(service)
+        return _health(service)
 
     @app.get(
         "/metrics",
@@ -148,152 +204,121 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return Response(body, media_type=kind)
 
 
-def _served(service: Service) -> dict[str, Any]:
-    stream = service.engine.stream
-    return {"status": "ok", "model": stream.model, "think": stream.think, "most": stream.most}
+def _health(service: Service) -> dict[str, Any]:
+    about = service.served.about
+    model = {key: about[key] for key in ("run", "stage", "hash")}
+    return {"status": "ok", "model": model, "method": about["method"], "methods": about["methods"]}
 
 
 def _add_recommend(app: FastAPI, service: Service) -> None:
-    failures = described(*COMMON, 429, 504)
+    options = {
+        "tags": ["recommend"],
+        "dependencies": READ,
+        "responses": described(400, 401, 413, 421, 422, 429, 503, 504),
+    }
 
-    @app.post(
-        "/v1/recommend",
-        tags=["recommend"],
-        dependencies=READ,
-        response_model=schemas.Answer,
-        responses=failures,
-    )
+    @app.post("/v1/recommend", response_model=schemas.Answer, **options)
     async def recommend(query: schemas.Query) -> Response:
         """The items a user is likely to take next, and with `explain` the reasoning."""
-        [(job, timed)] = await service.recommend([query], time.monotonic())
-        return _json(_answer(job, timed))
+        [answer] = await service.recommend([query])
+        return _json(answer)
 
-    @app.post(
-        "/v1/recommend/batch",
-        tags=["recommend"],
-        dependencies=READ,
-        response_model=schemas.BatchAnswer,
-        responses=failures,
-    )
+    @app.post("/v1/recommend/batch", response_model=schemas.BatchAnswer, **options)
     async def recommend_batch(batch: schemas.Batch) -> Response:
         """Several questions at once, answered in their order."""
-        pairs = await service.recommend(batch.requests, time.monotonic())
-        return _json({"answers": [_answer(job, timed) for job, timed in pairs]})
+        return _json({"answers": await service.recommend(batch.requests)})
 
 
 def _json(content: dict[str, Any]) -> Response:
     """Answers are made of our own values: they need no second validation on the way out."""
-    import json
-
     return Response(json.dumps(content), media_type="application/json")
-
-
-def _answer(job: Any, timed: Any) -> dict[str, Any]:
-    return {
-        **timed.answer,
-        "think": job.think,
-        "mode": job.mode,
-        "model": job.model,
-        "timing": {
-            "queue_ms": round(timed.queue_s * 1e3, 2),
-            "compute_ms": round(timed.compute_s * 1e3, 2),
-            "batch": timed.batch,
-        },
-    }
 
 
 def _add_catalogue(app: FastAPI, service: Service) -> None:
     options = {"tags": ["catalogue"], "dependencies": READ}
+    some, one = described(401, 421, 422, 503), described(401, 404, 421, 422, 503)
 
-    @app.get(
-        "/v1/items",
-        response_model=schemas.Found,
-        responses=described(401, 421, 422, 503),
-        **options,
-    )
-    async def search(q: Words = "", limit: Limit = 20) -> dict[str, Any]:
-        """Search by title; without words, some items."""
-        return service.engine.catalogue.search(q, limit)
+    @app.get("/v1/items", response_model=schemas.Found, responses=some, **options)
+    def search(q: Words = "", limit: Limit = 20) -> dict[str, Any]:
+        """Search by title; without words, the items that most users took."""
+        return service.served.slow.search(q, limit)
 
-    @app.get(
-        "/v1/items/{id:path}",
-        response_model=schemas.Item,
-        responses=described(401, 404, 421, 422, 503),
-        **options,
-    )
+    @app.get("/v1/items/{id:path}/similar", response_model=schemas.Similar, responses=one, **options)
+    async def similar(id: Id, k: Few = 10) -> dict[str, Any]:
+        """Items whose texts are most alike."""
+        store = service.served.store
+        found = await service.served.ask("similar", item=store.present(id), k=k)
+        names = store.names([item for item, _ in found])
+        return {"items": [{**names[item], "score": score} for item, score in found]}
+
+    @app.get("/v1/items/{id:path}", response_model=schemas.Item, responses=one, **options)
     async def item(id: Id) -> dict[str, Any]:
         """One item and its codes."""
-        return service.engine.catalogue.item(id)
+        return service.served.store.item(id)
 
-    @app.get(
-        "/v1/users",
-        response_model=schemas.Users,
-        responses=described(401, 421, 422, 503),
-        **options,
-    )
-    async def users(q: Words = "", limit: Limit = 20) -> dict[str, Any]:
+    @app.get("/v1/users", response_model=schemas.Users, responses=some, **options)
+    def users(q: Words = "", limit: Limit = 20) -> dict[str, Any]:
         """Users whose id begins with `q`; without it, some spread over all of them."""
-        return service.engine.users.beginning(q, limit)
+        return service.served.slow.users(q, limit)
 
-    @app.get(
-        "/v1/users/{id:path}",
-        response_model=schemas.User,
-        responses=described(401, 404, 421, 422, 503),
-        **options,
-    )
+    @app.get("/v1/users/{id:path}", response_model=schemas.User, responses=one, **options)
     async def user(id: Id) -> dict[str, Any]:
         """What the model reads of one user."""
-        return service.engine.user(id)
+        return service.served.store.described_user(id, service.served.about["history"])
 
     @app.get("/v1/run", responses=described(401, 421, 503), **options)
     async def run() -> schemas.RunReport:
         """The run: its stages, the metrics table, training curves, and how codes are used."""
-        return service.engine.report()
+        return await service.served.ask("report")
 
 
 def _add_changes(app: FastAPI, service: Service) -> None:
     options = {"tags": ["changes"], "dependencies": WRITE}
-    failures = (400, 401, 403, 413, 422, 503)
+    failures = (400, 401, 403, 413, 422, 503, 507)
+    there = {"status_code": 204, "responses": described(*failures, 404), **options}
 
     @app.post(
         "/v1/items",
         status_code=201,
         response_model=schemas.Item,
-        responses=described(*failures, 409, 507),
+        responses=described(*failures, 409),
         **options,
     )
     async def add(new: schemas.NewItem) -> dict[str, Any]:
         """Add an item: it gets codes from its text and can be recommended at once."""
         return await service.add(new)
 
-    @app.delete(
-        "/v1/items/{id:path}", status_code=204, responses=described(*failures, 404, 507), **options
-    )
+    @app.delete("/v1/items/{id:path}", **there)
     async def remove(id: Id) -> None:
         """Take an item out; histories that hold it stay valid."""
-        await service.remove(id)
+        await service.change("remove", id)
 
     @app.post(
         "/v1/interactions",
         status_code=201,
         response_model=schemas.User,
-        responses=described(*failures, 507),
+        responses=described(*failures),
         **options,
     )
     async def take(taken: schemas.Taken) -> dict[str, Any]:
-        """Add what a user took: to the history that is read."""
+        """Add what a user took: to the history that is read, and to the evidence for others."""
         return await service.take(taken)
+
+    @app.delete("/v1/users/{id:path}", **there)
+    async def forget(id: Id) -> None:
+        """Forget a user: what came while serving is deleted, the log's history is not read."""
+        await service.change("forget", id)
 
     @app.post(
         "/v1/reload",
         response_model=schemas.Health,
-        responses=described(*failures, 409),
+        responses=described(400, 401, 403, 409, 413, 422, 503),
         **options,
     )
     async def reload(which: schemas.Reload) -> dict[str, Any]:
         """Serve another run, or the present one as it is on the disk now."""
         await service.reload(which.run)
-        return _served(service)
+        return _health(service)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -325,41 +350,3 @@ def _describe(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = openapi
-
-
-@contextlib.contextmanager
-def _draining(service: Service) -> Iterator[None]:
-    """On SIGTERM or SIGINT go on answering for `drain_s`, not ready, then let the server stop.
-
-    One of several workers goes on for longer: it is its parent that says when all stop, and it
-    stops by itself only if the parent is gone. A signal to the whole process group reaches it and
-    its parent, which passes it on: what comes before the parent can mean the end is no second word.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    stops = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
-    several = service.settings.workers > 1
-    earliest = 0.0  # that the parent can mean the end
-
-    def drain(sign: int, frame: Any) -> None:
-        nonlocal earliest
-        if service.draining or not service.ready:
-            if time.monotonic() >= earliest:
-                stops[sign](sign, frame)
-            return
-        service.draining = True
-        seconds = service.settings.drain_s + (ORPHAN_S if several else 0)
-        if several:
-            earliest = time.monotonic() + service.settings.drain_s + FIRST_REQUEST_S / 2
-        timer = threading.Timer(seconds, os.kill, (os.getpid(), sign))
-        timer.daemon = True
-        timer.start()
-
-    for sign in stops:
-        signal.signal(sign, drain)
-    try:
-        yield
-    finally:
-        for sign, stop in stops.items():
-            signal.signal(sign, stop)

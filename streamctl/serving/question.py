@@ -1,0 +1,68 @@
+"""A question in the model's terms: indexes for ids, and what may share a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from streamctl.errors import close_matches
+from streamctl.serving.schemas import Query
+from streamctl.serving.store import Refused, Store
+
+POPULAR = "popularity"  # answers where nothing is known
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a model is asked about one user.
+
+    Attributes:
+        details: of `Engine.answer`'s jobs.
+        group: (method, think, explain), which all of a batch have in common.
+        note: why the answer is not this user's own, if it is not.
+    """
+
+    details: dict[str, Any]
+    group: tuple[str, int | None, bool]
+    note: str | None = None
+
+
+def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") -> Job:
+    """A query in the model's terms.
+
+    Args:
+        about: what the model says of itself.
+        prefix: where the query stands in the request, for error messages.
+
+    Raises:
+        Refused: an unknown item, field or method.
+    """
+    user, note = -1, None
+    if query.user_id is None:
+        seen = store.known(query.history, f"{prefix}/history")
+        note = None if seen else "popular items: the history is empty"
+    elif (known := store.user(query.user_id)) is None:
+        seen, note = [], f"popular items: nothing is known of a user {query.user_id}"
+    else:
+        user, seen = known
+    method = about["method"] if query.method == "auto" else query.method
+    if method not in (*about["methods"], POPULAR):
+        hint = close_matches(method, about["methods"])
+        raise Refused("invalid", f"{prefix}/method", f"the run has no such method; {hint}")
+    allow = None if query.allow is None else set(store.known(query.allow, f"{prefix}/allow"))
+    for name, values in query.filter.items():
+        having = set(store.with_values(name, values, f"{prefix}/filter").tolist())
+        allow = having if allow is None else allow & having
+    denied = [item for item in store.indexes(query.deny) if item is not None]
+    details = {
+        "history": seen,
+        "user": user,
+        "user_id": query.user_id,
+        "exclude": sorted({*denied, *(seen if query.exclude_seen else ())}),
+        "allow": None if allow is None else sorted(allow),
+        "k": query.k,
+    }
+    if note is not None:
+        return Job(details, (POPULAR, 0, False), note)
+    think = None if query.think == "auto" else query.think
+    return Job(details, (method, think, query.explain))

@@ -1,0 +1,549 @@
+"""What a run is asked about by id, and what changes while it is in service: two SQLite files.
+
+    FOLDER/catalog-HASH.sqlite  items, titles, users and their histories: made from the run once
+    FOLDER/live.sqlite          items, removals and interactions that came since (WAL, synced)
+
+The first can be thrown away; the second is the only copy of what it holds. Processes share both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import threading
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from streamctl.data import load_data
+from streamctl.errors import StreamctlError, close_matches
+from streamctl.files import atomic_file_each
+from streamctl.runs import RunDir
+
+LIVE = "live.sqlite"
+BUSY_S = 30  # a writer waits so long for another
+FOUND = 1000  # titles that are found and counted, at most
+HINTS_UP_TO = 20_000  # items; close matches among more take too long
+# Scripts that put no blanks between words: each of their letters is a word of the index.
+_NO_BLANKS = (  # Thai to Lao, Myanmar, Khmer, kana, Han
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_WORD = re.compile(f"[{_NO_BLANKS}]|(?:(?![{_NO_BLANKS}])[^\\W_])+|[^\\w\\s]")
+_FTS = "fts5(title, content='', tokenize=\"unicode61 categories 'L* N* M* S* Co'\")"
+
+_CATALOG = f"""
+CREATE TABLE items(item INTEGER PRIMARY KEY, id TEXT UNIQUE, title TEXT, fields TEXT, codes TEXT,
+                   taken INTEGER);
+CREATE TABLE field(name TEXT, value TEXT, item INTEGER, PRIMARY KEY(name, value, item))
+    WITHOUT ROWID;
+CREATE TABLE users(user INTEGER PRIMARY KEY, id TEXT UNIQUE, items BLOB);
+CREATE VIRTUAL TABLE titles USING {_FTS};
+"""
+_CHANGES = f"""
+CREATE TABLE IF NOT EXISTS items(number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, title TEXT,
+                                 text TEXT, fields TEXT);
+CREATE INDEX IF NOT EXISTS items_id ON items(id);
+CREATE TABLE IF NOT EXISTS field(name TEXT, value TEXT, number INTEGER,
+                                 PRIMARY KEY(name, value, number)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS codes(number INTEGER, tokenizer TEXT, codes TEXT, vector BLOB,
+                                 PRIMARY KEY(number, tokenizer));
+CREATE INDEX IF NOT EXISTS codes_codes ON codes(codes);
+CREATE TABLE IF NOT EXISTS removed(seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, number INTEGER);
+CREATE INDEX IF NOT EXISTS removed_id ON removed(id);
+CREATE TABLE IF NOT EXISTS interactions(seq INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT,
+                                        items TEXT, data TEXT);
+CREATE INDEX IF NOT EXISTS interactions_user ON interactions(user);
+CREATE TABLE IF NOT EXISTS forgotten(seq INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT UNIQUE);
+CREATE VIRTUAL TABLE IF NOT EXISTS titles USING {_FTS};
+"""
+
+
+class Refused(Exception):
+    """A request that cannot be answered: why, and the field at fault.
+
+    Args:
+        kind: "invalid" value, "unknown" item or user, "taken" id.
+        field: JSON pointer into the body, or the parameter's name.
+    """
+
+    def __init__(
+        self, kind: Literal["invalid", "unknown", "taken"], field: str, detail: str
+    ):
+        super().__init__(detail)
+        self.kind, self.field, self.detail = kind, field, detail
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a title in lower case; symbols, and letters of scripts without blanks, alone."""
+    found = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return [word for word in found if unicodedata.category(word[0])[0] != "P"]
+
+
+def make_catalog(run: RunDir, path: Path) -> None:
+    """Write the run's items and users, with the log's whole histories, to an SQLite file."""
+    catalog, split = load_data(run)
+    log, size = split.log, len(catalog)
+    taken = np.bincount(log.items, minlength=size).tolist()
+    tokenizer = run.stage("tokenizer")
+    codes = tokenizer.array("codes.npy").tolist() if tokenizer.complete else [[]] * size
+    filled = {name: column for name, column in catalog.fields.items() if any(column)}
+    items = log.items.astype("<i4", copy=False)
+
+    def fields(item: int) -> str:
+        return json.dumps({name: column[item] for name, column in filled.items() if column[item]})
+
+    with atomic_file_each(path) as part:
+        part.unlink(missing_ok=True)
+        base = sqlite3.connect(part, isolation_level=None)
+        base.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _CATALOG)
+        base.execute("BEGIN")
+        rows = zip(range(size), catalog.ids, catalog.titles, strict=True)
+        base.executemany(
+            "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?)",
+            ((i, id_, title, fields(i), json.dumps(codes[i]), taken[i]) for i, id_, title in rows),
+        )
+        titles = ((i, " ".join(words_of(title))) for i, title in enumerate(catalog.titles))
+        base.executemany("INSERT INTO titles(rowid, title) VALUES (?, ?)", titles)
+        for name in catalog.fields:  # one without a value has this row, so that its name is known
+            column = filled.get(name, ())
+            pairs = {(name, value, i) for i, value in enumerate(column) if value}
+            base.executemany("INSERT INTO field VALUES (?, ?, ?)", sorted(pairs) or [(name, "", -1)])
+        ends = log.offsets.tolist()
+        base.executemany(
+            "INSERT INTO users VALUES (?, ?, ?)",
+            (
+                (user, id_, items[ends[user] : ends[user + 1]].tobytes())
+                for user, id_ in enumerate(log.user_ids)
+            ),
+        )
+        base.execute("COMMIT")
+        base.execute("CREATE INDEX items_taken ON items(taken DESC)")
+        base.execute("CREATE INDEX items_codes ON items(codes)")
+        base.close()
+
+
+class Store:
+    """One connection to a run's catalogue and to the changes since; several threads may use it.
+
+    Items have dense indexes: those of the run first, then item `number` of the live ones at
+    `base + number - 1`, gone or not.
+
+    Attributes:
+        base: how many items the run has.
+        tokenizer, data: hashes of the run's stages; codes and interactions belong to them.
+    """
+
+    def __init__(self, run: RunDir, folder: Path | None = None, live: Path | None = None):
+        """Open both files; make the run's catalogue if it is not there yet.
+
+        Args:
+            folder: where they are; by default `RUN/serving`.
+            live: the file of changes, where it is not `live.sqlite` in the folder.
+
+        Raises:
+            StreamctlError: no such run, a folder that cannot be written, or a damaged file.
+        """
+        self.run, self.folder = run, folder or run.path / "serving"
+        data, tokenizer = run.require("data"), run.stage("tokenizer")
+        self.data, self.tokenizer = data.hash, tokenizer.hash if tokenizer.complete else ""
+        catalog = self.folder / f"catalog-{(self.tokenizer or self.data)[:16]}.sqlite"
+        self._lock = threading.RLock()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not catalog.exists():
+                make_catalog(run, catalog)
+            self._db = sqlite3.connect(
+                live or self.folder / LIVE, BUSY_S, isolation_level=None, check_same_thread=False
+            )
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.executescript("PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;" + _CHANGES)
+            self._db.execute("ATTACH ? AS base", [str(catalog)])
+            self.base = self._one("SELECT count(*) FROM base.items")
+        except (OSError, sqlite3.Error) as error:
+            raise StreamctlError(
+                f"the store cannot be opened: {getattr(error, 'strerror', None) or error}",
+                where=self.folder,
+                run="--store FOLDER with one that can be written, or the file's backup",
+            ) from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _all(self, sql: str, *values: Any) -> list[Any]:
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
+
+    def _one(self, sql: str, *values: Any) -> Any:
+        """The first column of the first row, or None."""
+        rows = self._all(sql, *values)
+        return rows[0][0] if rows else None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A transaction that keeps other writers out from its first look; synced at its end."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    # Items
+
+    def indexes(self, ids: Sequence[str]) -> list[int | None]:
+        """Dense indexes of items that are or were there; None for ids that never were."""
+        found: dict[str, int] = {}
+        for start in range(0, len(ids), 500):
+            part = list(ids[start : start + 500])
+            marks = ",".join("?" * len(part))
+            found |= self._all(f"SELECT id, item FROM base.items WHERE id IN ({marks})", *part)
+            if self._has_live:
+                for id_, number in self._all(
+                    f"SELECT id, max(number) FROM items WHERE id IN ({marks}) GROUP BY id", *part
+                ):
+                    if id_ not in found or self._base_removed(id_):
+                        found[id_] = self.base + number - 1
+        return [found.get(id_) for id_ in ids]
+
+    @property
+    def _has_live(self) -> bool:
+        return self._one("SELECT max(number) FROM items") is not None
+
+    def _base_removed(self, id_: str) -> bool:
+        return bool(self._all("SELECT 1 FROM removed WHERE id = ? AND number IS NULL", id_))
+
+    def known(self, ids: Sequence[str], field: str) -> list[int]:
+        """As `indexes`, but an id that never was is refused with its place below `field`.
+
+        Raises:
+            Refused: naming ids that are nearly the same.
+        """
+        found = self.indexes(ids)
+        if None in found:
+            place = found.index(None)
+            raise Refused("invalid", f"{field}/{place}", self._no_item(ids[place]))
+        return found
+
+    def index(self, id_: str) -> int | None:
+        """Dense index of an item that is there; None if there is none."""
+        item = self.indexes([id_])[0]
+        return None if item is None or self._is_removed(item, id_) else item
+
+    def _is_removed(self, item: int, id_: str) -> bool:
+        if item < self.base:
+            return self._base_removed(id_)
+        number = item - self.base + 1
+        return bool(self._all("SELECT 1 FROM removed WHERE id = ? AND number = ?", id_, number))
+
+    def describe(self, items: Iterable[int]) -> list[dict[str, Any]]:
+        """id, title, fields, codes and `added` of items, gone or not, by dense index."""
+        return [self._describe(item) for item in items]
+
+    def _describe(self, item: int) -> dict[str, Any]:
+        if item < self.base:
+            sql = "SELECT id, title, fields, codes FROM base.items WHERE item = ?"
+            [(id_, title, fields, codes)] = self._all(sql, item)
+        else:
+            sql = """SELECT id, title, fields, codes FROM items LEFT JOIN codes
+                     ON codes.number = items.number AND tokenizer = ? WHERE items.number = ?"""
+            [(id_, title, fields, codes)] = self._all(sql, self.tokenizer, item - self.base + 1)
+        known = {"id": id_, "title": title, "fields": json.loads(fields)}
+        return known | {"codes": json.loads(codes or "[]"), "added": item >= self.base}
+
+    def names(self, items: Sequence[int]) -> dict[int, dict[str, str]]:
+        """{dense index: {id, title}} of some items."""
+        wanted = sorted(set(items))
+        found = {}
+        for start in range(0, len(wanted), 500):
+            part = wanted[start : start + 500]
+            marks = ",".join("?" * len(part))
+            rows = self._all(f"SELECT item, id, title FROM base.items WHERE item IN ({marks})", *part)
+            if part[-1] >= self.base:
+                numbers = [item - self.base + 1 for item in part]
+                sql = f"SELECT number + ?, id, title FROM items WHERE number IN ({marks})"
+                rows += self._all(sql, self.base - 1, *numbers)
+            found |= {item: {"id": id_, "title": title} for item, id_, title in rows}
+        return found
+
+    def item(self, id_: str) -> dict[str, Any]:
+        """One item that is there.
+
+        Raises:
+            Refused: there is none.
+        """
+        return self._describe(self.present(id_))
+
+    def present(self, id_: str) -> int:
+        """Dense index of an item that is there.
+
+        Raises:
+            Refused: there is none.
+        """
+        item = self.index(id_)
+        if item is None:
+            raise Refused("unknown", "id", self._no_item(id_))
+        return item
+
+    def search(self, words: str, limit: int) -> dict[str, Any]:
+        """Items whose titles have all the words, or their beginnings; at most FOUND are counted.
+
+        Without words, those that most users took.
+        """
+        if not words.strip():
+            sql = "SELECT item, id FROM base.items ORDER BY taken DESC LIMIT ?"
+            found = self._all(sql, limit + self._one("SELECT count(*) FROM removed"))
+            items = [item for item, id_ in found if not self._is_removed(item, id_)]
+            return {"items": self.describe(items[:limit]), "total": self.count()}
+        phrases = [" ".join(words_of(part)) for part in words.split()]
+        query = " AND ".join(f'"{phrase}" *' for phrase in phrases if phrase)
+        if not query:
+            return {"items": [], "total": 0}
+        rows = self._all(f"SELECT rowid FROM base.titles WHERE titles MATCH ? LIMIT {FOUND}", query)
+        live = self._all(f"SELECT rowid FROM main.titles WHERE titles MATCH ? LIMIT {FOUND}", query)
+        found = [item for (item,) in rows] + [self.base + number - 1 for (number,) in live]
+        names = self.names(found)
+        if self._has_live or self._one("SELECT max(seq) FROM removed"):
+            found = [item for item in found if self.index(names[item]["id"]) == item]
+        begin = " ".join(words_of(words))
+
+        def order(item: int) -> tuple[bool, int, int]:
+            title = names[item]["title"]
+            return not " ".join(words_of(title)).startswith(begin), len(title), item
+
+        return {"items": self.describe(sorted(found, key=order)[:limit]), "total": len(found)}
+
+    def count(self) -> int:
+        """Items that can be recommended."""
+        gone = "SELECT id FROM removed WHERE number IS NULL"
+        base = self._one(f"SELECT count(*) FROM base.items WHERE id IN ({gone})")
+        live = self._one(
+            f"""SELECT count(*) FROM items WHERE number NOT IN
+                (SELECT number FROM removed WHERE number IS NOT NULL)
+                AND (id IN ({gone}) OR id NOT IN (SELECT id FROM base.items))"""
+        )
+        return self.base - base + live
+
+    def with_values(self, name: str, values: Sequence[str], field: str) -> np.ndarray:
+        """int64: items whose column `name` has one of the values.
+
+        Raises:
+            Refused: no such column; names those that there are.
+        """
+        self.check_field(name, field)
+        found: set[int] = set()
+        for start in range(0, len(values), 500):
+            part = values[start : start + 500]
+            sql = f"FROM %s WHERE name = ? AND value IN ({','.join('?' * len(part))})"
+            found.update(i for (i,) in self._all("SELECT item " + sql % "base.field", name, *part))
+            live = self._all("SELECT number " + sql % "main.field", name, *part)
+            found.update(self.base + number - 1 for (number,) in live)
+        return np.array(sorted(found - {-1}), np.int64)
+
+    def check_field(self, name: str, field: str) -> None:
+        """Refuse the name of a column that the catalogue does not have."""
+        if not self._all("SELECT 1 FROM base.field WHERE name = ? LIMIT 1", name):
+            names = [one for (one,) in self._all("SELECT DISTINCT name FROM base.field")]
+            hint = close_matches(name, names) if names else "it has none"
+            raise Refused("invalid", f"{field}/{name}", f"no such field; {hint}")
+
+    def _no_item(self, id_: str) -> str:
+        """That there is no such item, and which ids are nearly the same."""
+        what, there = f"no such item: {id_}", ()
+        if self.base < HINTS_UP_TO:
+            names = self._all("SELECT id FROM base.items UNION SELECT id FROM items")
+            there = [one for (one,) in names if self.index(one) is not None]
+        hint = close_matches(id_, there)
+        return f"{what}; {hint}" if hint.startswith("did") else what
+
+    # Users
+
+    def user(self, id_: str) -> tuple[int, list[int]] | None:
+        """(dense number in training, or -1; all items taken, oldest first); None if not known."""
+        rows = self._all("SELECT user, items FROM base.users WHERE id = ?", id_)
+        if rows and self._all("SELECT 1 FROM forgotten WHERE user = ?", id_):
+            rows = []
+        sql = "SELECT items FROM interactions WHERE user = ? AND data = ? ORDER BY seq"
+        live = self._all(sql, id_, self.data)
+        if not rows and not live:
+            return None
+        user, blob = rows[0] if rows else (-1, b"")
+        since = [item for (items,) in live for item in self.indexes(json.loads(items))]
+        taken = np.frombuffer(blob, "<i4").tolist()
+        return user, taken + [item for item in since if item is not None]
+
+    def described_user(self, id_: str, latest: int) -> dict[str, Any]:
+        """What is read of a user: the latest items, and how many there are.
+
+        Raises:
+            Refused: there is no such user.
+        """
+        user = self.user(id_)
+        if user is None:
+            raise Refused("unknown", "id", f"no such user: {id_}")
+        items = user[1]
+        return {
+            "id": id_,
+            "history": self.describe(items[-latest:]),
+            "interactions": len(items),
+        }
+
+    def users(self, beginning: str, limit: int) -> dict[str, Any]:
+        """Users whose ids begin so, evenly over those of the log, then those who came since."""
+        span = (beginning, beginning + "\U0010ffff")
+        where = "id >= ? AND id < ? AND id NOT IN (SELECT user FROM forgotten)"
+        base = self._one(f"SELECT count(*) FROM base.users WHERE {where}", *span)
+        sql = f"""SELECT id FROM (SELECT id, row_number() OVER (ORDER BY user) - 1 AS place
+                  FROM base.users WHERE {where}) WHERE place % ? = 0 LIMIT ?"""
+        found = [one for (one,) in self._all(sql, *span, max(1, base // limit), limit)]
+        sql = """SELECT DISTINCT user FROM interactions WHERE user >= ? AND user < ? AND data = ?
+                 AND (user NOT IN (SELECT id FROM base.users)
+                      OR user IN (SELECT user FROM forgotten))"""
+        live = [one for (one,) in self._all(sql, *span, self.data)]
+        return {"users": [*found, *live][:limit], "total": base + len(live)}
+
+    # Changes
+
+    def check_new(self, id_: str, fields: dict[str, str]) -> None:
+        """Refuse an item whose id is taken or whose fields the catalogue does not have."""
+        if self.index(id_) is not None:
+            raise Refused("taken", "/id", "an item with this id is in the catalogue")
+        for name in fields:
+            self.check_field(name, "/fields")
+
+    def add(self, id_: str, title: str, text: str, fields: dict[str, str]) -> int:
+        """A new item, inside `writing`; its dense index. It is there once `set_codes` was called."""
+        record = id_, title, text, json.dumps(fields)
+        sql = "INSERT INTO items(id, title, text, fields) VALUES (?, ?, ?, ?)"
+        number = self._db.execute(sql, record).lastrowid
+        sql = "INSERT INTO main.titles(rowid, title) VALUES (?, ?)"
+        self._db.execute(sql, (number, " ".join(words_of(title))))
+        rows = [(name, value, number) for name, value in fields.items() if value]
+        self._db.executemany("INSERT INTO main.field VALUES (?, ?, ?)", rows)
+        return self.base + number - 1
+
+    def set_codes(self, item: int, codes: Sequence[int], vector: np.ndarray) -> None:
+        """What the run's tokenizer makes of a live item, inside `writing`.
+
+        Args:
+            codes: (m,). vector: float32 (dim,).
+        """
+        record = item - self.base + 1, self.tokenizer, json.dumps([int(code) for code in codes])
+        blob = np.asarray(vector, "<f4").tobytes()
+        self._db.execute("INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?)", (*record, blob))
+
+    def last_codes(self, prefix: Sequence[int]) -> set[int]:
+        """The last codes of present items whose other codes are these."""
+        begin = json.dumps([*prefix, 0])[:-2]
+        span = begin, begin + "~"
+        rows = self._all("SELECT item, id, codes FROM base.items WHERE codes BETWEEN ? AND ?", *span)
+        sql = """SELECT items.number + ?, id, codes FROM codes JOIN items
+                 ON items.number = codes.number WHERE codes BETWEEN ? AND ? AND tokenizer = ?"""
+        rows += self._all(sql, self.base - 1, *span, self.tokenizer)
+        return {json.loads(codes)[-1] for item, id_, codes in rows if self.index(id_) == item}
+
+    def remove(self, id_: str) -> None:
+        """Take an item out; histories that hold it stay valid.
+
+        Raises:
+            Refused: there is no such item.
+        """
+        with self.writing():
+            item = self.present(id_)
+            number = item - self.base + 1 if item >= self.base else None
+            self._db.execute("INSERT INTO removed(id, number) VALUES (?, ?)", (id_, number))
+
+    def take(self, user: str, items: Sequence[str]) -> None:
+        """Add what a user, known or new, took, oldest first.
+
+        It counts for runs of the data in service now: a log that is prepared later has it.
+
+        Raises:
+            Refused: an item that never was in the catalogue.
+        """
+        self.known(items, "/items")
+        with self.writing():
+            record = user, json.dumps(list(items)), self.data
+            sql = "INSERT INTO interactions(user, items, data) VALUES (?, ?, ?)"
+            self._db.execute(sql, record)
+
+    def forget(self, user: str) -> None:
+        """Delete what came of a user while serving, and read nothing of the log's from now on.
+
+        Raises:
+            Refused: there is no such user.
+        """
+        if self.user(user) is None:
+            raise Refused("unknown", "id", f"no such user: {user}")
+        with self.writing():
+            self._db.execute("DELETE FROM interactions WHERE user = ?", (user,))
+            self._db.execute("INSERT OR REPLACE INTO forgotten(user) VALUES (?)", (user,))
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    # What others changed
+
+    def version(self) -> int:
+        """A number that is another one after another connection has changed something."""
+        return self._one("PRAGMA data_version")
+
+    def added_since(self, number: int) -> list[tuple[int, str, str, list[int] | None, np.ndarray]]:
+        """(dense index, id, text, codes, vector) of the present live items after one.
+
+        Codes are None where this run's tokenizer has not read the item yet.
+        """
+        sql = """SELECT items.number, id, text, codes, vector FROM items LEFT JOIN codes
+                 ON codes.number = items.number AND tokenizer = ?
+                 WHERE items.number > ? ORDER BY items.number"""
+        found = []
+        for live, id_, text, codes, vector in self._all(sql, self.tokenizer, number):
+            item = self.base + live - 1
+            if self.index(id_) == item:
+                known = None if codes is None else json.loads(codes)
+                found.append((item, id_, text, known, np.frombuffer(vector or b"", "<f4")))
+        return found
+
+    def last_number(self) -> int:
+        """How many live items there ever were."""
+        return self._one("SELECT max(number) FROM items") or 0
+
+    def removed_since(self, seq: int) -> tuple[list[int], int]:
+        """Dense indexes of items taken out after one removal, and the last removal's number."""
+        rows = self._all("SELECT seq, id, number FROM removed WHERE seq > ? ORDER BY seq", seq)
+        found = []
+        for _, id_, number in rows:
+            sql = "SELECT item FROM base.items WHERE id = ?"
+            item = self._one(sql, id_) if number is None else self.base + number - 1
+            found += [] if item is None else [item]
+        return found, rows[-1][0] if rows else seq
+
+    def taken_since(self, seq: int) -> tuple[list[tuple[str, list[int]]], int]:
+        """(user, items) of the interactions after one, and the last one's number."""
+        sql = "SELECT seq, user, items FROM interactions WHERE seq > ? AND data = ? ORDER BY seq"
+        rows = self._all(sql, seq, self.data)
+        found = [
+            (user, [item for item in self.indexes(json.loads(items)) if item is not None])
+            for _, user, items in rows
+        ]
+        return found, rows[-1][0] if rows else seq
+
+    def forgotten_since(self, seq: int) -> tuple[list[str], int]:
+        """Users forgotten after one, and the last one's number."""
+        rows = self._all("SELECT seq, user FROM forgotten WHERE seq > ? ORDER BY seq", seq)
+        return [user for _, user in rows], rows[-1][0] if rows else seq
+
+    def changes(self) -> list[int]:
+        """What is another list after anything has changed."""
+        last = "SELECT coalesce(max(%s), 0) FROM %s"
+        tables = ("number", "items"), ("seq", "removed"), ("seq", "interactions")
+        return [self._one(last % one) for one in (*tables, ("seq", "forgotten"))]
+
+    def copy(self, path: Path) -> None:
+        """The changes as they are now, as a file of their own."""
+        self._all("VACUUM INTO ?", str(path))
