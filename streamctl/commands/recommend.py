@@ -24,12 +24,11 @@ def command(
         Optional[str],  # noqa: UP045
         typer.Option("--history", help="Item ids, oldest first, comma-separated."),
     ] = None,
-    k: Annotated[int, typer.Option("-k", "--k", help="Items wanted.", min=1, max=100)] = 10,
+    k: Annotated[int, typer.Option("-k", "--k", help="Items wanted.", min=1, max=1000)] = 10,
     think: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--think", help="Think tokens [default: as trained].", min=0, max=8),
+        typer.Option("--think", help="Think tokens [default: as trained].", min=0, max=64),
     ] = None,
-    mode: Annotated[str, typer.Option("--mode", help="greedy, joint or marginal.")] = "greedy",
     keep_seen: Annotated[
         bool, typer.Option("--keep-seen", help="Recommend items of the history, too.")
     ] = False,
@@ -46,8 +45,7 @@ def command(
 ) -> None:
     """Recommend for one user or history and show what the model thought, or for a file of users.
 
-    Each think token is shown as the words and items that its code stands for, with the ranking
-    after it.
+    Each piece of evidence that was thought of is shown in words, with the ranking after it.
 
     A file's answers stand in the order of its rows; a row that has none says why in `problem`.
     Stopped and called again it goes on; `torchrun --nproc-per-node N -m -- streamctl recommend ...`
@@ -72,7 +70,7 @@ def command(
     if (input_ is None) != (output is None):
         raise UsageError("--input and --output go together")
     folder = RunDir(run)
-    query: dict[str, Any] = {"k": k, "mode": mode, "exclude_seen": not keep_seen}
+    query: dict[str, Any] = {"k": k, "exclude_seen": not keep_seen}
     query["think"] = "auto" if think is None else think
     if input_ is not None:
         from streamctl.serving.bulk import recommend_file
@@ -113,24 +111,31 @@ def show_summary(summary: dict[str, Any]) -> None:
 def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
     """One explained answer of the engine, with the history it was given."""
     from streamctl.errors import StreamctlError
-    from streamctl.progress import warn
-    from streamctl.serving.catalogue import Refused
     from streamctl.serving.engine import Engine
+    from streamctl.serving.question import as_job
+    from streamctl.serving.store import Refused, Store
 
     question = checked(explain=True, **query)
-    engine = Engine(
-        run,
-        journal=run.path / "serving" / "items.jsonl",
-        device=device,
-    )
+    engine = Engine(run, Store(run), device=device)
     try:
-        job = engine.prepare(question)
+        job = as_job(question, engine.store, engine.about())
     except Refused as error:
         raise StreamctlError(str(error), where=run.path) from error
-    if question.think not in ("auto", job.think):
-        warn(f"--think {question.think}: the most that {job.model['stage']} takes is {job.think}")
-    described = [engine.catalogue.describe(item) for item in job.history.tolist()]
-    return {"model": job.model, "history": described, **engine.recommend([job])[0]}
+    [answer] = engine.answer([job.details], *job.group)
+    told = answer["explain"] or {"before": answer["items"], "steps": []}
+    ranked = [answer["items"], *(step["ranking"] for step in told["steps"])]
+    names = engine.store.names([item for ranking in ranked for item, _ in ranking])
+
+    def listed(ranking: list) -> list[dict[str, Any]]:
+        return [{**names[item], "score": score} for item, score in ranking]
+
+    steps = [{**step, "ranking": listed(step["ranking"])} for step in told["steps"]]
+    return {
+        "model": {"run": engine.about()["run"], "stage": answer["method"]},
+        "history": engine.store.describe(job.details["history"][-engine.about()["history"] :]),
+        "items": listed(answer["items"]),
+        "explain": {"before": listed(told["before"]), "steps": steps},
+    }
 
 
 def show(answer: dict[str, Any]) -> None:
@@ -147,10 +152,7 @@ def show(answer: dict[str, Any]) -> None:
     console.print("Thought" if steps else "No thought (l = 0)", style="bold")
     before = [item["id"] for item in answer["explain"]["before"]]
     for number, step in enumerate(steps, 1):
-        words = ", ".join(step["words"]) or "-"
-        console.print(f"  {number}. {step['title']}: {words}")
-        for item in step["items"][:3]:
-            console.print(f"        such as {item['title']}", style="dim")
+        console.print(f"  {number}. {step['text']}")
         ranking = [item["id"] for item in step["ranking"]]
         new = [item for item in ranking if item not in before]
         top = step["ranking"][0]["title"] if ranking else "-"

@@ -16,9 +16,7 @@ def command(
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: a free one.")
     ] = 8000,
-    workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Model processes.")
-    ] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Model processes.")] = 1,
     keys: Annotated[
         Optional[Path],  # noqa: UP045 - Typer reads Optional
         typer.Option("--keys", help="File of API keys: a line `read KEY` or `write KEY` each."),

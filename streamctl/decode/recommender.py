@@ -58,14 +58,14 @@ class PolicyRecommender:
     ) -> Ranking:
         """The k best items for each history; `users` is only needed for given thoughts.
 
-        A beam narrower than k finds no more than its width; the rest are -1.
+        The beam is at least k wide.
         """
         histories = histories.to(self.policy.item_tokens.device)
         ranking, _ = recommend(
             self.policy,
             self.trie,
             histories,
-            min(k, self.beam),
+            k,
             think=self.think if think is None else think,
             beam=self.beam,
             decoder=self.decoder,
@@ -77,9 +77,23 @@ class PolicyRecommender:
             margin=self.margin,
             exact=self.exact,
         )
-        short = 0, k - ranking.items.shape[1]
-        items = F.pad(ranking.items, short, value=-1)
-        return Ranking(items, F.pad(ranking.scores, short, value=-torch.inf))
+        return ranking
+
+    def grow(self, items: np.ndarray, codes: np.ndarray, vectors: np.ndarray) -> None:
+        """Know items that joined the catalogue: in histories by their codes, and in the trie.
+
+        Args:
+            items: int64 (n,) their indexes, from the number of items known on.
+            codes: int64 (n, m). vectors: float32 (N, D), unit rows of all items, these too.
+        """
+        known = self.policy.item_tokens
+        tokens = self.policy.tokens.item_tokens(codes)
+        grown = F.pad(known, (0, 0, 0, max(0, len(vectors) - len(known))))
+        grown[torch.from_numpy(items).to(known.device)] = torch.from_numpy(tokens).to(known)
+        self.policy.item_tokens = grown
+        held = np.flatnonzero(self.trie.leaf >= 0)  # by another method with the same trie
+        new = ~np.isin(items, held)
+        self.trie.add(items[new], tokens[new])
 
 
 def random_thoughts(tokens: Tokens, users: int, length: int, seed: int) -> Thoughts:

@@ -243,7 +243,9 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
         """Search by title; without words, the items that most users took."""
         return service.served.slow.search(q, limit)
 
-    @app.get("/v1/items/{id:path}/similar", response_model=schemas.Similar, responses=one, **options)
+    @app.get(
+        "/v1/items/{id:path}/similar", response_model=schemas.Similar, responses=one, **options
+    )
     async def similar(id: Id, k: Few = 10) -> dict[str, Any]:
         """Items whose texts are most alike."""
         store = service.served.store

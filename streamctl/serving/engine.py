@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamctl.config import EvalConfig
 from streamctl.data import load_data
+from streamctl.errors import UsageError, close_matches
+from streamctl.evaluation.methods import Models, choose_rows, known_rows
 from streamctl.ranking import Ranking, Recommender
-from streamctl.runs import RunDir
+from streamctl.runs import RunDir, Stage
 from streamctl.serving.live import LiveCatalog
 from streamctl.serving.question import POPULAR
 from streamctl.serving.report import run_report
-from streamctl.serving.store import Refused, Store
+from streamctl.serving.store import Store
 
 SHOWN = 10  # items of each ranking in an explanation
 
@@ -109,8 +112,10 @@ class Engine:
             if history and (job["allow"] is None or job["allow"]):
                 asked.append((place, job, history))
                 continue
-            note = None if method == POPULAR or history else (
-                f"popular items: {method} knows none of the history's"
+            note = (
+                None
+                if method == POPULAR or history
+                else (f"popular items: {method} knows none of the history's")
             )
             found = self.live.popular(job["k"], job["exclude"], job["allow"])
             answers[place] = _answer(found, POPULAR, 0, note)
@@ -153,9 +158,7 @@ class Engine:
             answers.append(_answer(pairs, method, used, None))
             if explain:
                 own = {name: value[row : row + 1] for name, value in options.items()}
-                answers[row]["explain"] = self._explain(
-                    recommender, histories[row : row + 1], ranking, row, own
-                )
+                answers[row]["explain"] = {"before": pairs, "steps": []}
         return answers
 
     def _budget(self, method: str) -> int:
@@ -194,3 +197,21 @@ def _answer(items: list, method: str, think: int, note: str | None) -> dict[str,
 def _pairs(ranking: Ranking, row: int, k: int) -> list[tuple[int, float]]:
     items, scores = ranking.items[row, :k].tolist(), ranking.scores[row, :k].tolist()
     return [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
+
+
+def method_names(run: RunDir) -> list[str]:
+    return [row.name for row in choose_rows(run, ())[0] if not row.control]
+
+
+def load(run: RunDir, name: str | None, device: str) -> tuple[str, Recommender]:
+    names = method_names(run)
+    best = ("stream_rl", "stream_sft", "stream_pt", "tiger", *names)
+    name = name or next(one for one in best if one in names)
+    if name not in names:
+        raise UsageError(f"the run has no method {name}; {close_matches(name, names)}")
+    stage_of(run, name)
+    return name, known_rows(run)[name].make(Models(run, EvalConfig(beam=20), None, device))
+
+
+def stage_of(run: RunDir, name: str) -> Stage:
+    return run.require(known_rows(run)[name].stages[-1])

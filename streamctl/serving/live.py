@@ -93,7 +93,10 @@ class LiveCatalog:
         numbers = np.array([one[0] for one in items])
         codes = np.array([one[3] for one in items])
         self._vectors[numbers] = np.stack([one[4] for one in items])
-        self._live = np.concatenate([self._live[0], numbers]), np.concatenate([self._live[1], codes])
+        self._live = (
+            np.concatenate([self._live[0], numbers]),
+            np.concatenate([self._live[1], codes]),
+        )
         for recommender in self._served:
             self._grow(recommender, numbers, codes)
 
@@ -151,4 +154,4 @@ class LiveCatalog:
         counts[list(exclude)] = -1
         counts[self.removed] = -1
         best = np.argsort(-counts, kind="stable")[:k]
-        return [(item, counts[item]) for item in best.tolist() if counts[item] >= 0]
+        return [(item, float(counts[item])) for item in best.tolist() if counts[item] >= 0]

@@ -260,9 +260,7 @@ class Service:
         except Late:
             raise Problem(504, f"no answer within {limit * 1000:.0f} ms") from None
         took = time.monotonic() - arrived
-        return [
-            _answer(served, job, timed, took) for job, timed in zip(jobs, answers, strict=True)
-        ]
+        return [_answer(served, job, timed, took) for job, timed in zip(jobs, answers, strict=True)]
 
     async def add(self, new: NewItem) -> dict[str, Any]:
         """Add an item; it is on the disk and can be recommended when this returns.

@@ -72,9 +72,7 @@ class Refused(Exception):
         field: JSON pointer into the body, or the parameter's name.
     """
 
-    def __init__(
-        self, kind: Literal["invalid", "unknown", "taken"], field: str, detail: str
-    ):
+    def __init__(self, kind: Literal["invalid", "unknown", "taken"], field: str, detail: str):
         super().__init__(detail)
         self.kind, self.field, self.detail = kind, field, detail
 
@@ -113,7 +111,9 @@ def make_catalog(run: RunDir, path: Path) -> None:
         for name in catalog.fields:  # one without a value has this row, so that its name is known
             column = filled.get(name, ())
             pairs = {(name, value, i) for i, value in enumerate(column) if value}
-            base.executemany("INSERT INTO field VALUES (?, ?, ?)", sorted(pairs) or [(name, "", -1)])
+            base.executemany(
+                "INSERT INTO field VALUES (?, ?, ?)", sorted(pairs) or [(name, "", -1)]
+            )
         ends = log.offsets.tolist()
         base.executemany(
             "INSERT INTO users VALUES (?, ?, ?)",
@@ -162,7 +162,9 @@ class Store:
                 live or self.folder / LIVE, BUSY_S, isolation_level=None, check_same_thread=False
             )
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.executescript("PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;" + _CHANGES)
+            self._db.executescript(
+                "PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;" + _CHANGES
+            )
             self._db.execute("ATTACH ? AS base", [str(catalog)])
             self.base = self._one("SELECT count(*) FROM base.items")
         except (OSError, sqlite3.Error) as error:
@@ -265,7 +267,9 @@ class Store:
         for start in range(0, len(wanted), 500):
             part = wanted[start : start + 500]
             marks = ",".join("?" * len(part))
-            rows = self._all(f"SELECT item, id, title FROM base.items WHERE item IN ({marks})", *part)
+            rows = self._all(
+                f"SELECT item, id, title FROM base.items WHERE item IN ({marks})", *part
+            )
             if part[-1] >= self.base:
                 numbers = [item - self.base + 1 for item in part]
                 sql = f"SELECT number + ?, id, title FROM items WHERE number IN ({marks})"
@@ -443,7 +447,9 @@ class Store:
         """The last codes of present items whose other codes are these."""
         begin = json.dumps([*prefix, 0])[:-2]
         span = begin, begin + "~"
-        rows = self._all("SELECT item, id, codes FROM base.items WHERE codes BETWEEN ? AND ?", *span)
+        rows = self._all(
+            "SELECT item, id, codes FROM base.items WHERE codes BETWEEN ? AND ?", *span
+        )
         sql = """SELECT items.number + ?, id, codes FROM codes JOIN items
                  ON items.number = codes.number WHERE codes BETWEEN ? AND ? AND tokenizer = ?"""
         rows += self._all(sql, self.base - 1, *span, self.tokenizer)
