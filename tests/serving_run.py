@@ -22,12 +22,17 @@ THINK = 3
 KEYS = {"read": "reading-key-0123456789", "write": "writing-key-0123456789"}
 
 
-def make_run(path: Path, seed: int = 0) -> RunDir:
-    """Data, codes, and a micro model with seeded random weights published as the sft stage."""
+def make_data(path: Path, seed: int = 0) -> RunDir:
     run = RunDir(path)
-    synthesize(run, users=150, items=120, seed=0)
+    synthesize(run, users=150, items=120, seed=seed)
+    return run
+
+
+def make_run(path: Path, seed: int = 0, codes: int = 16) -> RunDir:
+    """Data, codes, and a micro model with seeded random weights published as the sft stage."""
+    run = make_data(path)
     tokenizer = TokenizeConfig(
-        encoder="tfidf", dim=16, method="rqkmeans", levels=3, codes=16, neighbours=5
+        encoder="tfidf", dim=16, method="rqkmeans", levels=3, codes=codes, neighbours=5
     )
     tokenize(run, tokenizer)
     ids = SemanticIds.load(run.stage("tokenizer"))

@@ -14,11 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from serving_run import make_run
 
+from streamctl.data import load_data
 from streamctl.errors import StreamctlError
 from streamctl.serving import bulk
 from streamctl.serving.bulk import recommend_file
 from streamctl.serving.engine import Engine
+from streamctl.serving.question import as_job
 from streamctl.serving.schemas import Query
+from streamctl.serving.store import Store
 
 QUERY = Query(user_id="each", k=5)
 pytestmark = pytest.mark.xdist_group("bulk")
@@ -32,8 +35,8 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def users(run, tmp_path_factory):
     """130 rows in row groups of 50: every user of the log but some, and two that nobody knows."""
-    engine = Engine(run, journal=run.path / "none.jsonl", device="cpu")
-    ids = [*engine.split.log.user_ids[:100], "nobody", *engine.split.log.user_ids[:28], "nothing"]
+    known = load_data(run)[1].log.user_ids
+    ids = [*known[:100], "nobody", *known[:28], "nothing"]
     path = tmp_path_factory.mktemp("input") / "users.parquet"
     pq.write_table(pa.table({"age": range(len(ids)), "user_id": ids}), path, row_group_size=50)
     return path
@@ -51,32 +54,55 @@ def rows_of(path: Path) -> list[dict]:
 def test_every_row_gets_the_answer_that_it_would_get_alone(run, users, tmp_path, small_parts):
     output = tmp_path / "recs.parquet"
     summary = recommend_file(run, users, output, QUERY, device="cpu")
-    assert summary["complete"] and (summary["rows"], summary["problems"]) == (130, 2)
+    assert summary["complete"] and (summary["rows"], summary["popular"]) == (130, 2)
     rows = rows_of(output)
     assert [row["user_id"] for row in rows] == pq.read_table(users)["user_id"].to_pylist()
-    engine = Engine(run, journal=run.path / "none.jsonl", device="cpu")
+    store = Store(run)
+    engine = Engine(run, store, device="cpu")
     for row in rows[::9]:
-        job = engine.prepare(Query(user_id=row["user_id"], k=5))
-        alone = engine.recommend([job])[0]["items"]
-        assert row["items"] == [item["id"] for item in alone] and row["problem"] is None
-        assert row["scores"] == pytest.approx([item["score"] for item in alone], abs=1e-4)
-    assert rows[100]["problem"] == "user_id: no such user: nobody" and rows[100]["items"] == []
+        job = as_job(Query(user_id=row["user_id"], k=5), store, engine.about())
+        [alone] = engine.answer([job.details], *job.group)
+        assert store.indexes(row["items"]) == [item for item, _ in alone["items"]]
+        assert row["problem"] is None and row["note"] is None and row["method"] == "stream_sft"
+        assert row["scores"] == pytest.approx([score for _, score in alone["items"]], abs=1e-4)
+    assert "nobody" in rows[100]["note"] and rows[100]["method"] == "popularity"
+    assert rows[100]["items"] == rows[129]["items"] and len(rows[100]["items"]) == 5
     assert not output.with_name("recs.parquet.parts").exists()
 
 
 def test_histories_may_be_given_and_count_before_users(run, tmp_path):
     path, output = tmp_path / "users.parquet", tmp_path / "recs.parquet"
-    engine = Engine(run, journal=run.path / "none.jsonl", device="cpu")
-    items = engine.catalogue.items.ids
+    catalog, split = load_data(run)
+    items = catalog.ids
     histories = [items[:3], items[5:300], [], ["unheard-of"], None]
-    users = ["stranger", "stranger", "stranger", "stranger", engine.split.log.user_ids[0]]
+    users = ["stranger", "stranger", "stranger", "stranger", split.log.user_ids[0]]
     pq.write_table(pa.table({"history": histories, "user_id": users}), path)
     summary = recommend_file(run, path, output, QUERY, device="cpu")
     rows = rows_of(output)
-    assert [bool(row["items"]) for row in rows] == [True, True, False, False, True]
+    assert [bool(row["items"]) for row in rows] == [True, True, True, False, True]
+    assert [row["note"] is None for row in rows] == [True, True, False, True, True]
     assert not set(rows[1]["items"]) & set(items[5:])
-    assert rows[2]["problem"] and "history/0" in rows[3]["problem"]
-    assert summary["problems"] == 2
+    assert "history/0" in rows[3]["problem"]
+    assert (summary["problems"], summary["popular"]) == (1, 1)
+
+
+def test_a_job_keeps_what_had_changed_when_it_began(run, users, tmp_path, small_parts, monkeypatch):
+    output = tmp_path / "recs.parquet"
+    store, save, best = Store(run, tmp_path / "store"), bulk.Bulk.save, []
+    monkeypatch.setattr(bulk, "Store", lambda run, **live: Store(run, tmp_path / "store", **live))
+
+    def save_and_change(job, number, table):
+        save(job, number, table)
+        if number == 0:
+            best.extend(table["items"][0].as_py()[:1])
+            store.remove(best[0])
+
+    monkeypatch.setattr(bulk.Bulk, "save", save_and_change)
+    recommend_file(run, users, output, QUERY, device="cpu")
+    assert any(best[0] in row["items"] for row in rows_of(output)[16:])
+    monkeypatch.setattr(bulk.Bulk, "save", save)
+    recommend_file(run, users, output, QUERY, device="cpu")
+    assert not any(best[0] in row["items"] for row in rows_of(output))
 
 
 def test_rows_with_nulls_are_told_which_value_is_missing(run, tmp_path):
@@ -150,7 +176,7 @@ def test_two_torchrun_workers_write_what_one_does(run, users, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     first = json.loads(done.stdout)
-    assert (first["rows"], first["world_size"], first["complete"]) == (50, 2, True)
+    assert (first["rows"], first["world_size"], first["complete"]) == (130, 2, True)
     assert pq.read_table(output).equals(pq.read_table(whole))
 
 

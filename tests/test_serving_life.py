@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,15 @@ from conftest import until
 from serving_process import SLOW_S, WRITE, Server, Traffic
 
 pytestmark = pytest.mark.xdist_group("serving")
+
+
+def models(server: Server) -> list[psutil.Process]:
+    """The model processes of a server."""
+    return [
+        child
+        for child in psutil.Process(server.process.pid).children()
+        if child.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 def test_overload_gives_429_with_retry_after_and_no_other_error(own):
@@ -71,16 +81,13 @@ def test_requests_during_additions_all_succeed_and_additions_show_at_once(own):
         server.kill()
 
 
-@pytest.mark.parametrize(("workers", "group"), [(1, False), (2, False), (2, True)])
-def test_sigterm_under_load_loses_no_request_that_was_accepted(own, workers, group):
+@pytest.mark.parametrize("group", [False, True])
+def test_sigterm_under_load_loses_no_request_that_was_accepted(own, group):
     """To the server alone, or to its whole process group, as a terminal's Ctrl-C is."""
-    options = ["--drain-seconds", 3.0, "--workers", workers]
-    server = Server(own / "first", *options, keys=own / "keys").wait()
-    until(lambda: server.errors.count("ready:") == workers)
+    server = Server(own / "first", "--drain-seconds", 3.0, "--workers", 2, keys=own / "keys").wait()
     traffic = Traffic(server, threads=6)
     until(lambda: len({answer["user"] for answer in traffic.answers}) == 6 or traffic.failures)
-    parent = psutil.Process(server.process.pid)
-    for process in (*(parent.children() if group else ()), parent):
+    for process in (*(models(server) if group else ()), psutil.Process(server.process.pid)):
         process.send_signal(signal.SIGTERM)
     until(lambda: server.client.get("/readyz").status_code == 503)
     before = len(traffic.answers)
@@ -92,132 +99,86 @@ def test_sigterm_under_load_loses_no_request_that_was_accepted(own, workers, gro
     assert code == 0
 
 
-def test_a_killed_server_comes_back_with_everything_that_was_added(own):
+def test_killed_models_lose_no_request_and_others_take_their_place(own):
+    server = Server(own / "first", "--workers", 2, keys=own / "keys").wait()
+    try:
+        traffic = Traffic(server, threads=6)
+        for _ in range(3):
+            before = len(traffic.answers)
+            until(lambda before=before: len(traffic.answers) > before + 30 or traffic.failures)
+            models(server)[0].kill()
+            until(lambda: len(models(server)) == 2 or traffic.failures)
+            assert server.client.get("/readyz").status_code == 200
+        until(lambda: "streamctl_models 2.0" in server.client.get("/metrics").text)
+        traffic.stop()
+        assert not traffic.failures and not traffic.refused
+        assert "streamctl_model_deaths_total 3.0" in server.client.get("/metrics").text
+        assert server.stop() == 0
+    finally:
+        server.kill()
+
+
+def test_models_end_with_their_server_however_it_ends(own):
+    server = Server(own / "first", "--workers", 2, keys=own / "keys").wait()
+    alive = models(server)
+    assert len(alive) == 2
+    server.kill()
+    assert len(psutil.wait_procs(alive, SLOW_S)[0]) == 2
+
+
+def test_a_killed_server_comes_back_with_everything_that_was_changed(own):
     server = Server(own / "first", keys=own / "keys").wait()
     for number in range(5):
         new = {"id": f"new-{number}", "title": f"Alder pigment {number}"}
         assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
     assert server.client.delete("/v1/items/new-2", headers=WRITE).status_code == 204
+    taken = {"user_id": "newcomer", "items": ["new-1", "i001"]}
+    assert server.client.post("/v1/interactions", json=taken, headers=WRITE).status_code == 201
     codes = [server.client.get(f"/v1/items/new-{n}").json().get("codes") for n in range(5)]
-    best = server.ids(user_id="u017", k=20)
+    best = [server.ids(user_id=user, k=20) for user in ("u017", "newcomer")]
     server.kill()
-    journal = own / "first" / "serving" / "items.jsonl"
-    with open(journal, "ab") as handle:
-        handle.write(b'{"op": "add", "id": "half')  # the kill came in the middle of a write
     server = Server(own / "first", keys=own / "keys").wait()
     try:
         again = [server.client.get(f"/v1/items/new-{n}").json().get("codes") for n in range(5)]
         assert again == codes and again[2] is None and again[0]
-        assert server.ids(user_id="u017", k=20) == best
+        assert [server.ids(user_id=user, k=20) for user in ("u017", "newcomer")] == best
         new = {"id": "new-9", "title": "Alder pigment 9"}
         assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
     finally:
         server.kill()
 
 
-def test_a_damaged_journal_stops_changes_but_no_answers_and_no_start_hides_it(own):
-    server = Server(own / "first", keys=own / "keys").wait()
-    journal = own / "first" / "serving" / "items.jsonl"
-    try:
-        new = {"id": "new-1", "title": "Alder pigment"}
-        assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
-        with open(journal, "a") as handle:
-            handle.write('[1, 2]\n{"op": "remove", "id": "new-1"}\n')
-        until(lambda: "items.jsonl:2" in server.errors)  # the idle worker has looked at it, too
-        assert server.ids(user_id="u017", allow=["new-1"]) == ["new-1"]
-        refused = server.client.delete("/v1/items/new-1", headers=WRITE)
-        assert refused.status_code == 507 and "damaged" in refused.json()["detail"]
-        assert journal.read_text().count("\n") == 3
-    finally:
-        server.kill()
-    again = Server(own / "first", keys=own / "keys")
-    assert again.process.wait(SLOW_S) != 0 and "items.jsonl:2" in again.errors
-
-
-def test_added_items_follow_to_a_run_with_other_codes(own):
-    server = Server(own / "first", keys=own / "keys").wait()
-    try:
-        new = {"id": "new-1", "title": "Northwind broad nibs", "text": "Northwind broad nibs"}
-        assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
-        answer = server.client.post("/v1/reload", json={"run": "second"}, headers=WRITE)
-        assert answer.status_code == 200
-        assert server.ids(user_id="u017", allow=["new-1"]) == ["new-1"]
-    finally:
-        server.kill()
-
-
-def test_two_workers_agree_on_items_and_follow_a_reload(own):
+def test_what_changes_while_two_models_serve_holds_for_both_at_once_and_after_a_reload(own):
     server = Server(own / "first", "--workers", 2, keys=own / "keys").wait()
     try:
-
-        def everywhere(check) -> None:
-            """Each call on a connection of its own, so that both workers are met."""
-
-            def holds() -> bool:
-                for _ in range(16):
-                    with server.connect() as client:
-                        if client.get("/readyz").status_code != 200 or not check(client):
-                            return False
-                return True
-
-            until(holds)
-
-        def has_it(client) -> bool:
-            answer = client.post("/v1/recommend", json={"user_id": "u017", "allow": ["new-1"]})
-            return answer.is_success and answer.json()["items"][0]["id"] == "new-1"
-
-        def is_second(client) -> bool:
-            return client.get("/readyz").json()["model"]["run"] == "second"
-
-        new = {"id": "new-1", "title": "Quillon layout paper"}
-        assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
-        everywhere(has_it)
-        server.client.post("/v1/reload", json={"run": "second"}, headers=WRITE)
-        everywhere(is_second)
-        # Workers that take the place of killed ones serve what these served.
-        for child in psutil.Process(server.process.pid).children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.kill()
-        for _ in range(16):
-            with server.connect() as client:
-                until(lambda client=client: client.get("/readyz").status_code == 200)
-                assert is_second(client)
-        metrics = server.client.get("/metrics").text
-        assert "streamctl_recommend_seconds_count" in metrics
-        assert server.stop() == 0
+        for number, run in enumerate(("first", "second")):
+            new = {"id": f"new-{number}", "title": "Quillon layout paper"}
+            assert server.client.post("/v1/items", json=new, headers=WRITE).status_code == 201
+            for _ in range(8):
+                for known in range(number + 1):
+                    asked = {"user_id": "u017", "allow": [f"new-{known}"]}
+                    assert server.ids(**asked) == [f"new-{known}"]
+            assert server.client.get("/readyz").json()["model"]["run"] == run
+            server.client.post("/v1/reload", json={"run": "second"}, headers=WRITE)
     finally:
         server.kill()
 
 
-def test_workers_of_which_none_can_load_the_run_end_with_the_reason(own, tmp_path):
-    damaged = tmp_path / "items.jsonl"
-    damaged.write_text("no record\nnor this\n")
-    server = Server(own / "first", "--workers", 2, "--items", damaged)
-    try:
-        assert server.process.wait(SLOW_S) == 1
-    finally:
-        server.kill()
-    assert "items.jsonl:1: not a record" in server.errors
-    assert "could not load the run, and none had" in server.errors
+def test_a_run_that_cannot_be_loaded_ends_the_server_with_the_reason(own):
+    shutil.rmtree(own / "first" / "data")
+    server = Server(own / "first", "--workers", 2)
+    assert server.process.wait(SLOW_S) == 1
+    assert "stage data" in server.errors and "Traceback" not in server.errors.split("Error:")[-1]
 
 
-def test_a_worker_that_cannot_take_a_dead_ones_place_does_not_stop_the_others(own, tmp_path):
-    items = tmp_path / "items.jsonl"
-    server = Server(own / "first", "--workers", 2, "--items", items).wait()
+def test_a_model_that_cannot_take_a_dead_ones_place_does_not_stop_the_others(own):
+    server = Server(own / "first", "--workers", 2, keys=own / "keys").wait()
     try:
-        until(lambda: server.errors.count("ready:") == 2)
-        items.write_text("no record\nnor this\n")  # who reads it from the start will stumble
-        first, *_ = (
-            child
-            for child in psutil.Process(server.process.pid).children()
-            if "spawn_main" in " ".join(child.cmdline())
-        )
-        first.kill()
-        until(lambda: server.errors.count("a worker cannot load its model") >= 2)
-        assert server.process.poll() is None
-        items.unlink()
-        until(lambda: server.errors.count("ready:") == 3)
-        assert server.ids(user_id="u017")
-        assert server.stop() == 0
+        moved = (own / "first" / "sft").rename(own / "sft")
+        models(server)[0].kill()
+        until(lambda: "no model can take its place" in server.errors)
+        assert server.ids(user_id="u017") and server.client.get("/readyz").status_code == 200
+        moved.rename(own / "first" / "sft")
+        until(lambda: "streamctl_models 2.0" in server.client.get("/metrics").text)
     finally:
         server.kill()

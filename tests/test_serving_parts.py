@@ -1,104 +1,180 @@
-"""The parts of the server that need no model: batcher, journal, keys, search, the live items."""
+"""The parts of the server that need no model: the store and the keys."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import socket
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from serving_run import make_data
 
-from streamctl.data import Catalog
 from streamctl.errors import StreamctlError
-from streamctl.serving.closing import begin_no_connection
-from streamctl.serving.items import LiveItems
-from streamctl.serving.journal import Journal
+from streamctl.runs import RunDir
 from streamctl.serving.keys import KeyRing
-from streamctl.serving.search import TitleIndex
+from streamctl.serving.store import Refused, Store, words_of
 
 READ, WRITE = "r" * 20, "w" * 20
 
 
-def test_a_journal_gives_back_its_records_to_every_reader(tmp_path):
-    path = tmp_path / "sub" / "items.jsonl"
-    writer, reader = Journal(path), Journal(path)
-    assert reader.news() == []
-    for number in range(3):
-        with writer.lock():
-            writer.news()
-            writer.append({"number": number})
-    assert writer.news() == []
-    assert reader.news() == [{"number": 0}, {"number": 1}, {"number": 2}]
-    assert Journal(path).news() == [{"number": 0}, {"number": 1}, {"number": 2}]
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> RunDir:
+    return make_data(tmp_path_factory.mktemp("store") / "run")
 
 
-@pytest.mark.parametrize("cut", range(1, 14))
-def test_a_record_that_was_cut_off_is_dropped_and_the_next_one_takes_its_place(tmp_path, cut):
-    path = tmp_path / "items.jsonl"
-    journal = Journal(path)
-    journal.append({"number": 0})
-    whole = path.read_bytes()
-    journal.append({"number": 1})
-    path.write_bytes(path.read_bytes()[:-cut])
-    after = Journal(path)
-    assert after.news() == [{"number": 0}]
-    with after.lock():
-        after.news()
-        after.append({"number": 2})
-    assert path.read_bytes() == whole + b'{"number": 2}\n'
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "store"
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", "null", '"text"', "[" * 5000, '{"bad": 1}'])
-def test_a_damaged_line_names_the_file_and_the_line_and_the_ones_before_count(tmp_path, line):
-    path = tmp_path / "items.jsonl"
-    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
-    journal = Journal(path, lambda record: "bad" not in record)
-    assert journal.news() == [{"a": 1}]
-    for _ in range(2):
-        with pytest.raises(StreamctlError, match=r"items\.jsonl:2"):
-            journal.news()
+@pytest.fixture
+def store(run, folder) -> Store:
+    return Store(run, folder)
 
 
-def _append_many(path, name):
-    journal = Journal(path)
-    for number in range(30):
-        with journal.lock():
-            journal.news()
-            journal.append({"who": name, "number": number})
+def add(store: Store, id_: str, title: str, fields: dict[str, str] | None = None) -> int:
+    with store.writing():
+        store.check_new(id_, fields or {})
+        item = store.add(id_, title, title, fields or {})
+        store.set_codes(item, [1, 2, 3], np.ones(4))
+    return item
 
 
-def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
-    path = tmp_path / "items.jsonl"
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_append_many, args=(path, name)) for name in "ab"]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    for name in "ab":
-        assert [one["number"] for one in records if one["who"] == name] == list(range(30))
+def found(store: Store, words: str) -> list[str]:
+    return [item["id"] for item in store.search(words, 100)["items"]]
 
 
-def test_a_disk_that_refuses_leaves_the_journal_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "items.jsonl"
-    journal = Journal(path)
-    journal.append({"number": 0})
-    before = path.read_bytes()
+def test_items_and_users_of_the_run_are_there_with_what_they_are(run, store):
+    from streamctl.data import load_data
 
-    def full(_):
-        raise OSError(28, "No space left on device")
+    catalog, split = load_data(run)
+    assert store.count() == store.base == len(catalog)
+    for item in (0, 7, len(catalog) - 1):
+        told = store.item(catalog.ids[item])
+        assert (told["id"], told["title"]) == (catalog.ids[item], catalog.titles[item])
+        assert told["fields"]["brand"] == catalog.fields["brand"][item] and not told["added"]
+    for user in (0, 33):
+        assert store.user(split.log.user_ids[user]) == (user, split.log.of(user).tolist())
+    assert store.user("nobody") is None
+    taken = np.bincount(split.log.items, minlength=len(catalog))
+    assert found(store, "")[0] in np.array(catalog.ids)[taken == taken.max()]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
-            journal.append({"number": 1})
-    assert path.read_bytes() == before
-    journal.append({"number": 2})
-    assert [one["number"] for one in Journal(path).news()] == [0, 2]
+
+def test_what_one_connection_writes_every_other_sees(run, folder, store):
+    other = Store(run, folder)
+    before = other.version(), other.changes()
+    item = add(store, "new-1", "Lip balm", {"brand": "Wren"})
+    assert (other.version(), other.changes()) != before
+    assert other.index("new-1") == item == store.base
+    [(number, id_, text, codes, vector)] = other.added_since(0)
+    assert (number, id_, text, codes) == (item, "new-1", "Lip balm", [1, 2, 3])
+    assert vector.tolist() == [1, 1, 1, 1]
+    assert other.with_values("brand", ["Wren"], "/filter").tolist() == [item]
+    other.take("u001", ["new-1"])
+    assert store.user("u001")[1][-1] == item
+    assert store.taken_since(0)[0] == [("u001", [item])]
+    assert Store(run, folder).user("u001") == store.user("u001")
+
+
+def test_a_removed_item_is_gone_but_histories_may_hold_it_and_its_id_is_free(store):
+    first = add(store, "new-1", "Lip balm")
+    with pytest.raises(Refused, match="in the catalogue"):
+        store.check_new("new-1", {})
+    for id_ in ("new-1", store.describe([5])[0]["id"]):
+        old, count = store.index(id_), store.count()
+        store.remove(id_)
+        assert store.index(id_) is None and store.indexes([id_]) == [old]
+        assert store.count() == count - 1 and id_ not in found(store, "")
+        with pytest.raises(Refused, match="no such item"):
+            store.remove(id_)
+        again = add(store, id_, "Another balm")
+        assert store.index(id_) == store.indexes([id_])[0] == again > first
+        assert store.count() == count
+    assert store.removed_since(0)[0] == [first, 5]
+
+
+def test_titles_are_found_by_words_their_beginnings_and_pieces_of_scripts_without_blanks(store):
+    titles = {
+        "lip": "Lip balm", "red": "Red lip balm", "tea": "杭州特级绿茶", "kana": "抹茶ラテの素",
+        "thai": "ชาเขียวญี่ปุ่น", "fire": "🔥 Sauce", "cpp": "C++ primer", "cafe": "Café au lait 2",
+    }  # fmt: skip
+    for id_, title in titles.items():
+        add(store, id_, title)
+    for words, ids in {
+        "lip ba": ["lip", "red"], "RED li": ["red"], "绿茶": ["tea"], "茶": ["tea", "kana"],
+        "ラテ": ["kana"], "เขียว": ["thai"], "🔥": ["fire"], "c++": ["cpp"], "café": ["cafe"],
+        "2": ["cafe"], "州级": [], "balmy": [], "...": [], '"': [], "AND": [],
+    }.items():  # fmt: skip
+        assert [one for one in found(store, words) if one in titles] == ids, words
+    assert words_of("Öl & 绿茶!") == ["öl", "绿", "茶"]
+
+
+def test_a_forgotten_user_is_not_read_any_more_and_may_begin_anew(run, folder, store):
+    other = Store(run, folder)
+    ids = [item["id"] for item in store.describe([1, 2])]
+    store.take("u001", ids)
+    store.take("newcomer", ids)
+    for user in ("u001", "newcomer"):
+        store.forget(user)
+        assert other.user(user) is None and user not in other.users(user, 5)["users"]
+        with pytest.raises(Refused, match="no such user"):
+            store.forget(user)
+        store.take(user, ids)
+        assert other.user(user) == (-1, [1, 2])
+        assert other.users(user, 5)["users"] == [user]
+    assert store.forgotten_since(0)[0] == ["u001", "newcomer"]
+
+
+def test_interactions_count_for_runs_of_the_same_data_only(run, folder, store, tmp_path):
+    store.take("u001", [store.describe([1])[0]["id"]])
+    later = Store(make_data(tmp_path / "later", seed=1), folder)
+    assert later.user("u001")[1][-1] != 1 or len(later.user("u001")[1]) != len(
+        store.user("u001")[1]
+    )
+    assert later.taken_since(0) == ([], 0)
+
+
+def test_an_unknown_id_or_field_is_refused_with_its_place_and_the_nearest(store):
+    ids = [item["id"] for item in store.describe([1, 2])]
+    with pytest.raises(Refused, match=f"did you mean {ids[1]}") as error:
+        store.known([ids[0], ids[1] + "0"], "/history")
+    assert error.value.field == "/history/1"
+    with pytest.raises(Refused, match="did you mean brand") as error:
+        store.with_values("brnd", ["x"], "/filter")
+    assert error.value.field == "/filter/brnd"
+    with pytest.raises(Refused):
+        store.take("u001", ["nothing"])
+    assert store.changes() == [0, 0, 0, 0]
+
+
+TAKE_MANY = """
+import sys; from pathlib import Path
+from streamctl.runs import RunDir; from streamctl.serving.store import Store
+store = Store(RunDir(sys.argv[1]), Path(sys.argv[2]))
+item = store.describe([0])[0]["id"]
+for _ in range(20): store.take(sys.argv[3], [item])
+"""
+
+
+def test_two_processes_that_write_at_once_lose_nothing(run, folder, store):
+    command = [sys.executable, "-c", TAKE_MANY, run.path, folder]
+    workers = [subprocess.Popen([*command, name]) for name in "ab"]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert [len(store.user(name)[1]) for name in "ab"] == [20, 20]
+
+
+def test_a_change_that_fails_half_way_leaves_nothing(store):
+    with pytest.raises(RuntimeError), store.writing():
+        store.add("half", "Half", "Half", {})
+        raise RuntimeError
+    assert store.index("half") is None and found(store, "half") == []
+
+
+def test_a_file_that_is_no_store_is_named(run, folder):
+    folder.mkdir()
+    (folder / "live.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.raises(StreamctlError, match=r"cannot be opened: file is not a database"):
+        Store(run, folder)
 
 
 def test_keys_come_from_the_file_and_the_environment(tmp_path, monkeypatch):
@@ -161,56 +237,3 @@ def test_without_keys_reading_is_open_and_no_key_may_write(monkeypatch):
     ring = KeyRing(None)
     assert not ring.guards_reading
     assert ring.right_of(WRITE) is None
-
-
-def test_search_finds_titles_with_all_words_best_first():
-    index = TitleIndex(["Red lip balm", "Lip balm", "Red nail polish", "Balm for red lips", "Öl"])
-    assert index.find("lip balm") == [1, 0, 3]
-    assert index.find("RED li") == [0, 3]
-    assert index.find("öl") == [4]
-    assert index.find("blue") == []
-    assert index.find("  ") == []
-    index.add("Lip balm deluxe")
-    assert index.find("lip balm") == [1, 5, 0, 3]
-
-
-@pytest.fixture
-def live():
-    catalog = Catalog(
-        ["a", "b", "c"], ["A a", "B b", "C c"], ["", "", ""], {"brand": ["x", "y", "x"]}
-    )
-    return LiveItems(catalog, np.array([[0, 0], [0, 1], [1, 0]]))
-
-
-def test_added_items_are_searched_filtered_and_counted(live):
-    assert live.with_values("brand", ["x"]).tolist() == [0, 2]
-    number = live.add("d", "D d", {"brand": "x"}, [1, 1])
-    assert number == 3 and len(live) == 4
-    assert live.with_values("brand", ["x"]).tolist() == [0, 2, 3]
-    assert live.with_values("brand", []).tolist() == []
-    assert live.fields(3) == {"brand": "x"}
-    assert live.search("d") == [3]
-
-
-def test_a_removed_item_is_gone_but_histories_may_hold_it_and_its_id_is_free(live):
-    live.remove(1)
-    assert live.index("b") is None and live.index_ever("b") == 1
-    assert live.search("b") == [] and len(live) == 2
-    assert live.add("b", "B again", {}, [0, 1]) == 3
-    assert live.index("b") == 3
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's socket filters")
-def test_before_the_socket_closes_connections_that_were_begun_are_kept_and_no_other_begins():
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = listening.getsockname()
-        early = socket.create_connection(address, 10)
-        begin_no_connection(listening.fileno())
-        with pytest.raises(TimeoutError):
-            socket.create_connection(address, 0.3)
-        early.sendall(b"asked")
-        listening.settimeout(10)
-        accepted, _ = listening.accept()
-        assert accepted.recv(5) == b"asked"
-        accepted.close()
-        early.close()

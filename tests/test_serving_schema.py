@@ -24,12 +24,14 @@ OPERATIONS = [
     ("POST", "/v1/recommend/batch"),
     ("GET", "/v1/items"),
     ("GET", "/v1/items/{id}"),
+    ("GET", "/v1/items/{id}/similar"),
     ("GET", "/v1/users"),
     ("GET", "/v1/users/{id}"),
     ("GET", "/v1/run"),
     ("POST", "/v1/items"),
     ("POST", "/v1/interactions"),
     ("DELETE", "/v1/items/{id}"),
+    ("DELETE", "/v1/users/{id}"),
     ("POST", "/v1/reload"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
@@ -89,6 +91,7 @@ def familiar(case, known: tuple[list[str], list[str]]) -> None:
             query["user_id"] = None
         else:
             query |= {"history": None, "user_id": users[size % len(users)]}
+        query["method"] = ("auto", "tiger", "popularity")[size % 3]
         if query.get("filter"):
             query["filter"] = {"brand": next(iter(query["filter"].values()))}
 

@@ -1,17 +1,16 @@
-"""Users in service: what they take is on the disk, and read at once."""
+"""The engine with what came since: users, their interactions, and items."""
 
 from __future__ import annotations
 
-import json
-
-import numpy as np
 import pytest
 from serving_run import make_run
 
+from streamctl.data import load_data
 from streamctl.runs import RunDir
-from streamctl.serving.catalogue import Refused
 from streamctl.serving.engine import Engine
-from streamctl.serving.schemas import NewItem, Query
+from streamctl.serving.question import as_job
+from streamctl.serving.schemas import Query
+from streamctl.serving.store import Refused, Store
 
 pytestmark = pytest.mark.xdist_group("serving")
 OLD, NEW = "u017", "a newcomer"
@@ -23,84 +22,136 @@ def run(tmp_path_factory) -> RunDir:
 
 
 @pytest.fixture
-def journal(tmp_path):
-    return tmp_path / "items.jsonl"
+def folder(tmp_path):
+    return tmp_path / "store"
 
 
 @pytest.fixture
-def engine(run, journal) -> Engine:
-    return Engine(run, journal=journal, device="cpu")
+def engine(run, folder) -> Engine:
+    return Engine(run, Store(run, folder), device="cpu")
 
 
 def ask(engine: Engine, **query) -> dict:
-    return engine.recommend([engine.prepare(Query(**query))])[0]
+    job = as_job(Query(**query), engine.store, engine.about())
+    [answer] = engine.answer([job.details], *job.group)
+    ids = {item: name["id"] for item, name in engine.store.names(range(200)).items()}
+    return {**answer, "items": [(ids[item], score) for item, score in answer["items"]],
+            "note": answer["note"] or job.note}  # fmt: skip
 
 
-def history_of(engine: Engine, user: str) -> list[str]:
-    return [item["id"] for item in engine.user(user)["history"]]
+def ids(engine: Engine, **query) -> list[str]:
+    return [item for item, _ in ask(engine, **query)["items"]]
+
+
+def add(engine: Engine, id_: str, title: str = "Oakfield brush set") -> int:
+    return engine.add(id_, title, title, {})
 
 
 def rare_items(engine: Engine, count: int) -> list[str]:
     """Items that are taken least often."""
-    times = np.bincount(engine.split.log.items, minlength=engine.split.n_items)
-    return [engine.catalogue.items.ids[item] for item in np.argsort(times, kind="stable")[:count]]
+    order = [item["id"] for item in engine.store.search("", 100)["items"]]
+    return order[-count:]
 
 
 def test_what_a_user_takes_is_read_and_not_recommended_again(engine):
-    first = ask(engine, user_id=OLD)["items"][0]["id"]
-    before = engine.user(OLD)
-    engine.catalogue.take(OLD, [first])
-    after = engine.user(OLD)
-    assert after["interactions"] == before["interactions"] + 1
-    assert history_of(engine, OLD)[-1] == first
-    told = ask(engine, user_id=OLD, k=20)["items"]
-    assert first not in [item["id"] for item in told]
-    history = [engine.catalogue.items.ids[item] for item in engine.users.taken(17)]
-    assert told == ask(engine, history=history, k=20)["items"]
+    first = ids(engine, user_id=OLD)[0]
+    before = engine.store.user(OLD)[1]
+    engine.store.take(OLD, [first])
+    after = engine.store.user(OLD)[1]
+    assert after[:-1] == before and engine.store.indexes([first]) == after[-1:]
+    assert first not in ids(engine, user_id=OLD, k=100)
+    history = [item["id"] for item in engine.store.describe(after)]
+    assert ids(engine, user_id=OLD, k=20) == ids(engine, history=history, k=20)
 
 
-def test_a_new_user_begins_with_the_first_interaction(engine):
-    with pytest.raises(Refused, match="no such user"):
-        engine.user(NEW)
-    items = rare_items(engine, 3)
-    engine.catalogue.take(NEW, items[:2])
-    engine.catalogue.take(NEW, items[2:])
-    assert history_of(engine, NEW) == items and engine.user(NEW)["interactions"] == 3
-    assert NEW in engine.users.beginning("a new", 5)["users"]
-    assert len(ask(engine, user_id=NEW)["items"]) == 10
+def test_who_says_nothing_is_told_the_popular_items_and_that_it_is_so(engine):
+    for query in ({"user_id": NEW}, {"history": []}):
+        answer = ask(engine, **query, k=120)
+        assert answer["method"] == "popularity" and answer["note"].startswith("popular items: ")
+        counts = [count for _, count in answer["items"]]
+        assert len(counts) == 120 and counts == sorted(counts, reverse=True) and counts[0] > 50
+    best = [item for item, _ in answer["items"]]
+    assert ids(engine, user_id=NEW, deny=best[:1], allow=best[:3]) == best[1:3]
+    engine.store.take(NEW, best[:1])
+    answer = ask(engine, user_id=NEW)
+    assert (
+        answer["method"] == "stream_sft" and answer["note"] is None and len(answer["items"]) == 10
+    )
 
 
-def test_it_survives_the_process_and_reaches_those_beside_it(run, engine, journal):
-    beside = Engine(run, journal=journal, device="cpu")
+def test_many_items_are_found_where_many_are_wanted(engine):
+    assert len(set(ids(engine, user_id=OLD, k=1000, exclude_seen=False))) == 120
+    with pytest.raises(ValueError, match="1000"):
+        Query(user_id=OLD, k=1001)
+
+
+def test_a_method_may_be_named_and_an_unknown_one_is_refused(engine):
+    assert set(engine.about()["methods"]) >= {"popularity", "tiger", "stream_sft"}
+    for method in ("tiger", "popularity"):
+        assert ask(engine, user_id=OLD, method=method)["method"] == method
+    assert ids(engine, user_id=OLD, method="tiger") != ids(engine, user_id=OLD)
+    with pytest.raises(Refused, match="did you mean tiger") as error:
+        ask(engine, user_id=OLD, method="tigre")
+    assert error.value.field == "/method"
+
+
+def test_what_shares_a_batch_changes_no_answer(engine):
+    queries = [{"user_id": f"u{user:03}", "k": user, "deny": ["i001"]} for user in range(3, 20)]
+    jobs = [as_job(Query(**query), engine.store, engine.about()) for query in queries]
+    together = engine.answer([job.details for job in jobs], *jobs[0].group)
+    for job, answer in zip(jobs, together, strict=True):
+        [alone] = engine.answer([job.details], *job.group)
+        assert [item for item, _ in alone["items"]] == [item for item, _ in answer["items"]]
+
+
+def test_it_survives_the_process_and_reaches_those_beside_it(run, folder, engine):
+    beside = Engine(run, Store(run, folder), device="cpu")
+    new = add(engine, "new-1")
     items = rare_items(engine, 4)
-    engine.catalogue.take(NEW, items)
-    ask(beside, user_id=OLD)  # an answer follows the journal
-    later = Engine(run, journal=journal, device="cpu")
-    for other in (beside, later):
-        assert history_of(other, NEW) == items
+    engine.store.take(NEW, [*items, "new-1"])
+    engine.store.remove(items[0])
+    later = Engine(run, Store(run, folder), device="cpu")
+    for other in (engine, beside, later):
+        assert ids(other, user_id=OLD, allow=["new-1"]) == ["new-1"]
         assert ask(other, user_id=NEW) == ask(engine, user_id=NEW)
+        assert items[0] not in ids(other, user_id=OLD, k=200)
+        assert other.live.removed.tolist() == engine.store.indexes(items[:1])
+        assert other.similar(new, 3) == engine.similar(new, 3)
 
 
-def test_added_items_may_be_taken(engine):
-    new = NewItem(id="new-1", title="Oakfield brush set")
-    engine.catalogue.add(new, engine.catalogue.tokenize([new.title])[0])
-    first, second = rare_items(engine, 2)
-    engine.catalogue.take(NEW, [first, "new-1", second])
-    assert history_of(engine, NEW) == [first, "new-1", second]
-    assert len(ask(engine, user_id=NEW)["items"]) == 10
+def test_items_with_equal_texts_get_codes_of_their_own_in_whichever_process(run, folder, engine):
+    engines = engine, Engine(run, Store(run, folder), device="cpu")
+    made = []
+    for number in range(6):
+        item = add(engines[number % 2], f"twin-{number}", "Copperleaf wax seal kit")
+        made.append(tuple(engine.store.describe([item])[0]["codes"]))
+    assert len(set(made)) == 6 and len({codes[:-1] for codes in made}) == 1
+    held = {tuple(item["codes"]) for item in engine.store.describe(range(120))}
+    assert not held & set(made)
 
 
-def test_an_item_that_never_was_is_refused_with_its_place(engine, journal):
-    with pytest.raises(Refused, match="no such item") as error:
-        engine.catalogue.take(OLD, [*rare_items(engine, 1), "nothing"])
-    assert error.value.field == "/items/1"
-    assert not journal.exists() and engine.users.index(NEW) is None
+def test_an_added_item_is_read_in_a_history_and_takes_part_in_what_is_alike(run, engine):
+    new = add(engine, "new-1", load_data(run)[0].texts[5])
+    assert len(ids(engine, history=["new-1"], k=3)) == 3
+    assert engine.similar(new, 1)[0][1] == pytest.approx(1, abs=1e-5)
+    assert new in [item for item, _ in engine.similar(5, 5)]
+    engine.store.remove("new-1")
+    assert new not in [item for item, _ in engine.similar(5, 120)]
+    assert ids(engine, user_id=OLD, allow=["new-1"]) == []
+    assert len(ids(engine, history=["new-1"], k=3)) == 3
 
 
-def test_it_is_not_counted_twice_by_a_run_of_a_log_that_has_it(run, engine, journal):
-    """A run of other data was prepared later, and its log says what its users took."""
-    engine.catalogue.take(OLD, rare_items(engine, 1))
-    record = json.loads(journal.read_text())
-    journal.write_text(json.dumps(record | {"data": "another"}) + "\n")
-    other = Engine(run, journal=journal, device="cpu")
-    assert other.user(OLD)["interactions"] == engine.user(OLD)["interactions"] - 1
+def test_another_tokenizer_gives_added_items_codes_of_its_own(run, folder, engine, tmp_path):
+    add(engine, "new-1")
+    other = make_run(tmp_path / "other", codes=8)
+    for _ in range(2):  # the second one finds them written
+        moved = Engine(other, Store(other, folder), device="cpu")
+        codes = moved.store.item("new-1")["codes"]
+        assert len(codes) == 3 and max(codes[:-1]) < 8
+        assert ids(moved, user_id=OLD, allow=["new-1"]) == ["new-1"]
+
+
+def test_a_forgotten_user_gets_the_popular_items(engine):
+    engine.store.take(OLD, rare_items(engine, 1))
+    engine.store.forget(OLD)
+    assert ask(engine, user_id=OLD)["method"] == "popularity"

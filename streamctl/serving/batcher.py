@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from streamctl.serving.metrics import BATCH, EXPIRED, QUEUE, REJECTED, WAIT
 
-TRIES = 2  # models that may die over a job before it is the job that is at fault
+TRIES = 3  # models that may die over a job before it is the job that is at fault
 MARGIN = 1.5  # of the expected wait: a batch may take longer than the latest ones did
 
 

@@ -157,7 +157,6 @@ class Engine:
             pairs = _pairs(ranking, row, job["k"])
             answers.append(_answer(pairs, method, used, None))
             if explain:
-                own = {name: value[row : row + 1] for name, value in options.items()}
                 answers[row]["explain"] = {"before": pairs, "steps": []}
         return answers
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from streamctl.data import Split
-from streamctl.errors import StreamctlError
 from streamctl.ranking import Recommender
 from streamctl.runs import RunDir
 from streamctl.serving.store import Refused, Store
 from streamctl.tokenizer import SemanticIds
 from streamctl.tokenizer import vectors as item_vectors
 from streamctl.tokenizer.neighbours import nearest, unit
-from streamctl.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from streamctl.tokenizer.tokenizer import Tokenizer
 
 
 class LiveCatalog:
@@ -32,7 +34,8 @@ class LiveCatalog:
         self._newcomers: dict[str, int] = {}
         self._served: list[Recommender] = []
         self._seen = {"version": -1, "number": 0, "removed": 0, "taken": 0, "forgotten": 0}
-        self._stage, self._tokenizer = run.stage("tokenizer"), None
+        self._stage = run.stage("tokenizer")
+        self._tokenizer: Tokenizer | None = None
         self._live = np.empty(0, np.int64), np.empty((0, 0), np.int64)  # items and their codes
         self._vectors = np.empty((store.base, 0), np.float32)
         if self._stage.complete:
@@ -115,6 +118,8 @@ class LiveCatalog:
             StreamctlError: the run has no tokenizer, or its encoder cannot be loaded.
         """
         if self._tokenizer is None:
+            from streamctl.tokenizer.tokenizer import Tokenizer  # for its sake sklearn: seconds
+
             self._tokenizer = Tokenizer.load(self.run.require("tokenizer"))
         return self._tokenizer.encode(list(texts)), unit(self._tokenizer.vectors(list(texts)))
 

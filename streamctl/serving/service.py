@@ -345,6 +345,9 @@ def _answer(served: Served, job: Job, timed: Timed, took: float) -> dict[str, An
     mentioned += [item for ranking in ranked for item, _ in ranking]
     names = served.store.names([item for item in mentioned if item is not None])
 
+    def title(item: int | None) -> str:
+        return names[item]["title"] if item in names else ""
+
     def listed(ranking: list) -> list[dict[str, Any]]:
         return [{**names[item], "score": score} for item, score in ranking]
 
@@ -354,7 +357,7 @@ def _answer(served: Served, job: Job, timed: Timed, took: float) -> dict[str, An
                 **step,
                 "item": names.get(step["item"]),
                 "via": names.get(step["via"]),
-                "text": in_words(step["text"], names, step["item"], step["via"]),
+                "text": step["text"].format(item=title(step["item"]), via=title(step["via"])),
                 "ranking": listed(step["ranking"]),
             }
             for step in told["steps"]
