@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamctl.config import EvalConfig
 from streamctl.data import load_data
-from streamctl.errors import UsageError, close_matches
-from streamctl.evaluation.methods import Models, choose_rows, known_rows
+from streamctl.evaluation.methods import known_rows, load_best, load_method, method_names
 from streamctl.ranking import Ranking, Recommender
-from streamctl.runs import RunDir, Stage
+from streamctl.runs import RunDir
 from streamctl.serving.live import LiveCatalog
 from streamctl.serving.question import POPULAR
 from streamctl.serving.report import run_report
 from streamctl.serving.store import Store
 
 SHOWN = 10  # items of each ranking in an explanation
+BEAM = 20
 
 
 class Engine:
@@ -43,7 +42,7 @@ class Engine:
         """
         self.run, self.store, self.device = run, store, device
         self.methods = method_names(run)
-        self.method, recommender = load(run, method, device)
+        self.method, recommender = load_best(run, device, method=method, beam=BEAM)
         self._split = load_data(run)[1]
         self.live = LiveCatalog(run, store, self._split)
         self._loaded: dict[str, Recommender] = {}
@@ -60,11 +59,11 @@ class Engine:
             StreamctlError: it cannot be loaded.
         """
         if method not in (*self._loaded, POPULAR):
-            self._join(*load(self.run, method, self.device))
+            self._join(method, load_method(self.run, method, self.device, beam=BEAM))
 
     def about(self) -> dict[str, Any]:
         """What the server has to know."""
-        stage = stage_of(self.run, self.method)
+        stage = self.run.stage(known_rows(self.run)[self.method].stages[-1])
         return {
             "run": self.run.path.resolve().name,
             "stage": stage.name,
@@ -196,21 +195,3 @@ def _answer(items: list, method: str, think: int, note: str | None) -> dict[str,
 def _pairs(ranking: Ranking, row: int, k: int) -> list[tuple[int, float]]:
     items, scores = ranking.items[row, :k].tolist(), ranking.scores[row, :k].tolist()
     return [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
-
-
-def method_names(run: RunDir) -> list[str]:
-    return [row.name for row in choose_rows(run, ())[0] if not row.control]
-
-
-def load(run: RunDir, name: str | None, device: str) -> tuple[str, Recommender]:
-    names = method_names(run)
-    best = ("stream_rl", "stream_sft", "stream_pt", "tiger", *names)
-    name = name or next(one for one in best if one in names)
-    if name not in names:
-        raise UsageError(f"the run has no method {name}; {close_matches(name, names)}")
-    stage_of(run, name)
-    return name, known_rows(run)[name].make(Models(run, EvalConfig(beam=20), None, device))
-
-
-def stage_of(run: RunDir, name: str) -> Stage:
-    return run.require(known_rows(run)[name].stages[-1])

@@ -423,7 +423,7 @@ class Store:
             self.check_field(name, "/fields")
 
     def add(self, id_: str, title: str, text: str, fields: dict[str, str]) -> int:
-        """A new item, inside `writing`; its dense index. It is there once `set_codes` was called."""
+        """A new item, inside `writing`; its dense index."""
         record = id_, title, text, json.dumps(fields)
         sql = "INSERT INTO items(id, title, text, fields) VALUES (?, ?, ?, ?)"
         number = self._db.execute(sql, record).lastrowid
