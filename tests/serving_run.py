@@ -42,7 +42,7 @@ def make_run(path: Path, seed: int = 0, codes: int = 16) -> RunDir:
     policy = Policy.build(config, tokens, seed)
     with torch.no_grad():  # T5's initial weights are near uniform: sharpen the rankings
         policy.shared.weight.mul_(3)
-    publish(run, "pretrain", PretrainConfig(seed=seed), ["data", "tokenizer"], policy)
+    publish(run, "pretrain", PretrainConfig(seed=seed).settled(), ["data", "tokenizer"], policy)
     publish(run, "annotate", AnnotateConfig(length=THINK), ["pretrain"])
     publish(run, "sft", SftConfig(seed=seed), ["data", "tokenizer", "pretrain", "annotate"], policy)
     return run

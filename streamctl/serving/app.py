@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import json
 from collections.abc import AsyncIterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from streamctl import __version__
 from streamctl.serving import metrics, problems, schemas
 from streamctl.serving.problems import Problem, described
 from streamctl.serving.service import Service, Settings
@@ -56,7 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(
         title="streamctl",
-        version=__version__,
+        version=version("streamctl"),
         description="Recommendations by slow thinking, and the thoughts behind them.",
         lifespan=lifespan,
         redoc_url=None,

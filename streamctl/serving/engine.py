@@ -69,7 +69,7 @@ class Engine:
             "stage": stage.name,
             "hash": stage.hash,
             "method": self.method,
-            "methods": {name: self._budget(name) for name in self.methods},
+            "methods": self.methods,
             "loaded": [*self._loaded, POPULAR],
             "history": self._split.history,
         }

@@ -190,10 +190,7 @@ class Health(BaseModel):
     status: Literal["ok", "loading", "draining"]
     model: Model | None = None
     method: str | None = Field(None, description="What answers where a query names no method.")
-    methods: dict[str, int] = Field(
-        default_factory=dict,
-        description="The run's methods, and how many pieces of evidence each thinks of by itself.",
-    )
+    methods: list[str] = Field(default_factory=list, description="Those that the run has.")
 
 
 RunReport = dict[str, Any]

@@ -7,20 +7,20 @@ import { clearThought, showThought } from "./thought.js";
 
 const K = 10;
 const BUDGETS = [0, 1, 2, 4, 8, 16, 32, 64];
-let methods = {}; // name -> pieces of evidence that it thinks of by itself
 let budgets = BUDGETS; // what the slider's places stand for
+let think = "auto"; // as many as the method thinks of by itself, until the slider is moved
 let history = []; // {id, title}
 let options = []; // what the search found
 let chosen = -1; // which of them the arrow keys are on
 
 export function startRecommend(health) {
-  methods = health.methods;
-  const names = Object.keys(methods);
-  byId("method").replaceChildren(...names.map((name) => make("option", { value: name }, name)));
+  byId("method").replaceChildren(...health.methods.map((name) => make("option", { value: name }, name)));
   byId("method").value = health.method;
-  byId("method").addEventListener("change", choose);
-  byId("methods").hidden = names.length < 2;
-  choose();
+  byId("method").addEventListener("change", () => {
+    think = "auto";
+    update();
+  });
+  byId("methods").hidden = health.methods.length < 2;
   const search = byId("search");
   search.addEventListener("input", () => find(search.value));
   search.addEventListener("focus", () => find(search.value));
@@ -29,30 +29,24 @@ export function startRecommend(health) {
   byId("clear").addEventListener("click", () => setHistory([], "The history is empty."));
   byId("some-user").addEventListener("click", pickUser);
   byId("think").addEventListener("input", () => {
-    showBudget();
+    think = budgets[Number(byId("think").value)];
     update();
   });
   byId("history-note").textContent = "Add some items, or take a real user's history.";
   update();
 }
 
-const method = () => byId("method").value;
-const budget = () => budgets[Number(byId("think").value)];
-
-function choose() {
-  const own = methods[method()];
-  budgets = own ? [...new Set([...BUDGETS, own])].sort((a, b) => a - b) : [0];
+// Where the slider stands; a method that does not think by itself does not think at all.
+function showBudget(own) {
   const slider = byId("think");
-  slider.max = budgets.length - 1;
+  if (think === "auto") {
+    budgets = own ? [...new Set([...BUDGETS, own])].sort((a, b) => a - b) : [0];
+    slider.max = budgets.length - 1;
+    slider.disabled = budgets.length === 1;
+  }
   slider.value = budgets.indexOf(own);
-  slider.disabled = budgets.length === 1;
-  showBudget();
-  update();
-}
-
-function showBudget() {
-  byId("think-value").textContent = budget();
-  byId("think").setAttribute("aria-valuetext", steps(budget()));
+  slider.setAttribute("aria-valuetext", steps(own));
+  byId("think-value").textContent = own;
 }
 
 // `3 pieces of evidence`, `1 piece of evidence`
@@ -152,20 +146,20 @@ function pickUser() {
 }
 
 function update() {
-  const think = budget();
-  const question = { history: history.map((item) => item.id), k: K, method: method() };
+  const question = { history: history.map((item) => item.id), k: K, method: byId("method").value };
   newest("recommend", async (signal) => {
     const began = performance.now();
     const fast = await call("v1/recommend", { ...question, think: 0 }, signal);
     const between = performance.now();
     const slow = await call("v1/recommend", { ...question, think }, signal);
     const ended = performance.now();
+    showBudget(slow.think);
     showRanking("fast", fast, null, between - began);
     showRanking("slow", slow, fast, ended - between);
     byId("note").textContent = fast.note ?? "";
-    byId("slow-title").firstChild.textContent = `Slow, ${steps(think)} `;
+    byId("slow-title").firstChild.textContent = `Slow, ${steps(slow.think)} `;
     byId("latency").textContent =
-      `${(ended - between).toFixed(0)} ms with ${steps(think)}, ` +
+      `${(ended - between).toFixed(0)} ms with ${steps(slow.think)}, ` +
       `${(between - began).toFixed(0)} ms with none`;
     const explained = await call("v1/recommend", { ...question, think, explain: true }, signal);
     explained.explain ? showThought(explained) : clearThought();
