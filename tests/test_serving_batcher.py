@@ -137,7 +137,7 @@ def test_at_four_times_what_can_be_computed_few_are_late_and_the_model_is_never_
             results = await asyncio.gather(*calls, return_exceptions=True)
         kinds = [type(one) for one in results]
         assert kinds.count(Late) <= 8  # a batch that a busy machine held up
-        assert kinds.count(Busy) > 100 and kinds.count(list) > 80
+        assert kinds.count(Busy) > 10 and kinds.count(list) > 80
         assert all(one.seconds > 0 for one in results if isinstance(one, Busy))
 
     asyncio.run(main())

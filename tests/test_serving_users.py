@@ -55,9 +55,9 @@ def rare_items(engine: Engine, count: int) -> list[str]:
 
 def test_what_a_user_takes_is_read_and_not_recommended_again(engine):
     first = ids(engine, user_id=OLD)[0]
-    before = engine.store.user(OLD)[1]
+    before = engine.store.user(OLD)
     engine.store.take(OLD, [first])
-    after = engine.store.user(OLD)[1]
+    after = engine.store.user(OLD)
     assert after[:-1] == before and engine.store.indexes([first]) == after[-1:]
     assert first not in ids(engine, user_id=OLD, k=100)
     history = [item["id"] for item in engine.store.describe(after)]

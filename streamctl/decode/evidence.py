@@ -55,6 +55,12 @@ class Weighed:
         weights = weights.masked_fill(~there, -torch.inf)
         return Weighed(items.where(there, -1), hops.where(there, NOTHING), weights)
 
+    def cut(self, lengths: torch.Tensor) -> Weighed:
+        """Each thought's first `lengths` (B,) pieces."""
+        there = torch.arange(self.logits.shape[1], device=self.logits.device) < lengths[:, None]
+        weights = torch.log_softmax(self.logits.masked_fill(~there, -torch.inf), -1)
+        return Weighed(self.items.where(there, -1), self.hops.where(there, NOTHING), weights)
+
     def logprob(self, items: torch.Tensor) -> torch.Tensor:
         """log-weight of items (B, K), -inf where they are no piece; of a thought's weights."""
         same = (self.items[:, None] == items[..., None]) & (items >= 0)[..., None]
@@ -163,6 +169,34 @@ class EvidenceRecommender:
             weights[rows, :width] = thought.logits.exp().cpu()
         return Ranking(items, scores, Thought(shown[0], weights, shown[1]))
 
+    @torch.no_grad()
+    def growing(
+        self,
+        history: torch.Tensor,
+        k: int,
+        lengths: Sequence[int],
+        *,
+        user: int = -1,
+        exclude: np.ndarray | None = None,
+        allow: np.ndarray | None = None,
+    ) -> Ranking:
+        """One user's rankings after each of several lengths of thought, in one batch.
+
+        Args:
+            history: int64 (1, H). lengths: n of them, each above 0. The rest: see `recommend`.
+
+        Returns:
+            (n, k): a row a length.
+        """
+        count = len(lengths)
+        parts = self.parts(
+            history.expand(count, -1), np.full(count, user), k, max(lengths),
+            None if exclude is None else [exclude] * count,
+            None if allow is None else [allow] * count,
+            torch.tensor(lengths, device=self.policy.device),
+        )  # fmt: skip
+        return parts.best(k)
+
     def weighed(self, histories: torch.Tensor, users: np.ndarray) -> Weighed:
         """The evidence of some users, weighed; their items at random in the control."""
         pieces = self.evidence.gather(histories.cpu().numpy(), users)
@@ -189,6 +223,7 @@ class EvidenceRecommender:
         length: int,
         exclude: list[np.ndarray] | None = None,
         allow: list[np.ndarray | None] | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> Parts:
         """What the items of an answer are weighed by; see `Parts`."""
         policy, device = self.policy, self.policy.device
@@ -196,6 +231,7 @@ class EvidenceRecommender:
         barred = _barred(found.items, exclude, allow)
         found = Weighed(found.items, found.hops, found.logits.masked_fill(barred, -torch.inf))
         thought = found.heaviest(length)
+        thought = thought if lengths is None else thought.cut(lengths)
         legal = legal_nodes(self.trie, torch.arange(len(histories)), exclude, allow)
         legal = None if legal is None else legal.to(device)
         with autocast(device):

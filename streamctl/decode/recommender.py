@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from streamctl.decode.beam import recommend
 from streamctl.device import derive_seed
@@ -78,22 +77,6 @@ class PolicyRecommender:
             exact=self.exact,
         )
         return ranking
-
-    def grow(self, items: np.ndarray, codes: np.ndarray, vectors: np.ndarray) -> None:
-        """Know items that joined the catalogue: in histories by their codes, and in the trie.
-
-        Args:
-            items: int64 (n,) their indexes, from the number of items known on.
-            codes: int64 (n, m). vectors: float32 (N, D), unit rows of all items, these too.
-        """
-        known = self.policy.item_tokens
-        tokens = self.policy.tokens.item_tokens(codes)
-        grown = F.pad(known, (0, 0, 0, max(0, len(vectors) - len(known))))
-        grown[torch.from_numpy(items).to(known.device)] = torch.from_numpy(tokens).to(known)
-        self.policy.item_tokens = grown
-        held = np.flatnonzero(self.trie.leaf >= 0)  # by another method with the same trie
-        new = ~np.isin(items, held)
-        self.trie.add(items[new], tokens[new])
 
 
 def random_thoughts(tokens: Tokens, users: int, length: int, seed: int) -> Thoughts:

@@ -200,11 +200,7 @@ class Evidence:
             user: 0 or more; numbers of training's users are theirs, others are new.
         """
         sequence = self.sequence(user)
-        rows = self._live_rows.setdefault(user, [])
-        if not rows and 0 <= user < len(self._offsets) - 1 and len(sequence):
-            # Rows lie user by user, one less than items each.
-            first = int(self._offsets[user]) - self._users_before(user)
-            rows.extend(range(first, first + len(sequence) - 1))
+        rows = self._rows(user)
         for item in items:
             self.popularity[item] += 1
             if len(sequence):
@@ -214,6 +210,23 @@ class Evidence:
                     self.memory.followed(row, step, int(item))
             sequence = np.append(sequence, np.int32(item))
         self._live[user] = sequence
+
+    def _rows(self, user: int) -> list[int]:
+        """The memory's rows of a user, oldest first; those of training lie user by user."""
+        rows, sequence = self._live_rows.setdefault(user, []), self.sequence(user)
+        if not rows and 0 <= user < len(self._offsets) - 1 and len(sequence):
+            first = int(self._offsets[user]) - self._users_before(user)  # one less than items each
+            rows.extend(range(first, first + len(sequence) - 1))
+        return rows
+
+    def forget(self, user: int) -> None:
+        """Take out a user's pairs and rows; what the user takes from now on counts again."""
+        sequence = self.sequence(user)
+        for place, item in enumerate(sequence.tolist()):
+            self.transitions.remove(sequence[:place], item)
+            self.popularity[item] -= 1
+        self.memory.forget(self._rows(user))
+        self._live[user], self._live_rows[user] = sequence[:0], []
 
     def _users_before(self, user: int) -> int:
         """Users before this one who have rows: those with a sequence."""

@@ -108,6 +108,15 @@ class Memory:
                 rows[oldest], weights[oldest] = row, weight
         return row
 
+    def takers(self, had: int, took: int) -> np.ndarray:
+        """int32: owners of the kept rows that have one item and soon after took another."""
+        rows, _ = self.postings.row(had)
+        return self._owners[rows[(self._following[rows] == took).any(1)]]
+
+    def forget(self, rows: list[int]) -> None:
+        """Rows that have nothing to say any more."""
+        self._following[rows] = -1
+
     def followed(self, row: int, step: int, item: int) -> None:
         """The owner of a row took `item` as the `step`-th after it (0: the next)."""
         self._following[row, step] = item

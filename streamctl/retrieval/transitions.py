@@ -72,6 +72,15 @@ class Transitions:
         for distance in range(1, min(len(before), REACH) + 1):
             self._add(int(before[-distance]), item, int(weights[distance]))
 
+    def remove(self, before: np.ndarray, item: int) -> None:
+        """Take out what `add` counted."""
+        weights = pair_weights()
+        for distance in range(1, min(len(before), REACH) + 1):
+            first, weight = int(before[-distance]), int(weights[distance])
+            self.totals[first] -= weight
+            items, counts = self.followers.row(first)
+            counts[items == item] -= weight
+
     def _add(self, first: int, second: int, weight: int) -> None:
         self.totals[first] += weight
         items, counts = self.followers.row(first)

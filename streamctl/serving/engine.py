@@ -10,14 +10,14 @@ import torch
 
 from streamctl.data import load_data
 from streamctl.evaluation.methods import known_rows, load_best, load_method, method_names
-from streamctl.ranking import Ranking, Recommender
+from streamctl.ranking import Recommender
 from streamctl.runs import RunDir
+from streamctl.serving.explain import explained, pairs_of
 from streamctl.serving.live import LiveCatalog
 from streamctl.serving.question import POPULAR
 from streamctl.serving.report import run_report
 from streamctl.serving.store import Store
 
-SHOWN = 10  # items of each ranking in an explanation
 BEAM = 20
 
 
@@ -79,8 +79,7 @@ class Engine:
         size, length = self.store.base, self._split.history
         rows = (np.arange(batch * length) % size).reshape(batch, length).tolist()
         jobs = [
-            {"history": row, "user": -1, "user_id": None, "exclude": [], "allow": None, "k": SHOWN}
-            for row in rows
+            {"history": row, "user_id": None, "exclude": [], "allow": None, "k": 10} for row in rows
         ]
         for think in (0, None):
             self.answer(jobs, self.method, think, False)
@@ -93,8 +92,8 @@ class Engine:
         """Answers to jobs in one batch.
 
         Args:
-            jobs: each with `history` and `exclude`, lists of items; `allow`, one or None; `user`,
-                a dense user of training or -1; `user_id` or None; `k`.
+            jobs: each with `history` and `exclude`, lists of items; `allow`, one or None;
+                `user_id` or None; `k`.
             think: pieces of evidence; None: as many as the method is best with.
             explain: add the thought.
 
@@ -141,22 +140,28 @@ class Engine:
         histories = torch.full((len(asked), width), -1, dtype=torch.int64)
         for row, (_, _, history) in enumerate(asked):
             histories[row, : len(history)] = torch.tensor(history)
+        known, removed = self.live.known(recommender), self.live.removed
+
+        def within(items: Sequence[int]) -> np.ndarray:
+            found = np.array(items, np.int64)
+            return found[found < known]
+
         options = {
-            "users": np.array([self.live.owner(job["user"], job["user_id"]) for job in jobs]),
-            "exclude": [np.union1d(np.array(job["exclude"], np.int64), self.live.removed)
-                        for job in jobs],
-            "allow": [None if job["allow"] is None else np.array(job["allow"], np.int64)
-                      for job in jobs],
-        }  # fmt: skip
+            "users": np.array([self.live.owner(job["user_id"]) for job in jobs]),
+            "exclude": [within(np.union1d(job["exclude"], removed)) for job in jobs],
+            "allow": [None if job["allow"] is None else within(job["allow"]) for job in jobs],
+        }
         most = max(job["k"] for job in jobs)
         ranking = recommender.recommend(histories, most, think=think, **options)
         used = self._budget(method) if think is None else think
         answers = []
         for row, job in enumerate(jobs):
-            pairs = _pairs(ranking, row, job["k"])
-            answers.append(_answer(pairs, method, used, None))
-            if explain:
-                answers[row]["explain"] = {"before": pairs, "steps": []}
+            answers.append(_answer(pairs_of(ranking, row, job["k"]), method, used, None))
+            if explain and ranking.thought is not None:
+                own = {name: options[name][row] for name in options}
+                answers[row]["explain"] = explained(
+                    recommender, histories[row], ranking, row, **own
+                )
         return answers
 
     def _budget(self, method: str) -> int:
@@ -190,8 +195,3 @@ class Engine:
 
 def _answer(items: list, method: str, think: int, note: str | None) -> dict[str, Any]:
     return {"items": items, "method": method, "think": think, "note": note, "explain": None}
-
-
-def _pairs(ranking: Ranking, row: int, k: int) -> list[tuple[int, float]]:
-    items, scores = ranking.items[row, :k].tolist(), ranking.scores[row, :k].tolist()
-    return [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]

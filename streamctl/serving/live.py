@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from streamctl.data import Split
 from streamctl.ranking import Recommender
@@ -16,7 +18,10 @@ from streamctl.tokenizer import vectors as item_vectors
 from streamctl.tokenizer.neighbours import nearest, unit
 
 if TYPE_CHECKING:
+    from streamctl.retrieval.evidence import Evidence
     from streamctl.tokenizer.tokenizer import Tokenizer
+
+LAST = -2.0  # place among the popular of an item that nobody has taken: below all others
 
 
 class LiveCatalog:
@@ -30,33 +35,43 @@ class LiveCatalog:
         self.run, self.store = run, store
         self.removed = np.empty(0, np.int64)
         self._counts = np.bincount(split.log.items, minlength=store.base)
-        self._n_users = split.log.n_users
+        self._log = split.log
         self._newcomers: dict[str, int] = {}
-        self._served: list[Recommender] = []
-        self._seen = {"version": -1, "number": 0, "removed": 0, "taken": 0, "forgotten": 0}
+        self._parts: list[Any] = []  # methods, and those inside them
+        self._evidence: list[Evidence] = []
+        self._seen = {"version": None, "number": 0, "removed": 0, "taken": 0, "forgotten": 0}
         self._stage = run.stage("tokenizer")
         self._tokenizer: Tokenizer | None = None
-        self._live = np.empty(0, np.int64), np.empty((0, 0), np.int64)  # items and their codes
         self._vectors = np.empty((store.base, 0), np.float32)
+        self._codes = np.empty((0, 0), np.int64)  # of the live items; -1 for those that are gone
         if self._stage.complete:
             self._ids = SemanticIds.load(self._stage)
             self._vectors = item_vectors(run)
-            self._live = np.empty(0, np.int64), np.empty((0, self._ids.levels), np.int64)
+            self._codes = np.empty((0, self._ids.levels), np.int64)
 
     def serve(self, recommender: Recommender) -> None:
         """Have a method know what came since, now and from now on."""
         self.follow()
-        self._served.append(recommender)
-        self._grow(recommender, *self._live)
-        self._learn(recommender, self.store.taken_since(0)[0])
+        for part in _inside(recommender):
+            self._parts.append(part)
+            evidence = getattr(part, "evidence", None)
+            if evidence is not None and not any(evidence is known for known in self._evidence):
+                self._evidence.append(evidence)
+                self._learn(
+                    evidence, self.store.forgotten_since(0)[0], self.store.taken_since(0)[0]
+                )
+        self._grow()
 
     def known(self, recommender: Recommender) -> int:
         """How many items a method can read: those of the run, or all."""
-        return len(self._counts) if hasattr(recommender, "grow") else self.store.base
+        parts = [part for part in _inside(recommender) if not hasattr(part, "methods")]
+        grows = all(hasattr(part, "policy") or hasattr(part, "evidence") for part in parts)
+        return len(self._counts) if grows else self.store.base
 
-    def owner(self, user: int, user_id: str | None) -> int:
+    def owner(self, user_id: str | None) -> int:
         """Under which number a user's own rows and counts are known; -1: under none."""
-        return user if user >= 0 or user_id is None else self._newcomers.get(user_id, -1)
+        known = None if user_id is None else self.store.number_in_log(user_id)
+        return self._newcomers.get(user_id, -1) if known is None else known
 
     def follow(self) -> None:
         """Take over what was written to the store, by whichever process."""
@@ -67,49 +82,70 @@ class LiveCatalog:
         self.add(store.added_since(seen["number"]))
         gone, seen["removed"] = store.removed_since(seen["removed"])
         self.removed = np.union1d(self.removed, np.array(gone, np.int64))
+        forgotten, seen["forgotten"] = store.forgotten_since(seen["forgotten"])
         taken, seen["taken"] = store.taken_since(seen["taken"])
-        for _, items in taken:
+        for user, items in taken:
             np.add.at(self._counts, items, 1)
-        for recommender in self._served:
-            self._learn(recommender, taken)
+            self._number(user)
+        for evidence in self._evidence:
+            self._learn(evidence, forgotten, taken)
         seen["number"], seen["version"] = store.last_number(), version
 
-    def add(self, items: Sequence[tuple[int, str, str, list[int] | None, np.ndarray]]) -> None:
+    def add(self, items: list[tuple[int, str, str, list[int] | None, np.ndarray]]) -> None:
         """Make live items known to all methods: codes, vectors, the trie, neighbours.
 
         Args:
             items: as `Store.added_since` gives them; without codes they get theirs here.
         """
-        last = self.store.base + self.store.last_number()
-        self._counts = np.pad(self._counts, (0, last - len(self._counts)))
-        self._vectors = np.pad(self._vectors, ((0, last - len(self._vectors)), (0, 0)))
-        if not items or not self._stage.complete:
-            return
-        unread = [place for place, one in enumerate(items) if one[3] is None]
-        if unread:
-            codes, vectors = self.tokenize([items[place][2] for place in unread])
-            with self.store.writing():
-                for place, code, vector in zip(unread, codes, vectors, strict=True):
-                    free = self.free(code)
-                    self.store.set_codes(items[place][0], free, vector)
-                    items[place] = (*items[place][:3], free, vector)
-        numbers = np.array([one[0] for one in items])
-        codes = np.array([one[3] for one in items])
-        self._vectors[numbers] = np.stack([one[4] for one in items])
-        self._live = (
-            np.concatenate([self._live[0], numbers]),
-            np.concatenate([self._live[1], codes]),
-        )
-        for recommender in self._served:
-            self._grow(recommender, numbers, codes)
+        live = self.store.last_number()
+        self._counts = _longer(self._counts, self.store.base + live)
+        self._vectors = _longer(self._vectors, self.store.base + live)
+        self._codes = _longer(self._codes, live, -1)
+        if self._stage.complete and items:
+            unread = [one for one in items if one[3] is None]
+            if unread:
+                codes, vectors = self.tokenize([one[2] for one in unread])
+                with self.store.writing():
+                    for one, code, vector in zip(unread, codes, vectors, strict=True):
+                        self.store.set_codes(one[0], self.free(code), vector)
+                return self.add(self.store.added_since(self._seen["number"]))
+            numbers = np.array([one[0] for one in items])
+            self._codes[numbers - self.store.base] = [one[3] for one in items]
+            self._vectors[numbers] = np.stack([one[4] for one in items])
+        self._grow()
 
-    def _grow(self, recommender: Recommender, items: np.ndarray, codes: np.ndarray) -> None:
-        if len(items) and hasattr(recommender, "grow"):
-            recommender.grow(items, codes, self._vectors)
+    def _grow(self) -> None:
+        """Whatever knows fewer items than there are learns the rest."""
+        base, size = self.store.base, len(self._counts)
+        for evidence in self._evidence:
+            if (first := evidence.n_items) < size:
+                vectors, width = self._vectors[first:], evidence.neighbours.shape[1]
+                evidence.add_items(vectors, nearest(self._vectors[:first], vectors, width)[0])
+        for part in self._parts:
+            if hasattr(part, "popular"):
+                part.popular = F.pad(part.popular, (0, size - len(part.popular)), value=LAST)
+            if hasattr(part, "policy"):
+                known = part.policy.item_tokens
+                tokens = part.policy.tokens.item_tokens(self._codes.clip(min=0))
+                new = torch.from_numpy(tokens[len(known) - base :]).to(known)
+                part.policy.item_tokens = torch.cat([known, new])
+                held = np.flatnonzero(part.trie.leaf[base:] >= 0)
+                live = np.setdiff1d(np.flatnonzero(self._codes[:, 0] >= 0), held)
+                part.trie.add(base + live, tokens[live])
 
-    def _learn(self, recommender: Recommender, taken: list[tuple[str, list[int]]]) -> None:
-        if taken and hasattr(recommender, "learn"):
-            recommender.learn(taken)
+    def _learn(
+        self, evidence: Evidence, forgotten: list[str], taken: list[tuple[str, list[int]]]
+    ) -> None:
+        for user in forgotten:
+            evidence.forget(self._number(user))
+        for user, items in taken:
+            evidence.append(self._number(user), items)
+
+    def _number(self, user: str) -> int:
+        """Under which number a user's interactions are counted."""
+        if (known := self.store.number_in_log(user)) is not None:
+            return known
+        return self._newcomers.setdefault(user, self._log.n_users + len(self._newcomers))
 
     def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """int64 (n, learned levels) codes and float32 (n, dim) unit vectors of new texts.
@@ -160,3 +196,15 @@ class LiveCatalog:
         counts[self.removed] = -1
         best = np.argsort(-counts, kind="stable")[:k]
         return [(item, float(counts[item])) for item in best.tolist() if counts[item] >= 0]
+
+
+def _inside(recommender: Recommender) -> Iterator[Any]:
+    """A method, and those that it ranks the candidates of."""
+    yield recommender
+    for method in getattr(recommender, "methods", ()):
+        yield from _inside(method)
+
+
+def _longer(rows: np.ndarray, size: int, value: int = 0) -> np.ndarray:
+    more = (0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)
+    return np.pad(rows, more, constant_values=value)

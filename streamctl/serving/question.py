@@ -37,14 +37,14 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
     Raises:
         Refused: an unknown item, field or method.
     """
-    user, note = -1, None
+    note = None
     if query.user_id is None:
         seen = store.known(query.history, f"{prefix}/history")
         note = None if seen else "popular items: the history is empty"
     elif (known := store.user(query.user_id)) is None:
         seen, note = [], f"popular items: nothing is known of a user {query.user_id}"
     else:
-        user, seen = known
+        seen = known
     method = about["method"] if query.method == "auto" else query.method
     if method not in (*about["methods"], POPULAR):
         hint = close_matches(method, about["methods"])
@@ -56,7 +56,6 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
     denied = [item for item in store.indexes(query.deny) if item is not None]
     details = {
         "history": seen,
-        "user": user,
         "user_id": query.user_id,
         "exclude": sorted({*denied, *(seen if query.exclude_seen else ())}),
         "allow": None if allow is None else sorted(allow),

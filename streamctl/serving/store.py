@@ -369,19 +369,22 @@ class Store:
 
     # Users
 
-    def user(self, id_: str) -> tuple[int, list[int]] | None:
-        """(dense number in training, or -1; all items taken, oldest first); None if not known."""
-        rows = self._all("SELECT user, items FROM base.users WHERE id = ?", id_)
+    def user(self, id_: str) -> list[int] | None:
+        """All items that a user took, oldest first; None if nothing is known of the user."""
+        rows = self._all("SELECT items FROM base.users WHERE id = ?", id_)
         if rows and self._all("SELECT 1 FROM forgotten WHERE user = ?", id_):
             rows = []
         sql = "SELECT items FROM interactions WHERE user = ? AND data = ? ORDER BY seq"
         live = self._all(sql, id_, self.data)
         if not rows and not live:
             return None
-        user, blob = rows[0] if rows else (-1, b"")
         since = [item for (items,) in live for item in self.indexes(json.loads(items))]
-        taken = np.frombuffer(blob, "<i4").tolist()
-        return user, taken + [item for item in since if item is not None]
+        taken = np.frombuffer(rows[0][0], "<i4").tolist() if rows else []
+        return taken + [item for item in since if item is not None]
+
+    def number_in_log(self, id_: str) -> int | None:
+        """Dense number of a user of the log, forgotten or not."""
+        return self._one("SELECT user FROM base.users WHERE id = ?", id_)
 
     def described_user(self, id_: str, latest: int) -> dict[str, Any]:
         """What is read of a user: the latest items, and how many there are.
@@ -389,10 +392,9 @@ class Store:
         Raises:
             Refused: there is no such user.
         """
-        user = self.user(id_)
-        if user is None:
+        items = self.user(id_)
+        if items is None:
             raise Refused("unknown", "id", f"no such user: {id_}")
-        items = user[1]
         return {
             "id": id_,
             "history": self.describe(items[-latest:]),

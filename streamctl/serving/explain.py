@@ -1,0 +1,71 @@
+"""A thought in words, and how the ranking moved as it grew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamctl.ranking import Ranking, Recommender
+from streamctl.retrieval.reasons import reasons
+
+PIECES = 8  # of a thought that are told one by one, the heaviest first
+SHOWN = 10  # items of each ranking
+
+
+def pairs_of(ranking: Ranking, row: int, k: int) -> list[tuple[int, float]]:
+    """(item, score) of one user's best k."""
+    items, scores = ranking.items[row, :k].tolist(), ranking.scores[row, :k].tolist()
+    return [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
+
+
+def explained(
+    recommender: Recommender, history: torch.Tensor, ranking: Ranking, row: int, *, users: int,
+    exclude: np.ndarray, allow: np.ndarray | None,
+) -> dict[str, Any]:  # fmt: skip
+    """One user's thought: `before`, the ranking without it, and `steps`.
+
+    A step has the `item` that came to mind and the `text` why, with `{item}` and `{via}` for
+    titles; `via`, `hop`, `weight`; and the `ranking` if thinking had stopped there. All rankings
+    but the first are made in one batch.
+
+    Args:
+        history: int64 (H,), -1 on the right. ranking: what was answered; `row` is this user's.
+    """
+    from streamctl.retrieval.evidence import HOPS
+
+    history = history[history >= 0]
+    thought = ranking.thought.row(row)
+    there = int((thought.items >= 0).sum())
+    told = min(there, PIECES)
+    items, hops = thought.items[0, :told].tolist(), thought.hops[0, :told].tolist()
+    thinker = recommender
+    while not hasattr(thinker, "growing"):  # a ranker behind it has another last word
+        thinker = thinker.methods[0]
+    choice = {"exclude": exclude, "allow": allow}
+    alone = {name: [value] for name, value in choice.items()}
+    before = thinker.recommend(history[None], SHOWN, users=np.array([users]), think=0, **alone)
+    lengths = list(range(1, told + 1))
+    after = lengths and thinker.growing(history[None], SHOWN, lengths, user=users, **choice)
+    why = reasons(thinker.evidence, history.numpy(), items, hops, users)
+    steps = [
+        {
+            "text": why[place].text,
+            "item": items[place],
+            "via": why[place].via,
+            "hop": HOPS[hops[place]],
+            "weight": float(thought.weights[0, place]),
+            "ranking": pairs_of(after, place, SHOWN),
+        }
+        for place in range(told)
+    ]
+    last = {"item": None, "via": None, "hop": None, "ranking": pairs_of(ranking, row, SHOWN)}
+    if there > told:
+        text = f"and {there - told} more, lighter ones"
+        steps.append({**last, "text": text, "weight": float(thought.weights[0, told:].sum())})
+    elif steps and thinker is recommender:
+        steps[-1]["ranking"] = last["ranking"]
+    if thinker is not recommender:
+        steps.append({**last, "text": "a ranker put all candidates in order", "weight": None})
+    return {"before": pairs_of(before, 0, SHOWN), "steps": steps}
