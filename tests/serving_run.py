@@ -18,7 +18,7 @@ from streamctl.runs import RunDir
 from streamctl.tokenizer import SemanticIds
 from streamctl.tokenizer.stage import tokenize
 
-THINK = 3
+THINK = 64  # pieces of evidence, where nobody asks for another number
 KEYS = {"read": "reading-key-0123456789", "write": "writing-key-0123456789"}
 
 
@@ -37,13 +37,16 @@ def make_run(path: Path, seed: int = 0, codes: int = 16) -> RunDir:
     tokenize(run, tokenizer)
     ids = SemanticIds.load(run.stage("tokenizer"))
     shape = {"layers": 1, "decoder_layers": 1, "d_model": 16, "heads": 2, "d_kv": 8, "d_ff": 32}
+    shape["thoughts"] = "evidence"
     config = PolicyConfig(sizes=ids.sizes, dedup=ids.dedup, **shape)
     tokens = torch.from_numpy(ids.tokens().item_tokens(ids.codes))
     policy = Policy.build(config, tokens, seed)
-    with torch.no_grad():  # T5's initial weights are near uniform: sharpen the rankings
+    with torch.no_grad():  # initial weights are near uniform: sharpen rankings and thoughts
         policy.shared.weight.mul_(3)
+        policy.weighing.linear.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+        policy.weighing.codes_trust.bias.zero_()
     publish(run, "pretrain", PretrainConfig(seed=seed).settled(), ["data", "tokenizer"], policy)
-    publish(run, "annotate", AnnotateConfig(length=THINK), ["pretrain"])
+    publish(run, "annotate", AnnotateConfig(), ["pretrain"])
     publish(run, "sft", SftConfig(seed=seed), ["data", "tokenizer", "pretrain", "annotate"], policy)
     return run
 

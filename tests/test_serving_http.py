@@ -89,6 +89,24 @@ def test_the_batch_form_gives_what_single_requests_give(server, history):
     assert together == [server.ids(**question) for question in questions]
 
 
+def test_the_explanation_says_what_came_to_mind_why_and_how_the_ranking_moved(server, history):
+    answer = server.recommend(history=history, k=5, explain=True)
+    before, steps = answer["explain"]["before"], answer["explain"]["steps"]
+    assert len(steps) == 9 and [step["item"] is None for step in steps] == [False] * 8 + [True]
+    weights = [step["weight"] for step in steps[:-1]]
+    assert weights == sorted(weights, reverse=True)
+    assert sum(step["weight"] for step in steps) == pytest.approx(1, abs=1e-3)
+    for step in steps[:-1]:
+        assert step["item"]["title"] in step["text"] and step["hop"]
+        assert step["via"] is None or step["via"]["title"] in step["text"]
+    ids = [[item["id"] for item in one] for one in (before, *(step["ranking"] for step in steps))]
+    assert ids[-1][:5] == [item["id"] for item in answer["items"]]
+    assert ids[0] == server.ids(history=history, think=0)
+    assert len({tuple(one) for one in ids}) > 4
+    direct = server.recommend(history=history, method="popularity", explain=True)
+    assert direct["explain"] is None
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [

@@ -115,6 +115,8 @@ def test_a_history_is_clicked_together_and_gets_fast_and_slow_answers_and_a_thou
     expect(page.locator("#history li")).to_have_count(2)
     expect(page.locator("#fast li[data-id]")).to_have_count(10)
     expect(page.locator("#slow li[data-id]")).to_have_count(10)
+    page.get_by_label("Answered by").select_option("stream_sft")
+    expect(page.locator("#path [role=tab]")).to_have_count(10)  # the history, eight pieces, others
     expect(page.locator("#fast-time")).to_contain_text("ms")
     page.locator("#slow button.title").first.click()
     expect(page.locator("#history li")).to_have_count(3)
@@ -127,15 +129,38 @@ def test_the_slider_sets_how_long_it_thinks_and_shows_what_that_costs(page):
     page.get_by_role("button", name="A real user").click()
     expect(page.locator("#think-value")).to_have_text(str(THINK))
     page.get_by_label("Pieces of evidence", exact=True).focus()
-    for key, pieces in (
-        ("ArrowRight", "4 pieces"),
-        ("Home", "0 pieces"),
-        ("ArrowRight", "1 piece"),
-    ):
+    for key, pieces in {
+        "ArrowLeft": "32 pieces",
+        "Home": "0 pieces",
+        "ArrowRight": "1 piece",
+    }.items():
         page.keyboard.press(key)
         expect(page.locator("#think-value")).to_have_text(pieces.split()[0])
         expect(page.locator("#slow-title")).to_contain_text(f"{pieces} of evidence")
     expect(page.locator("#latency")).to_have_text(re.compile(r"\d+ ms with 1 piece of evidence"))
+
+
+def test_the_thought_is_walked_with_the_arrow_keys_and_each_step_says_why_and_has_its_ranking(page):
+    page.get_by_label("Answered by").select_option("stream_sft")
+    page.get_by_role("button", name="A real user").click()
+    tabs = page.locator("#path [role=tab]")
+    expect(tabs.last).to_have_attribute("aria-selected", "true")
+    ids = "rows => rows.map(r => r.dataset.id)"
+    final = page.locator("#step li[data-id]").evaluate_all(ids)
+    assert final == page.locator("#slow li[data-id]").evaluate_all(ids)
+    tabs.last.focus()
+    page.keyboard.press("Home")
+    expect(page.locator("#step")).to_contain_text("The ranking before thinking")
+    said, rankings = set(), set()
+    for step in range(1, 9):
+        page.keyboard.press("ArrowRight")
+        expect(tabs.nth(step)).to_be_focused()
+        expect(page.locator("#step")).to_contain_text(f"after {step} of 9")
+        said.add(page.locator("#step .reason").inner_text())
+        rankings.add(tuple(page.locator("#step li[data-id]").evaluate_all(ids)))
+    assert len(said) == 8 and len(rankings) > 3
+    words = "took|alike to|came|you had|follows"
+    assert all(re.search(words, one) for one in said), said
 
 
 def test_another_method_answers_where_it_is_chosen(page):
@@ -222,8 +247,9 @@ def test_text_stands_out_from_its_ground_in_both_themes(page, theme):
         faint = [one for one in seen[name] if one["ratio"] < 4.5]
         assert not faint, f"{name}, {theme}: {faint}"
 
+    page.get_by_label("Answered by").select_option("stream_sft")
     page.get_by_role("button", name="A real user").click()
-    expect(page.locator("#slow li[data-id]")).to_have_count(10)
+    expect(page.locator("#step .reason")).to_be_visible()
     measure("tokens")
     page.get_by_label("Add an item by its title").fill("a")
     expect(page.get_by_role("option").first).to_be_visible()

@@ -52,15 +52,17 @@ class LiveCatalog:
     def serve(self, recommender: Recommender) -> None:
         """Have a method know what came since, now and from now on."""
         self.follow()
+        new = []
         for part in _inside(recommender):
             self._parts.append(part)
             evidence = getattr(part, "evidence", None)
             if evidence is not None and not any(evidence is known for known in self._evidence):
                 self._evidence.append(evidence)
-                self._learn(
-                    evidence, self.store.forgotten_since(0)[0], self.store.taken_since(0)[0]
-                )
+                new.append(evidence)
         self._grow()
+        for evidence in new:
+            forgotten, taken = self.store.forgotten_since(0)[0], self.store.taken_since(0)[0]
+            self._learn(evidence, forgotten, taken)
 
     def known(self, recommender: Recommender) -> int:
         """How many items a method can read: those of the run, or all."""
