@@ -14,6 +14,7 @@ from streamctl.config import (
 )
 from streamctl.data import synthesize
 from streamctl.model import Policy, PolicyConfig
+from streamctl.retrieval.evidence import SIZES
 from streamctl.runs import RunDir
 from streamctl.tokenizer import SemanticIds
 from streamctl.tokenizer.stage import tokenize
@@ -45,16 +46,19 @@ def make_run(path: Path, seed: int = 0, codes: int = 16) -> RunDir:
         policy.shared.weight.mul_(3)
         policy.weighing.linear.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
         policy.weighing.codes_trust.bias.zero_()
-    publish(run, "pretrain", PretrainConfig(seed=seed).settled(), ["data", "tokenizer"], policy)
+    settled, parents = PretrainConfig(seed=seed).settled(), ["data", "tokenizer"]
+    publish(run, "pretrain", settled, parents, policy, hops=list(SIZES))
     publish(run, "annotate", AnnotateConfig(), ["pretrain"])
     publish(run, "sft", SftConfig(seed=seed), ["data", "tokenizer", "pretrain", "annotate"], policy)
     return run
 
 
-def publish(run: RunDir, name: str, config, parents: list[str], policy: Policy | None = None):
+def publish(
+    run: RunDir, name: str, config, parents: list[str], policy: Policy | None = None, **told
+) -> None:
     with run.begin(name, config, parents=parents) as stage:
         for file in policy.save(stage.path) if policy else ():
             stage.adopt(file)
         for epoch in range(3):
             stage.log(epoch=epoch, loss=1.0 / (epoch + 1))
-        stage.publish()
+        stage.publish(**told)
