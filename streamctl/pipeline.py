@@ -34,6 +34,8 @@ class Settings:
             sets = applicable(fixed["name"], sets)
         flags = {"seed": self.seed, "size": self.size}
         flags = {name: value for name, value in flags.items() if name in cls.__dataclass_fields__}
+        if fixed.get("name", "tiger") != "tiger":
+            flags.pop("size")  # of the baselines only TIGER has one
         return configs.resolve(cls, base=base, file=self.file, sets=sets, **flags, **fixed)
 
 
