@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -177,6 +178,67 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
     }
 
 
+def _prepare(source: Path, run: Path) -> None:
+    from streamctl.config import DataConfig
+    from streamctl.data import prepare
+
+    prepare(RunDir(run), DataConfig(source=str(source)))
+
+
+def prepare_campaign(folder: Path, kills: int, seed: int, interactions: int) -> dict[str, object]:
+    """Kill `data prepare` at random instants, go on, and compare with a run left alone."""
+    from benchmarks.prepare import write_log
+
+    began = time.monotonic()
+    source, temporary = folder / "interactions.csv", folder / "tmp"
+    temporary.mkdir()
+    os.environ["TMPDIR"] = str(temporary)
+    write_log(source, interactions, seed)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["streamctl.data.prepare", "pyarrow.parquet", "safetensors"])
+
+    def start(run: Path):
+        process = context.Process(target=_prepare, args=(source, run))
+        process.start()
+        return process
+
+    spans = []
+    for name in ("cold", "clean"):
+        before = time.monotonic()
+        start(folder / name).join()
+        spans.append(time.monotonic() - before)
+    expected = hashes(RunDir(folder / "clean"))
+    chance = random.Random(seed)
+    killed = half = runs = 0
+    mismatches = []
+    while killed < kills:
+        run, ends = folder / f"killed-{runs}", 0
+        for _ in range(3):
+            process = start(run)
+            process.join(chance.uniform(0, spans[1]))
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            ends += process.exitcode == -signal.SIGKILL
+            half += RunDir(run).stage("data").complete and hashes(RunDir(run)) != expected
+        start(run).join()
+        killed += ends
+        runs += 1
+        if hashes(RunDir(run)) != expected:
+            mismatches.append(run.name)
+    return {
+        "kills": killed,
+        "runs": runs,
+        "mismatches": len(mismatches) + half,
+        "differing": mismatches,
+        "set_aside": [str(path) for path in folder.rglob("*.previous")],
+        "interactions": interactions,
+        "clean_run_s": round(spans[1], 2),
+        "seed": seed,
+        "wall_s": round(time.monotonic() - began, 1),
+    }
+
+
 def stage_in_work(run: Path) -> str:
     """The stage that a killed command had begun, or "between stages"."""
     for progress in sorted(run.rglob(".progress")):
@@ -189,6 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prepare", action="store_true", help="`data prepare` of a csv alone")
     parser.add_argument("--folder", type=Path, help="keep the runs here, and go on with them")
     parser.add_argument("--json", action="store_true", help="print the receipt")
     parser.add_argument("--save", action="store_true", help="write results/kills.json")
@@ -197,11 +260,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="streamctl-kills-") as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        result = {"name": "kills", **campaign(folder, options.kills, options.seed)}
+        if options.prepare:
+            found = prepare_campaign(folder, options.kills, options.seed, interactions=400_000)
+        else:
+            found = campaign(folder, options.kills, options.seed)
+        name = "kills-prepare" if options.prepare else "kills"
+        result = {"name": name, **found}
     result |= {"threads": 1, **provenance()}
     if options.save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     if options.json:
         print(json.dumps(result, indent=1))
     sys.exit(1 if result["mismatches"] or result["set_aside"] else 0)

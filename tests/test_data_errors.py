@@ -77,7 +77,7 @@ def source(tmp_path):
         ),
         (
             {"interactions.csv": GOOD.encode("utf-16")},
-            r"interactions\.csv:1: not UTF-8 text",
+            r"interactions\.csv:1: not UTF-8 text.*iconv -f UTF-16",
         ),
         (
             {"interactions.csv.gz": gzip.compress(GOOD.encode() * 300)[:-300]},

@@ -166,6 +166,24 @@ def test_at_a_moment_nobodys_future_is_in_anybodys_training(rows, first, second)
     assert facts["test_targets"] == len(split.test)
 
 
+@settings(max_examples=15, deadline=None)
+@given(rows=rows, later=rows)
+def test_what_comes_after_the_moment_changes_nothing_that_trains(rows, later):
+    everything = [(user, item, 0) for user in "abcd" for item in "123456"]
+    past = [*everything, *((u, i, t) for u, i, t in rows if t < 30), ("a", "1", 35)]
+    trained = []
+    for future in (rows, later):
+        future = [(u, i, t + 100) for u, i, t in future]
+        users, items, times = zip(*past, *future, strict=True)
+        config = DataConfig(min_user=1, min_item=1, split="30,40")
+        split = Split(build(RawLog.of(users, items, times), config)[1])
+        everyone = np.arange(len(split.train))
+        trained.append([*split.training_sequences(), split.train.histories(everyone),
+                        split.train.targets, split.popularity()])  # fmt: skip
+    for one, other in zip(*trained, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 DAY = 86_400
 LOG = [(f"u{u}", f"i{(u * 3 + k) % 7}", 1_600_000_000 + DAY * (u + 10 * k)) for u in range(10)
        for k in range(10)]  # fmt: skip

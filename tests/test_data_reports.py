@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
+from streamctl import cli
 from streamctl.config import DataConfig
 from streamctl.data import load_data, prepare
 from streamctl.data.doctor import examine
@@ -464,6 +465,36 @@ def test_a_dense_log_has_no_negative_sparsity():
     rows = [(u, i, n) for u in "ab" for n, i in enumerate("xyxyxyxy")]
     _, _, facts = build(RawLog.of(*zip(*rows, strict=True)), DataConfig(min_user=3, min_item=1))
     assert facts["sparsity"] == 0.0
+
+
+def test_all_options_together_on_the_command_line(tmp_path, monkeypatch, capsys):
+    source = rated_log(tmp_path)
+    with open(source, "a") as handle:
+        handle.write("bad\n")
+    items = [json.dumps({"item_id": f"i{i}", "title": f"T{i}"}) for i in range(8)]
+    (tmp_path / "things.jsonl").write_text("\n".join(items))
+    options = f"""--items {tmp_path}/things.jsonl --skip-bad 0.1 --ids exact --since 1 --until 13
+        --min-rating 2 --events view=0.5,cart,buy --drop-repeats --described --max-per-user 9
+        --min-user 1 --min-item 1 --split-at 60%,80% --ties shuffle --seed 3 --json"""
+    run = tmp_path / "run"
+    words = ["streamctl", "data", "prepare", str(source), "--run", str(run), *options.split()]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    facts = json.loads(capsys.readouterr().out)
+    assert list(facts["cleaned"]) == [
+        "since", "until", "min_rating", "events", "described", "repeats", "max_per_user"
+    ]  # fmt: skip
+    assert facts["bad_lines"] == {"log.csv": 1} and facts["test_targets"] > 0
+    _, split = load_data(RunDir(run))
+    assert split.log.lengths.max() <= 9 and split.log.weights is not None
+    for pair in (["--drop-repeats", "--one-per-item", "first"],
+                 ["--split", "auto", "--split-at", "80%"]):  # fmt: skip
+        monkeypatch.setattr("sys.argv", [*words[:4], "--run", str(tmp_path / "other"), *pair])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
 
 
 def test_a_remedy_is_not_what_is_in_use_already():

@@ -60,11 +60,15 @@ def damaged(path: Path, error: Exception, line: int | None = None) -> StreamctlE
 
 def wrong_encoding(path: Path, line: int, encoding: str = "utf-8") -> StreamctlError:
     """The error of bytes that are not text in `encoding`."""
+    with open_binary(path) as handle:
+        start = handle.read(4)
+    wide = start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start
+    has = "UTF-16" if wide else "LATIN1"
     return StreamctlError(
         f"not {encoding.upper()} text",
         where=path,
         line=line,
-        run=f"iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name} (or what encoding it has)",
+        run=f"iconv -f {has} -t UTF-8 {path.name} > utf8-{path.name} (or what encoding it has)",
     )
 
 
