@@ -5,10 +5,13 @@
 Each contender gets the same users, trie, beam and number of tokens. transformers runs with the
 per-beam `prefix_allowed_tokens_fn` and with a vectorised logits processor, in fp32 and under bf16
 autocast; the ratio is to the fastest of them. Before the clock starts, fp32 items and scores are
-compared; contenders that differ get no figures.
+compared; contenders that differ get no figures. A row `.../vs-plain` compares the way that is
+chosen here (STREAMCTL_DECODE=auto) with the same algorithm in plain torch.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import peers
@@ -20,7 +23,6 @@ from streamctl.tokenizer import PrefixTrie, Tokens
 
 BEAM = 20
 USERS, GROUP = 64, 16
-THINK = 4
 PARITY = 1e-4  # of log-probabilities
 
 
@@ -129,20 +131,30 @@ class Beams:
         return found
 
 
-def _row(case, found, work, unit, **more):
-    """A row whose own fp32 time is a note and no peer."""
-    exact = found.pop("streamctl, fp32", None)
-    line = peers.row(case, found, work, unit, **more)
-    return line | ({"ours_fp32": work / exact} if exact else {})
+def by_ways(call) -> dict:
+    """The chosen way beside each of the two, for a row `.../vs-plain`."""
+
+    def forced(name: str):
+        def run():
+            with peers.way(name):
+                return call()
+
+        return run
+
+    return {"streamctl": call, "plain torch": forced("plain"), "packed": forced("packed")}
+
+
+def ways_row(case: str, call, work: float, unit: str, repeats: int, now) -> dict:
+    """The ratio is to plain torch; what the packed passes reach is beside it."""
+    seconds = peers.take_turns(by_ways(call), repeats, now)
+    packed = seconds.pop("packed")
+    return peers.row(case, seconds, work, unit, packed=work / packed)
 
 
 @torch.no_grad()
-def rows(
-    device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wall", limits=None
-) -> list[dict]:
+def rows(device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wall") -> list[dict]:
     """The receipt's rows; also called by benchmarks/gpu.py."""
     now = peers.clock(clock, device)
-    limits = limits or peers.ceilings(device, now)
     beams = Beams(device)
     policy, found = beams.policy, []
     lengths, _ = peers.real_lengths()
@@ -155,47 +167,41 @@ def rows(
         if name.startswith(only):
             contenders = beams.contenders(history, function=name != "beam/b32-real-lengths")
             seconds = peers.take_turns(contenders, repeats, now)
-            where = peers.profile(contenders["streamctl"])
-            positions = int((history >= 0).sum()) * peers.LEVELS
-            tokens = len(history) * (1 + BEAM * (peers.LEVELS - 1))
-            flops = peers.product_flops(policy, positions, tokens)
+            exact = len(history) / seconds.pop("streamctl, fp32")
             memory = peers.peak_mb(contenders)
-            line = _row(name, seconds, len(history), "users/s", profile=where, peak_mb=memory)
-            found.append(peers.against_ceiling(line, flops, limits, seconds["streamctl"]))
-    if "think/l4-over-l0".startswith(only):
-        turns = {
-            "streamctl": lambda: beams.ours(full, think=THINK),
-            "streamctl, l = 0": lambda: beams.ours(full),
-        }
-        seconds = peers.take_turns(turns, repeats, now)
-        line = peers.row("think/l4-over-l0", seconds, len(full), "users/s")
-        line |= {"profile": peers.profile(turns["streamctl"])}
-        found.append(line | {"times": seconds["streamctl"] / seconds["streamctl, l = 0"]})
+            line = peers.row(name, seconds, len(history), "users/s", peak_mb=memory)
+            found.append(line | {"ours_fp32": exact})
+        if device == "cpu" and f"{name}/vs-plain".startswith(only):
+            line = f"{name}/vs-plain", partial(beams.ours, history), len(history), "users/s"
+            found.append(ways_row(*line, repeats, now))
+    history = peers.histories(random.choice(lengths, USERS)).to(device)
+
+    def ours():
+        return rollout(policy, history, group=GROUP, think=0, seed=1)
+
+    def sampled(half: bool):
+        def run():
+            options = {"do_sample": True, "num_return_sequences": GROUP, "top_k": 0}
+            if half:
+                with peers.bf16(device):
+                    return generate(beams.oracle, policy, history, **options)
+            return generate(beams.oracle, policy, history, **options)
+
+        return run
+
+    tokens = USERS * GROUP * peers.LEVELS
     if "rollout/b64g16".startswith(only):
-        history = peers.histories(random.choice(lengths, USERS)).to(device)
-
-        def sampled(half: bool):
-            def run():
-                options = {"do_sample": True, "num_return_sequences": GROUP, "top_k": 0}
-                if half:
-                    with peers.bf16(device):
-                        return generate(beams.oracle, policy, history, **options)
-                return generate(beams.oracle, policy, history, **options)
-
-            return run
-
         turns = {
-            "streamctl": lambda: rollout(policy, history, group=GROUP, think=0, seed=1),
+            "streamctl": ours,
             "generate, sampling": sampled(False),
             "generate, sampling, bf16": sampled(True),
         }
         seconds = peers.take_turns(turns, repeats, now)
-        tokens = USERS * GROUP * peers.LEVELS
-        line = peers.row("rollout/b64g16", seconds, tokens, "tokens/s")
-        line |= {"peak_mb": peers.peak_mb(turns), "profile": peers.profile(turns["streamctl"])}
-        positions = int((history >= 0).sum()) * peers.LEVELS
-        flops = peers.product_flops(policy, positions, USERS * (1 + GROUP * (peers.LEVELS - 1)))
-        found.append(peers.against_ceiling(line, flops, limits, seconds["streamctl"]))
+        memory = peers.peak_mb(turns)
+        found.append(peers.row("rollout/b64g16", seconds, tokens, "tokens/s", peak_mb=memory))
+    if device == "cpu" and "rollout/b64g16/vs-plain".startswith(only):
+        line = "rollout/b64g16/vs-plain", ours, tokens, "tokens/s"
+        found.append(ways_row(*line, repeats, now))
     return found
 
 

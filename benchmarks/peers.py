@@ -130,46 +130,7 @@ def row(case: str, seconds: dict[str, float], work: float, unit: str, **more: An
     ours = work / seconds["streamctl"]
     base = {"case": case, "ours": ours, "unit": unit, "peer_name": best}
     base |= {"peer": peers.get(best), "ratio": ours / peers[best] if best else None}
-    return base | {"ceiling": None, "fraction": None, **more, "peers": peers, "seconds": seconds}
-
-
-def ceilings(device: str, now: Clock, repeats: int = 3) -> dict[str, float]:
-    """FLOP/s of large fp32 and bf16 matrix products."""
-    size = 8192 if device.startswith("cuda") else 1536
-    wide = torch.randn(size, size, device=device)
-    half = wide.bfloat16()
-    found = take_turns({"f32": lambda: wide @ wide, "bf16": lambda: half @ half}, repeats, now)
-    return {f"{name}_flops": 2 * size**3 / seconds for name, seconds in found.items()}
-
-
-def product_flops(policy: Policy, positions: int, tokens: int) -> int:
-    """Floating point operations of the weights' products in one pass forward.
-
-    Args:
-        positions: encoder positions of all users. tokens: decoder tokens, each with its logits:
-            of the vocabulary, or of its level's codes where the softmax is the catalogue's.
-    """
-    scored = CODES if policy.config.softmax == "catalogue" else policy.tokens.size
-    on_positions, on_tokens = 0, scored * policy.config.d_model
-    for stack in (policy.encoder, policy.decoder):
-        for name, weight in stack.named_parameters():
-            if weight.ndim != 2 or "relative" in name:
-                continue
-            crosses = name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))
-            if stack is policy.encoder or crosses:
-                on_positions += weight.numel()
-            else:
-                on_tokens += weight.numel()
-    return 2 * (on_positions * positions + on_tokens * tokens)
-
-
-def against_ceiling(line: dict, flops: float, limits: dict[str, float], seconds: float) -> dict:
-    """The row with its share of the bf16 ceiling; that of fp32 is beside it."""
-    return line | {
-        "ceiling": limits["bf16_flops"],
-        "fraction": flops / seconds / limits["bf16_flops"],
-        "fraction_fp32_ceiling": flops / seconds / limits["f32_flops"],
-    }
+    return base | {**more, "peers": peers, "seconds": seconds}
 
 
 def peak_mb(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
@@ -199,71 +160,26 @@ def peak_mb(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def run(name: str, description: str, rows: Callable[..., list[dict]]) -> None:
-    """The main of a speed benchmark: options, ceilings, its rows, a receipt."""
+    """The main of a speed benchmark: options, its rows, a receipt."""
     settings = options(description)
     torch.set_num_threads(settings.threads)
     began = time.time()
-    limits = ceilings(settings.device, clock(settings.clock, settings.device))
-    receipt = provenance(name, settings) | {"ceilings": limits, "lengths": real_lengths()[1]}
-    receipt["rows"] = rows(
-        settings.device, settings.repeats, settings.only, settings.clock, limits=limits
-    )
+    receipt = provenance(name, settings) | {"lengths": real_lengths()[1]}
+    receipt["rows"] = rows(settings.device, settings.repeats, settings.only, settings.clock)
     finish(receipt | {"wall_s": round(time.time() - began, 1)}, settings)
 
 
 @contextlib.contextmanager
-def _labelled() -> Iterator[None]:
-    """Compiled passes and the search around them appear in a profile, which sees torch's own."""
-    from torch.profiler import record_function
-
-    from streamctl.decode import beam
-    from streamctl.model import frozen
-
-    parts = [
-        (frozen.PackedEncoder, "__call__", "encoder, compiled"),
-        (frozen.PackedDecoder, "memory", "cross-attention keys, compiled"),
-        (frozen.PackedDecoder, "__call__", "decoder steps, compiled"),
-        (frozen.PackedTable, "__call__", "logits, compiled"),
-        (beam, "_search", "trie and Python of the search"),
-        (beam, "best_items", "items of the leaves"),
-    ]
-
-    def labelled(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            with record_function(name):
-                return function(*args, **options)
-
-        return run
-
-    before = [getattr(owner, name) for owner, name, _ in parts]
+def way(name: str) -> Iterator[None]:
+    """Decoding by the packed passes, by plain torch, or (auto) by whichever was faster here."""
+    before = os.environ.get("STREAMCTL_DECODE")
+    os.environ["STREAMCTL_DECODE"] = name
     try:
-        for (owner, name, label), function in zip(parts, before, strict=True):
-            setattr(owner, name, labelled(function, label))
-        with record_function("Python around it"):
-            yield
+        yield
     finally:
-        for (owner, name, _), function in zip(parts, before, strict=True):
-            setattr(owner, name, function)
-
-
-def profile(function: Callable[[], Any], lines: int = 10) -> list[dict[str, Any]]:
-    """Where the time of one call goes: the operators with the most time of their own."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    kinds = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        kinds.append(ProfilerActivity.CUDA)
-    with record(activities=kinds) as found, _labelled():
-        function()
-    cuda = torch.cuda.is_available()
-    own = lambda e: e.self_device_time_total if cuda else e.self_cpu_time_total  # noqa: E731
-    events = sorted(found.key_averages(), key=own, reverse=True)
-    total = sum(map(own, events)) or 1
-    return [
-        {"operator": event.key, "share": round(own(event) / total, 4), "calls": event.count}
-        for event in events[:lines]
-    ]
+        del os.environ["STREAMCTL_DECODE"]
+        if before is not None:
+            os.environ["STREAMCTL_DECODE"] = before
 
 
 def provenance(name: str, settings: argparse.Namespace) -> dict[str, Any]:

@@ -7,24 +7,32 @@ with dropout. `step/padded`: the peer pads random batches to their longest histo
 exact-length batches; `step/bucketed`: both take the same exact-length batches; `step/catalogue`:
 the same, our codes normalised over the catalogue as is our default, the peer's over the vocabulary
 still. transformers drops out in more places (attention weights, inside the feed-forward): it runs
-as it is and with dropout only where ours is, and the ratio is to the faster. The RL cases are in
-rl_step.py.
+as it is and with dropout only where ours is, and the ratio is to the faster. `.../vs-plain` is the
+same step without our fused element-wise loops. `sasrec/epoch` is an epoch of SASRec with full
+cross-entropy beside RecTools' (pip install 'rectools[torch]'), on sequences as long as Beauty's.
 """
 
 from __future__ import annotations
 
+import time
+from importlib.metadata import version
+from types import SimpleNamespace
+
 import numpy as np
 import peers
-import rl_step
 import torch
 from torch import nn
 
-from streamctl.model import Policy
+from streamctl.baselines.sasrec import SASRec
+from streamctl.config import BaselineConfig
+from streamctl.model import Policy, fused
 from streamctl.training import checkpoint
 from streamctl.training.loop import CLIP_NORM, batches
 from streamctl.training.losses import answer_loss
 
 BATCH = 256
+SASREC_USERS = 2048
+SASREC = {"dim": 64, "layers": 2, "heads": 2, "dropout": 0.3, "batch": 128}
 
 
 def batch_of(lengths: np.ndarray, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +87,20 @@ def their_step(policy: Policy, device: str, *, same_dropout: bool):
     return learner(oracle, loss, device)
 
 
-def step_rows(device: str, repeats: int, only: str, now, count: int, limits) -> list[dict]:
+def plain(step):
+    """The step with residuals, norms, dropout and softmax as plain torch has them."""
+
+    def run(*batch) -> None:
+        before, fused._compiled = fused._compiled, lambda x: False
+        try:
+            step(*batch)
+        finally:
+            fused._compiled = before
+
+    return run
+
+
+def step_rows(device: str, repeats: int, only: str, now, count: int) -> list[dict]:
     lengths, _ = peers.real_lengths()
     random = np.random.default_rng(2)
     order = batches(lengths, BATCH, 0, 0)
@@ -89,7 +110,7 @@ def step_rows(device: str, repeats: int, only: str, now, count: int, limits) -> 
     mixed = [batch_of(random.choice(lengths, BATCH), 1000 + i, device) for i in range(count)]
     policy = peers.paper_policy(device)
     peer = "transformers, bf16 autocast"
-    steps = {
+    theirs = {
         peer: their_step(policy, device, same_dropout=False),
         f"{peer}, our dropout": their_step(policy, device, same_dropout=True),
     }
@@ -102,42 +123,128 @@ def step_rows(device: str, repeats: int, only: str, now, count: int, limits) -> 
     done = {name: sum(len(target) for _, target in data) for name, data in (
         ("exact", exact), ("mixed", mixed))}  # fmt: skip
     found = []
-    for case, model, theirs, work in (
-        ("step/padded", policy, mixed, done["mixed"]),
-        ("step/bucketed", policy, exact, done["exact"]),
-        ("step/catalogue", default, exact, done["exact"]),
+    by_plain = {"plain torch": plain(ours[policy])}
+    for case, model, peer_steps, data, work in (
+        ("step/padded", policy, theirs, mixed, done["mixed"]),
+        ("step/bucketed", policy, theirs, exact, done["exact"]),
+        ("step/bucketed/vs-plain", policy, by_plain, exact, done["exact"]),
+        ("step/catalogue", default, theirs, exact, done["exact"]),
     ):
         if not case.startswith(only):
             continue
         turns = {"streamctl": over(ours[model], exact)}
-        turns |= {name: over(step, theirs) for name, step in steps.items()}
+        turns |= {name: over(step, data) for name, step in peer_steps.items()}
         seconds = peers.take_turns(turns, repeats, now)
-        spent = seconds["streamctl"]
         seconds["streamctl"] *= work / done["exact"]  # per sequence: our batches are others
         line = peers.row(case, seconds, work, "sequences/s", batches=count)
-        line |= {"peak_mb": peers.peak_mb(turns), "profile": peers.profile(turns["streamctl"])}
-        positions = sum(history.numel() for history, _ in exact) * peers.LEVELS
-        flops = 3 * peers.product_flops(model, positions, done["exact"] * peers.LEVELS)
-        found.append(peers.against_ceiling(line, flops, limits, spent))
+        found.append(line | {"peak_mb": peers.peak_mb(turns)})
     return found
 
 
+def sequences() -> list[list[int]]:
+    """Items of the first users of Beauty, each once in a while; random ones where it is not."""
+    lengths, _ = peers.real_lengths()
+    random = np.random.default_rng(3)
+    longest = np.minimum(random.choice(lengths, SASREC_USERS) + 2, peers.LONGEST + 1)
+    return [random.permutation(peers.ITEMS)[:n].tolist() for n in longest]
+
+
+def our_epoch(users: list[list[int]]):
+    """An epoch of our SASRec with cross-entropy, over whole sequences of one length a batch."""
+    shape = SimpleNamespace(n_items=peers.ITEMS, history=peers.LONGEST)
+    config = BaselineConfig("sasrec", **SASREC, loss="ce")
+    model = SASRec(config, shape).train()
+    optimizer = checkpoint.adamw(model.parameters(), 1e-3, 0.0)
+    order = batches(np.array([len(items) for items in users]), SASREC["batch"], 0, 0)
+
+    def epoch() -> None:
+        for rows in order:
+            table = torch.tensor([users[row] for row in rows])
+            batch = SimpleNamespace(history=table[:, :-1], target=table[:, -1])
+            optimizer.zero_grad(set_to_none=True)
+            model.training_loss(batch)[0].backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            optimizer.step()
+
+    return epoch
+
+
+def rectools_epoch(users: list[list[int]]):
+    """Seconds of an epoch of RecTools' SASRec of the same shape and loss, by its own trainer."""
+    import logging
+    import warnings
+
+    import pandas as pd
+    import pytorch_lightning as lightning
+    from rectools.dataset import Dataset
+    from rectools.models import SASRecModel
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    rows = [(user, *pair) for user, items in enumerate(users) for pair in enumerate(items)]
+    table = pd.DataFrame(rows, columns=["user_id", "datetime", "item_id"])
+    table["datetime"] = pd.to_datetime(table["datetime"], unit="s")
+    table["weight"] = 1.0
+    dataset = Dataset.construct(table)
+    spent = []
+
+    class Watch(lightning.Callback):
+        def on_train_epoch_start(self, *_):
+            self.began = time.perf_counter()
+
+        def on_train_epoch_end(self, *_):
+            spent.append(time.perf_counter() - self.began)
+
+    def trainer():
+        return lightning.Trainer(
+            max_epochs=1, accelerator="cpu", callbacks=[Watch()], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+
+    def epoch() -> float:
+        SASRecModel(
+            n_blocks=SASREC["layers"], n_heads=SASREC["heads"], n_factors=SASREC["dim"],
+            dropout_rate=SASREC["dropout"], session_max_len=peers.LONGEST, loss="softmax",
+            lr=1e-3, batch_size=SASREC["batch"], epochs=1, get_trainer_func=trainer,
+        ).fit(dataset)  # fmt: skip
+        return spent[-1]
+
+    return epoch
+
+
+def sasrec_row(repeats: int) -> dict:
+    """`sasrec/epoch`: the peer's epoch without its preparation; none where it is not installed."""
+    users = sequences()
+    ours = our_epoch(users)
+    ours()  # imports and allocations
+    work = sum(map(len, users)) - len(users)  # positions that are predicted
+    times: dict[str, list[float]] = {"streamctl": []}
+    more = {"items": peers.ITEMS, "users": len(users), "clock": "wall", **SASREC}
+    try:
+        theirs = rectools_epoch(users)
+        times[f"RecTools {version('rectools')}"] = []
+    except ImportError as error:
+        theirs, more = None, more | {"peer_missing": str(error)}
+    for _ in range(repeats):
+        began = time.perf_counter()
+        ours()
+        times["streamctl"].append(time.perf_counter() - began)
+        if theirs:
+            times[next(reversed(times))].append(theirs())
+    seconds = {name: float(np.median(found)) for name, found in times.items()}
+    return peers.row("sasrec/epoch", seconds, work, "positions/s", **more)
+
+
 def rows(
-    device: str = "cpu",
-    repeats: int = 5,
-    only: str = "",
-    clock: str = "wall",
-    count: int = 2,
-    limits=None,
+    device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wall", count: int = 2
 ) -> list[dict]:
     """The receipt's rows; also called by benchmarks/gpu.py."""
     now = peers.clock(clock, device)
-    limits = limits or peers.ceilings(device, now)
-    found = (
-        step_rows(device, repeats, only, now, count, limits) if "step".startswith(only[:4]) else []
-    )
-    if not only or only.startswith("rl"):
-        found += rl_step.rows(device, repeats, only, now)
+    found = []
+    if "step".startswith(only[:4]):
+        found += step_rows(device, repeats, only, now, count)
+    if device == "cpu" and "sasrec/epoch".startswith(only):
+        found.append(sasrec_row(min(repeats, 3)))
     return found
 
 
