@@ -1,13 +1,14 @@
 """Everything that needs a GPU, in one call on a machine that has one (torch and triton suffice).
 
-    python benchmarks/gpu.py [--output FOLDER] [--run runs/beauty] [--minutes 25] [--size small]
+    python benchmarks/gpu.py [--output FOLDER] [--run runs/beauty] [--minutes 7] [--size paper]
     python benchmarks/gpu.py --interpret     what Triton's interpreter can check without a GPU
 
 In this order, each part written to FOLDER/gpu.json as soon as it ends: every Triton kernel against
 the reference; the speed of kernels, decoding and training; then as many jobs of `streamctl
 reproduce` as begin within the minutes left, on a copy of --run, which needs data and tokenizer only
-(`data prepare` and `tokenize` run anywhere, and need text encoder and FAISS). The table, its
-receipts and the jobs' checkpoints lie in FOLDER/NAME; the same command continues with them.
+(`data prepare` and `tokenize` run anywhere, and need text encoder and FAISS). Nothing begins once
+the minutes are over. The table, its receipts and the jobs' checkpoints lie in FOLDER/NAME; the same
+command continues with them.
 FOLDER is $OUT, else gpu-results. Exit code 1: no GPU, or a part failed (the others still ran).
 """
 
@@ -96,8 +97,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
     parser.add_argument("--run", type=Path, help="a run with data and tokenizer, for the table")
-    parser.add_argument("--size", default="small", help="of the table's generative models")
-    parser.add_argument("--minutes", type=float, default=25.0, help="after which no job begins")
+    parser.add_argument("--size", default="paper", help="of the table's generative models")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which nothing begins")
     parser.add_argument("--only", default="", help="the part to run, by the start of its name")
     parser.add_argument("--interpret", action="store_true", help="without a GPU, Triton alone")
     options = parser.parse_args()
@@ -117,6 +118,9 @@ def main():
     report = provenance("gpu", "cpu" if options.interpret else "cuda") | {"parts": {}, "failed": {}}
     for name, run in parts(options, options.output, until).items():
         if not name.startswith(options.only):
+            continue
+        if time.monotonic() > until:
+            report["failed"][name] = f"not begun: {options.minutes} minutes were over"
             continue
         start = time.monotonic()
         try:

@@ -97,10 +97,9 @@ def speed(receipt: dict[str, Any]) -> str:
     rows = []
     for row in receipt["rows"]:
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
-        share = "-" if row["fraction"] is None else f"{row['fraction']:.0%}"
         peer = "-" if row["peer"] is None else f"{row['peer']:.4g} ({row['peer_name']})"
-        rows.append([row["case"], f"{row['ours']:.4g} {row['unit']}", peer, ratio, share])
-    return markdown(["case", "ours", "best peer", "ratio", "of the ceiling"], rows)
+        rows.append([row["case"], f"{row['ours']:.4g} {row['unit']}", peer, ratio])
+    return markdown(["case", "ours", "best peer", "ratio"], rows)
 
 
 def load(receipt: dict[str, Any]) -> str:
@@ -124,20 +123,6 @@ def load(receipt: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
-def histories(receipt: dict[str, Any]) -> str:
-    """TIGER by kind of history, in fp32 and bf16."""
-    rows = []
-    for row in receipt["rows"]:
-        for name, found in row["precision"].items():
-            change = row["bf16_less_fp32"] if name == "bf16" else None
-            bounds = _interval([change["low"], change["high"]]) if change else ""
-            figures = [f"{found[metric]:.4f}" for metric in METRICS]
-            trained = f"{row['train_s'] / 60:.1f}"
-            rows.append([row["history"], name, *figures, bounds, trained])
-    head = ["history", "decoding", *METRICS, "ndcg@10, bf16 less fp32", "minutes of training"]
-    return markdown(head, rows)
-
-
 def curve(receipt: dict[str, Any]) -> str:
     """Every point of the think curve, beside the best without a thought in no more time."""
     rows = []
@@ -158,7 +143,6 @@ BLOCKS = {
     "think-curve": curve,
     "reproduce": table,
     "serve": load,
-    "histories": histories,
     **scale_tables.BLOCKS,
 }
 

@@ -211,7 +211,7 @@ class Memory:
 def row(case: str, ours: float, unit: str, other: float | None, better: float | None, **more):
     name = "FastAPI + transformers generate" if other is not None else None
     base = {"case": case, "ours": ours, "unit": unit, "peer_name": name, "peer": other}
-    return {**base, "ratio": better, "ceiling": None, "fraction": None, **more}
+    return {**base, "ratio": better, **more}
 
 
 def errors(found: dict) -> int:

@@ -1,4 +1,4 @@
-"""What speed benchmarks share: contenders taking turns, the machine's ceilings, a receipt head."""
+"""What speed benchmarks share: contenders taking turns, a receipt head."""
 
 import os
 import platform
@@ -39,33 +39,12 @@ def take_turns(contenders, repeats, device="cpu"):
     return medians, first, broken
 
 
-def ceilings(repeats, device="cpu"):
-    """FLOP/s of large products in each precision, and bytes/s of a copy, on this machine now."""
-    cuda = torch.device(device).type == "cuda"
-    size, numbers = (8192, 1 << 28) if cuda else (2048, 1 << 25)
-    a = torch.randn(size, size, device=device)
-    b, big = a.bfloat16(), torch.zeros(numbers, device=device)
-    out = torch.empty_like(big)
-
-    def tf32():
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        a @ a
-        torch.set_float32_matmul_precision(before)
-
-    contenders = {"f32": lambda: a @ a, "bf16": lambda: b @ b, "copy": lambda: out.copy_(big)}
-    contenders |= {"tf32": tf32} if cuda else {}
-    seconds, _, _ = take_turns(contenders, repeats, device)
-    limits = {f"{k}_flops": 2 * size**3 / s for k, s in seconds.items() if k != "copy"}
-    return limits | {"copy_bytes": 2 * big.nbytes / seconds["copy"]}
-
-
 def row(case, ours, peers, unit="s", **more):
     """One line of a receipt; `peers` are seconds by name, the best of them is compared with."""
     best = min(peers, key=peers.get) if peers else None
     base = {"case": case, "ours": ours, "unit": unit, "peer_name": best}
     base |= {"peer": peers.get(best), "ratio": peers[best] / ours if best else None}
-    return base | {"ceiling": None, "fraction": None, **more, "peers": peers}
+    return base | {**more, "peers": peers}
 
 
 def provenance(name, device="cpu"):
