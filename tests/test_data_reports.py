@@ -405,17 +405,22 @@ def test_bad_lines_up_to_a_share_are_left_out_counted_and_listed(tmp_path, capsy
     for told in ("line 32: 2 columns where the header has 3", "line 33: item_id is empty",
                  "line 34: timestamp is 'then'", "line 7: not a JSON object"):  # fmt: skip
         assert told in said
-    with pytest.raises(StreamctlError, match=r"3 of 33 lines are bad.*--skip-bad 0\.091"):
+    with pytest.raises(StreamctlError, match=r"3 lines \(9\.1%\) are bad.*--skip-bad 0\.091"):
         prepared(tmp_path, tmp_path / "other", skip_bad=0.05)
     with pytest.raises(StreamctlError, match="32: 2 columns"):
         prepared(tmp_path, tmp_path / "strict")
-    prepared(tmp_path, tmp_path / "enough", skip_bad=0.15)
+    # The doctor's remedy is enough for both files.
+    found = examine(tmp_path, DataConfig(min_user=3, min_item=1)).findings
+    remedy = next(f.remedy for f in found if f.topic == "lines")
+    share = float(re.match(r"--skip-bad (\S+)", remedy)[1])
+    assert share == 0.143
+    prepared(tmp_path, tmp_path / "enough", skip_bad=share)
 
 
 def test_times_and_items_that_are_not_wanted_are_left_out(tmp_path):
     rows = [(f"u{u}", f"i{i}", f"2024-01-{1 + i:02}") for u in range(5) for i in range(9)]
     raw = RawLog.of(*zip(*((u, i, int(t[-2:])) for u, i, t in rows), strict=True))
-    assert len(build(raw, DataConfig(min_user=3, min_item=1, since="3", until="7"))[1]) == 25
+    assert len(build(raw, DataConfig(min_user=3, min_item=1, since="2.5", until="7.5"))[1]) == 25
     (tmp_path / "interactions.csv").write_text(
         "user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -68,12 +67,12 @@ def files_found(raw: RawLog) -> Iterator[Finding]:
             )
 
 
-def bad_lines(damages: list[Damage], rest: int) -> Iterator[Finding]:
+def bad_lines(raw: RawLog, damages: list[Damage]) -> Iterator[Finding]:
     """The lines that no reader can take, with their files and numbers."""
     if not damages:
         yield Finding("lines", "good", "every line is well formed")
     for damage in damages:
-        share = math.ceil(1000 * damage.count / (damage.count + rest)) / 1000
+        share = max(map(raw.bad_share, damages))
         yield Finding(
             "lines",
             "error",

@@ -49,7 +49,7 @@ def clean(raw: RawLog, config: DataConfig) -> dict[str, int]:
     if config.since:
         drop("since", "t < ?", moment(raw, config.since, "--since"))
     if config.until:
-        drop("until", "t > ?", moment(raw, config.until, "--until"))
+        drop("until", "t > ?", moment(raw, config.until, "--until", up=False))
     if config.min_rating is not None:
         drop("min_rating", "rating IS NULL OR rating < ?", config.min_rating)
     if config.events:
@@ -88,8 +88,11 @@ def clean(raw: RawLog, config: DataConfig) -> dict[str, int]:
     return taken
 
 
-def moment(raw: RawLog, text: str, option: str) -> int:
+def moment(raw: RawLog, text: str, option: str, up: bool = True) -> int:
     """A time of the user's as the log has it: a date, or a number in the source's unit.
+
+    Args:
+        up: what lies between two times that the log can hold becomes the later one.
 
     Raises:
         UsageError: neither, or a log without times.
@@ -109,10 +112,13 @@ def moment(raw: RawLog, text: str, option: str) -> int:
             while middle >= _SECONDS:
                 value, middle = value * 1000, middle / 1000
     if raw.scale:
-        return math.ceil(value * raw.scale)
+        return (math.ceil if up else math.floor)(value * raw.scale)
     value = float(value * 10**9 if raw.dates else value)
-    return raw.one("SELECT coalesce(min(rank) FILTER (value >= ?), max(rank) + 1) FROM moments",
-                   value)  # fmt: skip
+    if up:
+        rank = "coalesce(min(rank) FILTER (value >= ?), max(rank) + 1)"
+    else:
+        rank = "coalesce(max(rank) FILTER (value <= ?), 0)"
+    return raw.one(f"SELECT {rank} FROM moments", value)
 
 
 def _seconds(text: str, option: str) -> Decimal:

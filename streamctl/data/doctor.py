@@ -56,7 +56,7 @@ def examine(
     with database_errors():
         findings = [
             *checks.files_found(raw),
-            *checks.bad_lines(reading.damages, len(raw)),
+            *checks.bad_lines(raw, reading.damages),
             *checks.repeated_and_unordered(raw),
             *checks.clock(raw),
             *checks.described_items(raw),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,16 +76,13 @@ def check_damages(reading: Reading, share: float, raw: RawLog) -> None:
     """
     raw.damages = {damage.path.name: damage.count for damage in reading.damages}
     for damage in reading.damages:
-        catalogue = raw.catalogue if damage.path == raw.files[-1] else None
-        rest = len(raw) if catalogue is None else len(catalogue.ids)
         line, reason = damage.lines[0]
-        if damage.count > share * (rest + damage.count):
-            least = math.ceil(1000 * damage.count / (rest + damage.count)) / 1000
+        if (bad := raw.bad_share(damage)) > share:
             raise StreamctlError(
-                f"{damage.count:,} of {rest + damage.count:,} lines are bad, the first: {reason}",
+                f"{damage.count:,} lines ({bad:.1%}) are bad, the first: {reason}",
                 where=damage.path,
                 line=line,
-                run=f"--skip-bad {least:g} leaves them out; `data doctor` lists them",
+                run=f"--skip-bad {bad:g} leaves them out; `data doctor` lists them",
             )
         listed = "; ".join(f"line {line}: {reason}" for line, reason in damage.lines)
         more = "; ..." if damage.count > len(damage.lines) else ""

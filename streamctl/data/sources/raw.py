@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from streamctl.data.sources.reading import Reading
+from streamctl.data.sources.reading import Damage, Reading
 from streamctl.data.sources.times import as_integers
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.files import disk_errors
@@ -202,6 +203,12 @@ class RawLog:
         link.unlink(missing_ok=True)
         link.symlink_to(file.resolve())
         return "'" + str(link).replace("'", "''") + "'"
+
+    def bad_share(self, damage: Damage) -> float:
+        """Share of a file's lines that are bad, rounded up to a thousandth."""
+        items = self.catalogue is not None and damage.path == self.files[-1]
+        good = len(self.catalogue.ids) if items else len(self)
+        return math.ceil(1000 * damage.count / (good + damage.count)) / 1000
 
     def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """The rows that a query gives."""

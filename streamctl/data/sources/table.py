@@ -400,7 +400,7 @@ def _json(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, str
         if not roles:
             roles = _wanted(raw, find_roles(list(row), reading.columns, path), reading, path)
             waiting = {role: [] for role in roles}
-        missing = next((name for name in roles.values() if row.get(name) is None), None)
+        missing = next((roles[r] for r in NEEDED if row.get(roles[r]) is None), None)
         if missing is not None and not reading.skip_bad:
             reading.bad(path, line, f"no {missing!r} here")
         for role, name in roles.items():
