@@ -150,7 +150,7 @@ class SftConfig:
 
     section: ClassVar[str] = "sft"
     rounds: int = 3  # vocabulary: annotation and training in turn
-    epochs: int = 4  # epochs a round, or in all with evidence
+    epochs: int | None = None  # None: 12 in all with evidence, 4 a round with a vocabulary
     weigh_weight: float = 1.0  # evidence: the weights' own cross-entropy beside -log P(target)
     label_weight: float = 0.0  # evidence: cross-entropy of annotate's labels
     patience: int = 2  # rounds without a better validation ndcg@10 before stopping
@@ -172,8 +172,10 @@ class SftConfig:
 
     def settled(self, thoughts: str) -> SftConfig:
         """The same with the learning rate of what is trained."""
-        rate = (3e-3 if thoughts == "evidence" else 5e-4) if self.lr is None else self.lr
-        return dataclasses.replace(self, lr=rate)
+        rate, epochs = (3e-3, 12) if thoughts == "evidence" else (5e-4, 4)
+        rate = rate if self.lr is None else self.lr
+        epochs = epochs if self.epochs is None else self.epochs
+        return dataclasses.replace(self, lr=rate, epochs=epochs)
 
 
 @dataclass(frozen=True)

@@ -301,6 +301,7 @@ def rl(run: RunDir, config: RlConfig, *, device: str = "auto", force: bool = Fal
     the target's cross-entropy is kept beside Eq. 20 as an anchor (`anchor_weight=0` drops it).
     """
     parents = ["data", "tokenizer", "annotate", "sft"]
+    config = config.settled(run.require("pretrain").manifest["config"]["thoughts"])
     with run.begin("rl", config, parents, force=force) as stage:
         if stage is None:
             say("rl: complete already")
@@ -308,7 +309,6 @@ def rl(run: RunDir, config: RlConfig, *, device: str = "auto", force: bool = Fal
         where = resolve_device(device)
         material = Material.load(run)
         policy = material.policy(run.stage("sft"), where)
-        config = config.settled(policy.config.thoughts)
         if policy.config.thoughts == "evidence":
             _with_evidence(run, stage, config, material, policy, where)
             return run.stage("rl")

@@ -274,7 +274,9 @@ def sft(
     Raises:
         StreamctlError: under `strict`, labels that have collapsed.
     """
-    if twin and _thoughts(run) == "evidence":
+    thoughts = _thoughts(run)
+    config = config.settled(thoughts)
+    if twin and thoughts == "evidence":
         raise UsageError(
             "thinking with evidence has its l = 0 twin in the same policy, the direct decoder: "
             "`eval` shows it as l0"
@@ -287,8 +289,7 @@ def sft(
             return run.stage(name) if twin else check_strict(run.stage(name), strict)
         where = resolve_device(device)
         material = Material.load(run)
-        config = config.settled(_thoughts(run))
-        if _thoughts(run) == "evidence":
+        if thoughts == "evidence":
             _with_evidence(run, stage, config, material, where)
             return run.stage(name)
         settings = run.stage("annotate").manifest["config"]
