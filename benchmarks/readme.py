@@ -56,9 +56,9 @@ def table(receipt: dict[str, Any]) -> str:
                 f"{published['recall@10']:.4f} / {published['ndcg@10']:.4f}" if published else "",
                 *(f"{row[metric]:.4f}" for metric in METRICS),
                 f"{row['ndcg@10_masked']:.4f}",
-                _interval(row["vs_tiger"]),
-                _interval(row["vs_sasrec_ce"]),
-                _interval(row["vs_twin"]),
+                _interval(row.get("vs_tiger")),
+                _interval(row.get("vs_sasrec_ce")),
+                _interval(row.get("vs_twin")),
                 "" if seconds is None else f"{seconds / 60:.1f}",
                 f"{row['ms_per_user']:.2f}",
             ]
@@ -76,7 +76,7 @@ def brief(receipt: dict[str, Any]) -> str:
             str(row["seeds"]),
             f"{row['published']['ndcg@10']:.4f}" if row["published"] else "",
             *(f"{row[key]:.4f}" for key in ("recall@10", "ndcg@10", "ndcg@10_masked")),
-            *(_interval(row[key]) for key in ("vs_tiger", "vs_sasrec_ce", "vs_twin")),
+            *(_interval(row.get(key)) for key in ("vs_tiger", "vs_sasrec_ce", "vs_twin")),
         ]
         for row in receipt["rows"]
         if row["method"] in BRIEF

@@ -22,6 +22,8 @@ COMMANDS = (
     ("baseline", "baseline"),
     ("rerank", "rerank"),
     ("eval", "eval"),
+    ("refit", "refit"),
+    ("update", "update"),
     ("reproduce", "reproduce"),
     ("recommend", "recommend"),
     ("serve", "serve"),

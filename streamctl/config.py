@@ -261,6 +261,14 @@ class RerankConfig:
 
 
 @dataclass(frozen=True)
+class RefitConfig:
+    """The winner on everything."""
+
+    section: ClassVar[str] = "refit"
+    method: str = ""  # "": what won on validation
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Full-catalogue evaluation."""
 
@@ -284,6 +292,7 @@ STAGES: tuple[type, ...] = (
     BaselineConfig,
     RerankConfig,
     EvalConfig,
+    RefitConfig,
 )
 
 

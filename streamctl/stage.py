@@ -29,6 +29,7 @@ COMMANDS = {
     "think-curve": "eval --think-curve",
     "beam-losses": "eval --decode exact",
     "baselines/no_thinking": "run",
+    "final": "refit",
 }
 _ESSENTIAL = {"hash", "artifacts", "parents", "config"}  # of a manifest of any version
 
@@ -37,6 +38,8 @@ def command_for(stage: str) -> str:
     """The command that makes a stage: `tokenize` for "tokenizer", `baseline NAME`, ..."""
     if stage in COMMANDS:
         return COMMANDS[stage]
+    if stage.startswith("rerank/"):
+        return f"rerank --methods {stage.removeprefix('rerank/').replace('+', ',')}"
     name = stage.removeprefix("baselines/")
     return name if name == stage else f"baseline {name}"
 

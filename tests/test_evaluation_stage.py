@@ -60,7 +60,8 @@ def run(tmp_path_factory):
         run,
         TokenizeConfig(encoder="tfidf", dim=8, method="rqkmeans", levels=3, codes=4, neighbours=5),
     )
-    pretrain(run, PretrainConfig(epochs=2, batch=64, lr=5e-3), device="cpu")
+    letter = {"thoughts": "vocabulary", "retrieve": "target"}
+    pretrain(run, PretrainConfig(epochs=2, batch=64, lr=5e-3, **letter), device="cpu")
     annotate(run, AnnotateConfig(length=2, fit_epochs=0), device="cpu")
     parents = ["data", "tokenizer", "pretrain", "annotate"]
     publish_policy(run, "sft", SftConfig(), parents)
@@ -202,7 +203,7 @@ def test_random_thoughts_are_a_users_own_and_legal(models):
     history = torch.zeros(3, 2, dtype=torch.int64)
     given = recommender.thoughts(history, np.array([4, 5, 4]))
     low, high = models.policy("sft").config.tokens.think_range
-    assert given.shape == (3, 2)
+    assert given.shape == (3, 8) and recommender.think == 2
     assert ((given >= low) & (given < high)).all()
     assert torch.equal(given[0], given[2])
     assert not torch.equal(given[0], given[1])
@@ -331,20 +332,16 @@ def test_exact_search_is_the_yardstick_of_beams(run):
 
 
 def test_think_curve_has_every_length_and_its_controls(run, monkeypatch):
-    monkeypatch.setattr(curve, "LONGEST", 2)
-    monkeypatch.setattr(curve, "BEAMS", (5,))
+    monkeypatch.setattr(curve, "LENGTHS", {"vocabulary": (0, 1, 2)})
     monkeypatch.setattr(curve, "WIDER", (10,))
-    stage = curve.think_curve(run, EvalConfig(users=20), device="cpu")
+    stage = curve.think_curve(run, EvalConfig(users=20, beam=5), device="cpu")
     found = stage.json("points.json")
-    kinds = [(point["kind"], point["length"], point["beam"]) for point in found["points"]]
-    for length in (1, 2):
-        assert ("greedy", length, 5) in kinds and ("random thoughts", length, 5) in kinds
-    assert {("no thought", 0, 5), ("no thought", 0, 10), ("early exit", 2, 5)} <= set(kinds)
-    assert found["margin"] in (0.0, *curve.MARGINS)
-    fast = {p["ms_per_user"]: p["ndcg@10"] for p in found["points"] if p["kind"] == "no thought"}
-    for point in found["points"]:
-        if point["kind"] != "no thought":
-            rivals = [value for ms, value in fast.items() if ms <= point["ms_per_user"]]
-            assert point["no_thought_at_equal_latency"] == max(rivals, default=None)
+    kinds = {(point["kind"], point["length"], point["beam"]) for point in found["points"]}
+    assert kinds == {
+        *(("its own thought", length, 5) for length in (0, 1, 2)),
+        *(("random thought", length, 5) for length in (1, 2)),
+        ("no thought, wider", 0, 10),
+    }
+    assert all(point["ms_per_user"] > 0 for point in found["points"])
     assert stage.file("think-curve.png").stat().st_size > 10_000
     curve.show_curve(found)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from streamctl.baselines.train import train_baseline
-from streamctl.config import BaselineConfig, EvalConfig, RerankConfig, TokenizeConfig
+from streamctl.config import BaselineConfig, EvalConfig, RefitConfig, RerankConfig, TokenizeConfig
 from streamctl.data import load_data, synthesize
-from streamctl.evaluation.methods import best_method, load_method
+from streamctl.errors import StreamctlError
+from streamctl.evaluation.methods import answering, best_method, load_best, load_method
+from streamctl.evaluation.refit import refit
 from streamctl.evaluation.rerank import ranks_by_folds, rerank
 from streamctl.evaluation.stage import evaluate_run, read_result
-from streamctl.ranking import gains
+from streamctl.evaluation.update import update
+from streamctl.ranking import evaluate, gains
 from streamctl.rerank import features
 from streamctl.rerank.lambdarank import Groups, LambdaRank
 from streamctl.retrieval.transitions import pair_weights
 from streamctl.runs import RunDir
+from streamctl.tokenizer import SemanticIds
 from streamctl.tokenizer.stage import tokenize
 
 COUNTING = ("transitions", "knn", "ranker")
@@ -101,8 +107,6 @@ def test_a_reranker_that_surely_helps_is_kept_and_shown_beside_its_method(rerank
 
 def test_nobody_judges_a_ranker_that_they_taught(run, reranked):
     """In-sample figures are far above those by folds, which are near the test's."""
-    from streamctl.ranking import evaluate
-
     split = load_data(run)[1]
     by_folds = gains(ranks_by_folds(reranked[0])["after"].numpy(), 10).mean()
     method = load_method(run, "popularity+rerank", "cpu")
@@ -164,3 +168,82 @@ def test_trees_are_a_function_of_groups_and_seed_and_survive_the_disk(tmp_path):
     one.save(tmp_path / "trees.txt")
     again = LambdaRank.load(tmp_path / "trees.txt")
     np.testing.assert_allclose(again.scores(items, values), one.scores(items, values), rtol=1e-6)
+
+
+def test_refit_counts_what_was_held_out_and_nothing_can_evaluate_it(run, result, tmp_path):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    stage = refit(copy, RefitConfig(method="transitions"), device="cpu")
+    assert stage.complete and stage.manifest["method"] == "transitions"
+    folder, name, why = answering(copy)
+    assert (folder.path, name) == (stage.path, "transitions") and "everything" in why
+    split = load_data(copy)[1]
+    before = load_method(copy, "transitions", "cpu")
+    after = load_best(copy, "cpu")[1]
+    # What the log's users took last follows what they had before: it is counted now.
+    user = 11
+    *_, had, took = split.log.of(user).tolist()
+    history = torch.tensor([[had]])
+
+    def share(method) -> float:
+        ranking = method.recommend(history, split.n_items)
+        place = ranking.items[0].tolist().index(took)
+        return float(ranking.scores[0, place])
+
+    assert share(after) > share(before)
+    # A user's own latest items are no evidence for that user.
+    mine = after.recommend(history, 5, users=np.array([user])).scores
+    assert not torch.equal(mine, after.recommend(history, 5).scores)
+    with pytest.raises(StreamctlError, match="nobody is held out"):
+        evaluate_run(folder, EvalConfig(), device="cpu")
+    again = read_result(evaluate_run(copy, EvalConfig(bootstrap=200), device="cpu"))
+    assert again["methods"]["transitions"] == result["methods"]["transitions"]
+    assert answering(copy, "knn")[0].path == copy.path
+
+
+def test_refit_takes_a_ranker_as_it_is_and_trains_item_vectors_again(run, tmp_path):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    quick = {"epochs": 2, "dim": 8, "patience": 0}
+    train_baseline(copy, BaselineConfig(name="gru4rec", **quick), device="cpu")
+    trees = (copy.path / "baselines/ranker/trees.txt").read_bytes()
+    kept = refit(copy, RefitConfig(method="ranker"), device="cpu")
+    assert (kept.path / "baselines/ranker/trees.txt").read_bytes() == trees
+    anew = RunDir(refit(copy, RefitConfig(method="gru4rec"), device="cpu", force=True).path)
+    made = anew.stage("baselines/gru4rec").manifest
+    assert made["epochs"] == copy.stage("baselines/gru4rec").manifest["best_epoch"] + 1
+    assert made["hash"] != copy.stage("baselines/gru4rec").hash
+    assert load_best(copy, "cpu")[0] == "gru4rec"
+    # Its parents change: it is out of date, and the run answers by what is there.
+    train_baseline(copy, BaselineConfig(name="gru4rec", seed=1, **quick), device="cpu", force=True)
+    assert answering(copy)[0].path == copy.path
+
+
+def test_a_newer_log_goes_on_with_the_codes_and_trees_of_an_older_run(run, tmp_path):
+    """Users and items that came since: old items keep their codes, new ones get free ones."""
+    old_catalog = load_data(run)[0]
+    newer = RunDir(tmp_path / "newer")
+    synthesize(newer, users=450, items=180, seed=0)
+    made = update(run, newer)
+    assert {"tokenizer", *(f"baselines/{name}" for name in COUNTING)} <= set(made)
+    catalog, split = load_data(newer)
+    before, after = (
+        SemanticIds.load(run.stage("tokenizer")),
+        SemanticIds.load(newer.stage("tokenizer")),
+    )
+    kept = [item for item in catalog.ids if item in set(old_catalog.ids)]
+    assert 0 < len(kept) < len(catalog.ids)
+    for item in kept:
+        one, other = old_catalog.ids.index(item), catalog.ids.index(item)
+        assert (before.codes[one] == after.codes[other]).all()
+    assert len(np.unique(after.codes, axis=0)) == len(catalog.ids)
+    name = "baselines/ranker/trees.txt"
+    assert (newer.path / name).read_bytes() == (run.path / name).read_bytes()
+    newer.require("baselines/ranker")
+    found = evaluate(
+        load_method(newer, "ranker", "cpu"), split.test, n_items=split.n_items, masked=True
+    )
+    popular = evaluate(
+        load_method(newer, "popularity", "cpu"), split.test, n_items=split.n_items, masked=True
+    )
+    assert found.metrics["ndcg@10"] > 1.5 * popular.metrics["ndcg@10"]
+    with pytest.raises(StreamctlError, match="cannot go on from itself"):
+        update(run, run)

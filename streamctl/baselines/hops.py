@@ -63,7 +63,9 @@ class HopBaseline(Baseline):
         known = None if users is None else users.cpu().numpy()
         pieces = self.evidence.gather(history.cpu().numpy(), known)
         values = torch.from_numpy(self.values(pieces) * (pieces.items >= 0))
-        scores = self.popular.expand(len(history), -1).clone()
+        newer = self.evidence.n_items - len(self.popular)  # items that came while it serves
+        popular = torch.nn.functional.pad(self.popular, (0, newer), value=-1.0)
+        scores = popular.expand(len(history), -1).clone()
         items = torch.from_numpy(pieces.items.clip(min=0).astype(np.int64))
         device = scores.device
         return scores.scatter_reduce(1, items.to(device), values.to(device), "amax")

@@ -93,7 +93,8 @@ def train_baseline(
         else:
             split = load_data(run)[1]
             model.train_on(split)
-            result = FitResult(best=_validated(model, split, config.seed))
+            best = _validated(model, split, config.seed) if len(split.valid) else {}
+            result = FitResult(best=best)
         model.cpu().save(stage)
         stage.publish(
             parameters=sum(w.numel() for w in model.parameters() if w.requires_grad),
@@ -125,7 +126,8 @@ def _train(
         config,
         loss=loss,
         examples=examples,
-        validate=lambda: _validated(model, split, config.seed),
+        # A run in which everything trains has nobody to validate with.
+        validate=(lambda: _validated(model, split, config.seed)) if len(split.valid) else None,
         device=resolve_device(device),
         bf16=model.bf16,
         title=config.name,

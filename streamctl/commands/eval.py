@@ -54,8 +54,8 @@ def command(
     masked are both given. Redone by itself when a stage it reads has changed.
 
     `--decode exact` instead compares beams of 20 and 50 with best-first search of the whole
-    catalogue, and `--think-curve` measures thoughts of 0..8 tokens, beams, modes, early exit and
-    their controls; both on 1,000 users unless --users says otherwise.
+    catalogue, and `--think-curve` measures thoughts of 0, 1, 2, 4, ... and their
+    controls; both on 1,000 users unless --users says otherwise.
 
     Reads: data and every trained stage. Writes: RUN/eval (metrics.json, ranks, plots as PNG),
     RUN/beam-losses (losses.json), RUN/think-curve (points.json, think-curve.png).

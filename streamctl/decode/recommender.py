@@ -26,7 +26,8 @@ class PolicyRecommender:
     Attributes:
         policy, trie: the model, on its device, and the catalogue it may recommend.
         think: l, think tokens before the codes; 0 answers at once.
-        thoughts: where the think tokens come from if they are not the model's own.
+        thoughts: where the think tokens come from if they are not the model's own; the first
+            `think` of them are used, all if nobody says how many.
         decoder: "slow", or "direct" (which never thinks).
         beam: width of the search over codes.
         seed: of the random order of items that share their codes.
@@ -60,15 +61,19 @@ class PolicyRecommender:
         The beam is at least k wide.
         """
         histories = histories.to(self.policy.item_tokens.device)
+        length, given = self.think if think is None else think, None
+        if self.thoughts is not None:
+            given = self.thoughts(histories, users)
+            given = given[:, :length] if length or think is not None else given
         ranking, _ = recommend(
             self.policy,
             self.trie,
             histories,
             k,
-            think=self.think if think is None else think,
+            think=length,
             beam=self.beam,
             decoder=self.decoder,
-            thoughts=None if self.thoughts is None else self.thoughts(histories, users),
+            thoughts=given,
             exclude=exclude,
             allow=allow,
             seed=self.seed,

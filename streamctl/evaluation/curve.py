@@ -1,7 +1,7 @@
 """What thinking and searching cost and bring: the think curve, and what a beam loses.
 
-`think_curve`  ndcg@10 against milliseconds for l = 0..8, beams and modes, early exit, and the
-               controls: random thoughts of the same length, and wider beams without a thought.
+`think_curve`  ndcg@10 against milliseconds for thoughts of 0, 1, 2, 4, ... and the controls: random
+               thoughts of the same lengths, and wider beams without a thought.
 `beam_losses`  beams of 20 and 50 beside the true top-k of best-first search.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,39 @@ import torch
 
 from streamctl.config import EvalConfig
 from streamctl.data import Examples, Split, load_data
-from streamctl.decode import PolicyRecommender, exact_top, recommend
-from streamctl.decode.recommender import random_thoughts
+from streamctl.decode import exact_top, recommend
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import Models
 from streamctl.files import atomic_file
 from streamctl.progress import plain_console, progress_bar
-from streamctl.ranking import evaluate, ranking_metrics, sample_users, target_ranks
+from streamctl.ranking import (
+    Ranking,
+    Recommender,
+    evaluate,
+    ranking_metrics,
+    sample_users,
+    target_ranks,
+)
 from streamctl.ranking.evaluate import batches_by_length
 from streamctl.runs import RunDir, Stage
 
 CURVE, LOSSES = "think-curve", "beam-losses"
-LONGEST = 8  # l
+LENGTHS = {"evidence": (0, 1, 2, 4, 8, 16, 32, 64), "vocabulary": (0, 1, 2, 4, 8)}
 BEAMS = (20, 50)
 WIDER = (100, 200)  # beams of the control without a thought
-MARGINS = (0.4, 0.2, 0.1, 0.05, 0.02)
 USERS = 1000  # a seeded sample where the settings ask for everyone
 DEPTH = 10
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """A recommender that thinks for so long."""
+
+    recommender: Recommender
+    think: int
+
+    def recommend(self, histories: torch.Tensor, k: int, **options: Any) -> Ranking:
+        return self.recommender.recommend(histories, k, **{**options, "think": self.think})
 
 
 def _thinker(run: RunDir) -> str:
@@ -52,22 +68,6 @@ def _examples(split: Split, config: EvalConfig, name: str) -> Examples:
     return sample_users(getattr(split, name), config.users or USERS, config.seed)
 
 
-def choose_margin(models: Models, recommender: PolicyRecommender, config: EvalConfig) -> float:
-    """The widest margin whose validation ndcg@10 is no lower than that of whole thoughts.
-
-    Validation users decide, and no others. 0 (only a thought that stands still ends) if none is.
-    """
-    examples = _examples(models.split, config, "valid")
-    options = {"n_items": models.split.n_items, "masked": False}
-    whole = evaluate(recommender, examples, **options, title="whole thoughts")
-    for margin in MARGINS:
-        trial = replace(recommender, margin=margin)
-        found = evaluate(trial, examples, **options, title=f"margin {margin}")
-        if found.metrics["ndcg@10"] >= whole.metrics["ndcg@10"]:
-            return margin
-    return 0.0
-
-
 def think_curve(run: RunDir, config: EvalConfig, *, device: str = "auto") -> Stage:
     """Measure every point and write points.json and think-curve.png into RUN/think-curve.
 
@@ -77,63 +77,46 @@ def think_curve(run: RunDir, config: EvalConfig, *, device: str = "auto") -> Sta
     stage_name = _thinker(run)
     parents = ["data", "tokenizer", "annotate", stage_name]
     with run.begin(CURVE, config, parents=parents, force=True) as stage:
-        examples = _examples(load_data(run)[1], config, config.split)
+        split = load_data(run)[1]
+        examples = _examples(split, config, config.split)
         models = Models(run, config, examples, device)
-        base = models.generative(stage_name)
-        tokens, users = base.policy.config.tokens, models.split.log.n_users
-        margin = choose_margin(models, replace(base, think=LONGEST), config)
+        lengths = LENGTHS[models.policy(stage_name).config.thoughts]
+        kinds = {"its own thought": models.thinking(stage_name)}
+        kinds["random thought"] = models.random(stage_name)
         points: list[dict[str, Any]] = []
 
-        def measure(kind: str, recommender: PolicyRecommender, length: int, **more: Any) -> None:
-            found = evaluate(
-                recommender, examples, n_items=models.split.n_items, masked=False,
-                title=f"{kind} l={length} beam={recommender.beam}",
-            )  # fmt: skip
-            point = {"kind": kind, "length": length, "beam": recommender.beam, **more}
-            point |= {"ndcg@10": found.metrics["ndcg@10"], "recall@10": found.metrics["recall@10"]}
+        def measure(kind: str, recommender: Recommender, length: int, beam: int) -> None:
+            options = {"n_items": split.n_items, "title": f"{kind} l={length} beam={beam}"}
+            found = evaluate(recommender, examples, masked=False, **options)
+            masked = evaluate(recommender, examples, masked=True, **options)
+            point = {"kind": kind, "length": length, "beam": beam}
+            point |= {key: found.metrics[key] for key in ("ndcg@10", "recall@10")}
+            point["ndcg@10_masked"] = masked.metrics["ndcg@10"]
             points.append(point | {"ms_per_user": found.ms_per_user})
 
-        for beam in BEAMS:
-            fast = replace(base, beam=beam)
-            measure("no thought", fast, 0)
-            for length in range(1, LONGEST + 1):
-                measure("greedy", replace(fast, think=length), length)
-                for mode in ("joint", "marginal"):
-                    if length in (1, 4, LONGEST):
-                        measure(mode, replace(fast, think=length, mode=mode), length)
-                chance = random_thoughts(tokens, users, length, config.seed)
-                measure("random thoughts", replace(fast, thoughts=chance), length, control=True)
-            early = replace(fast, think=LONGEST, margin=margin)
-            measure("early exit", early, LONGEST, margin=margin)
+        for kind, recommender in kinds.items():
+            for length in lengths:
+                if length or kind == "its own thought":
+                    measure(kind, _Budget(recommender, length), length, config.beam)
         for beam in WIDER:
-            measure("no thought", replace(base, beam=beam), 0, control=True)
-        _against_controls(points)
+            fast = models.generative(stage_name, decoder="direct", beam=beam)
+            measure("no thought, wider", fast, 0, beam)
         result = {
             "stage": stage_name, "split": config.split, "users": len(examples),
-            "seed": config.seed, "margin": margin, "points": points,
+            "seed": config.seed, "points": points,
         }  # fmt: skip
         stage.save_json("points.json", result)
         plot(result, stage.path / "think-curve.png")
         stage.adopt("think-curve.png")
-        stage.publish(margin=margin)
+        stage.publish()
     return run.stage(CURVE)
-
-
-def _against_controls(points: list[dict[str, Any]]) -> None:
-    """Beside each thinking point, the best a model without a thought does in no more time."""
-    fast = [point for point in points if point["kind"] == "no thought"]
-    for point in points:
-        if point["kind"] == "no thought":
-            continue
-        rivals = [rival for rival in fast if rival["ms_per_user"] <= point["ms_per_user"]]
-        best = max((rival["ndcg@10"] for rival in rivals), default=None)
-        point["no_thought_at_equal_latency"] = best
 
 
 def beam_losses(run: RunDir, config: EvalConfig, *, device: str = "auto") -> Stage:
     """Beams of 20 and 50 against exact search, in fp32, the same thoughts for all.
 
-    Writes losses.json into RUN/beam-losses.
+    A policy that thinks with evidence is searched without a thought, by its direct decoder. Writes
+    losses.json into RUN/beam-losses.
 
     Raises:
         StreamctlError: the run has no policy that thinks.
@@ -145,7 +128,9 @@ def beam_losses(run: RunDir, config: EvalConfig, *, device: str = "auto") -> Sta
         models = Models(run, config, examples, device)
         result = {"stage": stage_name, "split": config.split, "users": len(examples)}
         result |= {"seed": config.seed, "rows": {}}
-        for length in dict.fromkeys((0, models.annotation["length"])):
+        thoughts = models.policy(stage_name).config.thoughts
+        own = models.annotation["length"] if thoughts == "vocabulary" else 0
+        for length in dict.fromkeys((0, own)):
             name = f"l = {length}"
             result["rows"][name] = _losses(models, stage_name, length, examples, config)
         stage.save_json("losses.json", result)
@@ -164,7 +149,8 @@ def _losses(
     with progress_bar(f"exact search, l = {length}", len(examples), "users") as bar:
         for index in batches_by_length(examples.lengths, config.batch):
             history = torch.from_numpy(examples.histories(index)).to(models.device)
-            options = {"think": length, "seed": config.seed}
+            decoder = "slow" if length else "direct"
+            options = {"think": length, "seed": config.seed, "decoder": decoder}
             for name in names:
                 began = time.perf_counter()
                 if name == "exact":
@@ -199,7 +185,7 @@ def _losses(
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """ndcg@10 over milliseconds a user, a line a kind, at the widest of `BEAMS`."""
+    """Masked ndcg@10 over milliseconds a user, a line a kind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,22 +195,17 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     axis = figure.subplots()
     for kind in dict.fromkeys(point["kind"] for point in result["points"]):
         points = [point for point in result["points"] if point["kind"] == kind]
-        if kind != "no thought":
-            points = [point for point in points if point["beam"] == BEAMS[-1]]
         points.sort(key=lambda point: point["ms_per_user"])
-        style = "--" if any(point.get("control") for point in points) else "-"
-        line = [[point[key] for point in points] for key in ("ms_per_user", "ndcg@10")]
+        style = "-" if kind == "its own thought" else "--"
+        line = [[point[key] for point in points] for key in ("ms_per_user", "ndcg@10_masked")]
         axis.plot(*line, style, marker="o", label=kind)
         for point in points:
-            text = f"beam {point['beam']}" if kind == "no thought" else f"l {point['length']}"
-            at = point["ms_per_user"], point["ndcg@10"]
+            text = f"l {point['length']}" if point["length"] else f"beam {point['beam']}"
+            at = point["ms_per_user"], point["ndcg@10_masked"]
             axis.annotate(text, at, (3, 3), textcoords="offset points", fontsize="x-small")
     axis.set_xlabel("milliseconds a user, in batches")
-    axis.set_ylabel("ndcg@10, seen items left in")
-    axis.set_title(
-        f"{result['split']} split, {result['users']:,} users, beam {BEAMS[-1]} unless said",
-        loc="left",
-    )
+    axis.set_ylabel("ndcg@10, seen items masked")
+    axis.set_title(f"{result['split']} split, {result['users']:,} users", loc="left")
     axis.legend(frameon=False)
     with atomic_file(path) as target:
         figure.savefig(target, format="png", dpi=150)
@@ -232,18 +213,16 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 def show_curve(result: Mapping[str, Any]) -> None:
     """Print the points of a think curve."""
-    head = ("ndcg@10", "recall@10", "ms", "no thought,\nno slower")
+    head = ("ndcg@10", "masked", "recall@10", "ms")
     rows = [
         (
             f"{point['kind']}, l = {point['length']}, beam {point['beam']}",
-            f"{point['ndcg@10']:.4f}",
-            f"{point['recall@10']:.4f}",
+            *(f"{point[key]:.4f}" for key in ("ndcg@10", "ndcg@10_masked", "recall@10")),
             f"{point['ms_per_user']:.2f}",
-            _figure(point.get("no_thought_at_equal_latency")),
         )
         for point in result["points"]
     ]
-    _print(result, head, rows, f"early exit at margin {result['margin']}, chosen on validation")
+    _print(result, head, rows, "")
 
 
 def show_losses(result: Mapping[str, Any]) -> None:
@@ -263,10 +242,6 @@ def show_losses(result: Mapping[str, Any]) -> None:
         for name, row in methods.items()
     ]
     _print(result, head, rows, "expansions: prefixes that exact search decodes for a user")
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _print(result: Mapping[str, Any], head: tuple, rows: list[tuple], caption: str) -> None:

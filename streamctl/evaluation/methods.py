@@ -108,8 +108,9 @@ class Models:
         if self.policy(stage).config.thoughts == "evidence":
             return self.reasoning(stage, random=self.config.seed)
         tokens, users = self.policy(stage).config.tokens, self.split.log.n_users
-        thoughts = random_thoughts(tokens, users, self.annotation["length"], self.config.seed)
-        return self.generative(stage, thoughts=thoughts)
+        length = self.annotation["length"]
+        thoughts = random_thoughts(tokens, users, max(8, length), self.config.seed)
+        return self.generative(stage, thoughts=thoughts, think=length)
 
     def oracle(self, stage: str) -> PolicyRecommender:
         """A thinking policy given the thoughts that annotation derives from the target itself."""
@@ -371,10 +372,28 @@ def best_method(run: RunDir) -> tuple[str, str]:
     raise StreamctlError("the run has no method", where=run.path, run=run.command("data"))
 
 
+def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]:
+    """What a run answers by: which run folder holds it, the method, and why it is this one.
+
+    RUN/final, the winner on everything, where `refit` has made it and nothing has changed since.
+
+    Args:
+        method: the one that is wanted; None for the best.
+    """
+    final = run.stage("final")
+    if final.complete and not final.stale_parents():
+        name = final.manifest["method"]
+        if method in (None, name):
+            return RunDir(final.path), name, "refitted on everything"
+    if method is not None:
+        return run, method, "as told"
+    return run, *best_method(run)
+
+
 def load_best(
     run: RunDir, device: str = "auto", *, method: str | None = None, beam: int = 50
 ) -> tuple[str, Recommender]:
     """The run's best method, or the one that is named, said on stderr; and its recommender."""
-    name, why = (method, "as told") if method else best_method(run)
+    folder, name, why = answering(run, method)
     say(f"answers by {name}: {why}")
-    return name, load_method(run, name, device, beam=beam)
+    return name, load_method(folder, name, device, beam=beam)

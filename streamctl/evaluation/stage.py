@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from streamctl.config import EvalConfig, to_dict
 from streamctl.data import Examples, load_data
+from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import RERANKED, Models, Row, choose_rows
 from streamctl.evaluation.report import plot_all
 from streamctl.evaluation.rerank import ranks_by_folds
@@ -62,6 +63,12 @@ def evaluate_run(
         StreamctlError: no data stage, or a stage that is read is missing or stale.
     """
     run.require("data")
+    if not len(getattr(load_data(run)[1], config.split)):
+        raise StreamctlError(
+            f"nobody is held out to evaluate with ({config.split}): everything trains here",
+            where=run.path,
+            run="`streamctl eval` of the run that this was made from",
+        )
     rows, absent = choose_rows(run, config.methods)
     parents = list(dict.fromkeys(["data", *(stage for row in rows for stage in row.stages)]))
     if absent:

@@ -30,6 +30,11 @@ class Reranker:
     ranker: LambdaRank
     depth: int
 
+    @property
+    def think(self) -> int:
+        """Pieces of evidence that the first method thinks with if nobody asks for another l."""
+        return int(getattr(self.methods[0], "think", 0) or 0)
+
     def recommend(
         self,
         histories: torch.Tensor,

@@ -1,0 +1,123 @@
+"""`final/`: the winner on everything, held-out interactions included. What production serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterable
+from graphlib import TopologicalSorter
+from typing import Any
+
+import numpy as np
+
+from streamctl import config as configs
+from streamctl.baselines.registry import baseline_class
+from streamctl.baselines.train import train_baseline
+from streamctl.config import RefitConfig
+from streamctl.data import load_data
+from streamctl.evaluation.methods import best_method, known_rows
+from streamctl.evaluation.reproduce import ancestors, maker
+from streamctl.progress import say
+from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.training.sft import TWIN
+
+FINAL = "final"
+# What `publish` writes by itself; the rest of a manifest is the stage's own.
+_EVERY_MANIFEST = {
+    "schema", "stage", "hash", "artifacts", "parents", "config", "seed", "wall_s", "processes",
+    "git", "versions", "machine", "peak_memory_mb", "seal",
+}  # fmt: skip
+
+
+def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool = False) -> Stage:
+    """Make RUN/final, itself a run: the winner with nothing held out.
+
+    Counts, rows of other users and popularity are of all interactions. Weights that score codes or
+    weigh evidence are taken as they are: what they learned does not hang on single interactions.
+    Methods that know items by vectors of their own (GRU4Rec, SASRec, ...) train again on every
+    interaction, for as many epochs as validation found. No evaluation reads it: there is nothing
+    left to ask, and `eval` refuses.
+
+    Raises:
+        UsageError: an unknown method.
+        StreamctlError: no method, or a stage of it is missing or stale.
+    """
+    method = config.method or best_method(run)[0]
+    row = known_rows(run).get(method)
+    config = dataclasses.replace(config, method=method)
+    if row is None:
+        from streamctl.evaluation.methods import load_method
+
+        load_method(run, method)  # names what is near
+    parents = list(dict.fromkeys(["data", *row.stages]))
+    with run.begin(FINAL, config, parents=parents, force=force) as stage:
+        if stage is None:
+            say(f"{FINAL}: complete already")
+            return run.stage(FINAL)
+        final = RunDir(stage.path)
+        _everything(run, final)
+        for name in in_order(run, parents):
+            if name != "data":
+                say(f"{FINAL}: {name}")
+                _again(run.stage(name), final, device)
+        stage.publish(method=method, stages=in_order(run, parents))
+        say(f"{FINAL}: {method}; `recommend` and `serve` answer by it")
+    return run.stage(FINAL)
+
+
+def in_order(run: RunDir, stages: Iterable[str]) -> list[str]:
+    """Stages and all that they come from, parents first."""
+    graph = {name: made["parents"] for name, made in ancestors(run, stages).items()}
+    return list(TopologicalSorter(graph).static_order())
+
+
+def _everything(run: RunDir, final: RunDir) -> None:
+    """The data stage of a run in which every interaction trains."""
+    source = run.stage("data")
+    catalog, split = load_data(run)
+    ends = split.log.offsets[1:]
+    log = dataclasses.replace(split.log, cuts=np.stack([ends, ends], 1))
+    config = configs.resolve(configs.DataConfig, base=source.manifest["config"])
+    with final.begin("data", config) as stage:
+        if stage is not None:
+            log.save(stage)
+            catalog.save(stage)
+            _copy(source, stage, {"statistics.json"})
+            stage.publish(**_own(source))
+
+
+def _again(source: Stage, target: RunDir, device: str) -> None:
+    """A stage in another run: trained anew where it must be, else as it is."""
+    name = source.name
+    own = name.removeprefix("baselines/")
+    kind = None if own == name or name == TWIN else baseline_class(own)
+    if kind is None or not kind.losses:
+        carry(source, target)
+        return
+    base = source.manifest["config"]
+    epochs = source.manifest["best_epoch"] + 1
+    config = configs.resolve(configs.BaselineConfig, base={**base, "epochs": epochs, "patience": 0})
+    train_baseline(target, config, device=device)
+
+
+def carry(source: Stage, target: RunDir) -> Stage:
+    """A stage's artifacts as they are, in another run, made from that run's parents."""
+    config = configs.resolve(maker(source.name)[1], base=source.manifest["config"])
+    parents = list(source.manifest["parents"])
+    with target.begin(source.name, config, parents=parents) as stage:
+        if stage is not None:
+            _copy(source, stage, set(source.manifest["artifacts"]))
+            stage.publish(**_own(source), carried_from=source.hash)
+    return target.stage(source.name)
+
+
+def _copy(source: Stage, stage: StageWriter, names: set[str]) -> None:
+    for name in sorted(names & source.manifest["artifacts"].keys()):
+        (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.file(name), stage.path / name)
+        stage.adopt(name)
+
+
+def _own(source: Stage) -> dict[str, Any]:
+    """What a stage says of itself in its manifest."""
+    return {key: value for key, value in source.manifest.items() if key not in _EVERY_MANIFEST}
