@@ -70,6 +70,7 @@ def test_metrics_have_exactly_the_documented_keys():
     assert list(keys) == [
         *(f"recall@{k}" for k in (1, 5, 10, 20, 50)),
         *(f"ndcg@{k}" for k in (5, 10, 20)),
+        "mrr@10",
     ]
 
 

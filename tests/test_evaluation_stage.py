@@ -38,7 +38,7 @@ CONFIG = EvalConfig(beam=10, bootstrap=200)
 KEYS = {
     *(f"recall@{k}" for k in (1, 5, 10, 20, 50)),
     *(f"ndcg@{k}" for k in (5, 10, 20)),
-    "coverage@10",
+    *(f"{name}@10" for name in ("coverage", "mrr", "novelty", "diversity", "popularity_bias")),
 }
 
 

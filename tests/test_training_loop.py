@@ -171,13 +171,58 @@ def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path):
     module = Toy()
     with (
         RunDir(tmp_path).begin("toy", BaselineConfig()) as stage,
-        pytest.raises(StreamctlError, match="not a finite number"),
+        pytest.raises(
+            StreamctlError, match=r"training diverged.*epoch 1 is nan.*baseline.lr=0.005"
+        ),
     ):
         loop.fit(
             stage, module, BaselineConfig(**SETTINGS), epochs=1, patience=0,
             loss=lambda batch: (module(batch.history).sum() * float("nan"), {}),
             examples=Rows(), validate=None, device="cpu",
         )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from streamctl.config import TokenizeConfig
+    from streamctl.data import synthesize
+    from streamctl.tokenizer.stage import tokenize
+
+    run = RunDir(tmp_path_factory.mktemp("tiny") / "run")
+    synthesize(run, users=80, items=60, seed=1)
+    tokenize(run, TokenizeConfig(encoder="tfidf", method="rqkmeans", dim=8, levels=2, codes=8))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("stage", "lr"), [("gru4rec", 10.0), ("caser", 10.0), ("sasrec", 1.0), ("pretrain", 1.0)]
+)
+def test_training_that_ends_far_worse_than_it_began_is_no_stage_and_names_the_setting(
+    tiny, stage, lr
+):
+    from streamctl.baselines.train import train_baseline
+    from streamctl.config import PretrainConfig
+    from streamctl.training.pretrain import pretrain
+
+    section = "pretrain" if stage == "pretrain" else "baseline"
+    with pytest.raises(StreamctlError, match=rf"diverged.*{section}\.lr={lr / 10:g}"):
+        if stage == "pretrain":
+            pretrain(tiny, PretrainConfig(lr=lr, epochs=1), device="cpu")
+        else:
+            train_baseline(tiny, BaselineConfig(name=stage, lr=lr, epochs=1), device="cpu")
+
+
+def test_a_training_that_diverged_after_its_best_epoch_keeps_that(tmp_path):
+    state = loop._Trainer.__new__(loop._Trainer)
+    state.result = loop.FitResult({"ndcg@10": 1.0}, 0, 2, losses=[2.0, 1.5, 99.0])
+    state.check()
+    state.result.best_epoch = -1  # the start itself
+    state.check()
+    state.result.best_epoch = 1
+    state.rate, state.stage = 1.0, RunDir(tmp_path).stage("toy")
+    state.stage.config = BaselineConfig()
+    with pytest.raises(StreamctlError, match=r"began with 2.*is 99"):
+        state.check()
 
 
 def test_no_examples_is_one_clear_error(tmp_path):

@@ -26,7 +26,9 @@ from streamctl.ranking import (
     paired_difference,
     sample_users,
 )
+from streamctl.ranking.metrics import ItemFacts
 from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.tokenizer import vectors as item_vectors
 
 METRICS, RANKS = "metrics.json", "ranks.safetensors"
 CHOICE = "choice/"  # ranks of the validation users who choose
@@ -82,7 +84,9 @@ def evaluate_run(
         _, split = load_data(run)
         # The seed of a sample of users is none of the run's: runs of several seeds are compared.
         examples = sample_users(getattr(split, config.split), config.users, 0)
-        table = _Table(stage, config, examples, split.n_items)
+        tokenized = run.stage("tokenizer").complete
+        facts = ItemFacts(split.popularity(), item_vectors(run) if tokenized else None)
+        table = _Table(stage, config, examples, split.n_items, facts)
         models = Models(run, config, examples, device)
         deciders = sample_users(split.valid, DECIDERS, 0)
         for name, row_before in known.items():
@@ -135,8 +139,16 @@ def _made(run: RunDir, row: Row) -> dict[str, str]:
 class _Table:
     """Ranks and figures of the rows so far; a checkpoint after each row."""
 
-    def __init__(self, stage: StageWriter, config: EvalConfig, examples: Examples, n_items: int):
+    def __init__(
+        self,
+        stage: StageWriter,
+        config: EvalConfig,
+        examples: Examples,
+        n_items: int,
+        facts: ItemFacts,
+    ):
         self.stage, self.config, self.examples, self.n_items = stage, config, examples, n_items
+        self.facts = facts
         loaded = stage.load_checkpoint()
         tensors, meta = loaded if loaded else ({}, {"entries": {}, "latency": {}})
         self.ranks = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -154,6 +166,7 @@ class _Table:
                 masked=masked,
                 batch=self.config.batch,
                 title=f"eval {name}{' masked' if masked else ''}",
+                facts=self.facts,
             )
             self.ranks[f"{name}/masked" if masked else name] = done.ranks
             interval = self.bootstrap(done.ranks)

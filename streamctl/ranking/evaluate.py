@@ -13,7 +13,14 @@ from streamctl.data import Examples
 from streamctl.device import derive_seed
 from streamctl.distributed import ranks
 from streamctl.progress import progress_bar
-from streamctl.ranking.metrics import DEPTH, coverage, ranking_metrics, target_ranks
+from streamctl.ranking.metrics import (
+    DEPTH,
+    ItemFacts,
+    beyond_accuracy,
+    coverage,
+    ranking_metrics,
+    target_ranks,
+)
 from streamctl.ranking.recommender import Recommender
 
 _WARM_UP = 8  # users ranked before the clock starts: compilation and first allocations
@@ -25,7 +32,8 @@ class Evaluation:
 
     Attributes:
         ranks: int32 (E,) zero-based rank of the target, in the examples' order.
-        metrics: recall@k, ndcg@k and coverage@10.
+        metrics: recall@k, ndcg@k, mrr@10 and coverage@10; with facts of the items novelty@10,
+            diversity@10 and popularity_bias@10, too.
         ms_per_user: wall time of ranking, in batches, after a warm-up.
     """
 
@@ -42,6 +50,7 @@ def evaluate(
     masked: bool,
     batch: int = 256,
     title: str | None = None,
+    facts: ItemFacts | None = None,
 ) -> Evaluation:
     """Rank the catalogue for every example and look where the target is.
 
@@ -54,6 +63,7 @@ def evaluate(
         masked: leave out what the user has taken before; otherwise repeats compete too.
         batch: users ranked at a time.
         title: show progress under this name.
+        facts: popularity and vectors of the items, for metrics beyond accuracy.
 
     Raises:
         ValueError: there are no examples.
@@ -76,6 +86,8 @@ def evaluate(
     found, top = ranks().sum(found), ranks().sum(top)
     spent = float(ranks().sum(np.array([spent]))[0])
     metrics = ranking_metrics(found) | {"coverage@10": coverage(top, n_items)}
+    if facts is not None:
+        metrics |= beyond_accuracy(top, facts)
     return Evaluation(found, metrics, 1000 * spent / len(examples))
 
 

@@ -33,7 +33,8 @@ from streamctl.tokenizer.tokenizer import Quantized, quantize
 ITEMS_A_CODE = 4  # below this many items a code, k-means only copies the items
 HEALTHY_USAGE = 0.95
 DIVERGED = 2.0  # reconstruction error, of the variance; predicting the mean has 1
-PAIRS = 20_000  # of items taken one after another, whose likeness is compared with chance
+PAIRS = 20_000  # of items taken in one go, whose likeness is compared with chance
+STEPS = 5  # apart at most
 SURELY = 3.0  # standard errors
 CHECKPOINT_S = 20.0
 TEXTS_A_CHUNK = 4096  # texts encoded between two checkpoints at the closest
@@ -301,9 +302,9 @@ def text_report(
     """Whether the item vectors say anything: how many there are, and if who takes one follows it.
 
     Returns:
-        "items", "empty" (texts), "distinct" (vectors), "pairs" (of training interactions one
-        after another, 20,000 at most), "closer" (share of them whose vectors are more alike than
-        those of the first and a random pair's second, half where equal) and its standard "error".
+        "items", "empty" (texts), "distinct" (vectors), "pairs" (of training interactions of one
+        user at most 5 apart, 20,000 of them), "closer" (share whose vectors are more alike than
+        those of the first and another pair's second, half where equal) and its standard "error".
     """
     rows = unit(vectors)
     report: dict[str, int | float] = {
@@ -312,13 +313,14 @@ def text_report(
         "distinct": len(np.unique((rows.round(3) + 0.0).view(f"V{4 * rows.shape[1]}"))),
     }
     items, offsets = split.training_sequences()
-    first = np.setdiff1d(np.arange(len(items) - 1), offsets[1:] - 1)
-    first = first[items[first] != items[first + 1]]
     random = np.random.default_rng(derive_seed(seed, "pairs"))
-    first = random.permutation(first)[:PAIRS]
-    before, after = items[first], items[first + 1]
+    first = random.integers(0, max(1, len(items)), PAIRS)
+    second = first + random.integers(1, STEPS + 1, PAIRS)
+    user = np.searchsorted(offsets, np.stack([first, second]), side="right")
+    together = (user[0] == user[1]) & (second < len(items))
+    before, after = items[first[together]], items[second[together]]
     other = random.permutation(after)
-    different = (other != before) & (other != after)
+    different = (other != before) & (other != after) & (before != after)
     before, after, other = before[different], after[different], other[different]
     near = (rows[before] * rows[after]).sum(1)
     far = (rows[before] * rows[other]).sum(1)
@@ -346,7 +348,7 @@ def complaints(report: dict[str, Any], config: TokenizeConfig) -> list[str]:
         found.append(f"{texts['empty']:,} of {texts['items']:,} items have no text. {ways}")
     if texts["pairs"] and texts["closer"] < 0.5 + SURELY * texts["error"]:
         found.append(
-            "items taken one after another are no more alike by their vectors than chance "
+            "items that users take together are no more alike by their vectors than chance "
             f"(closer than a random pair in {texts['closer']:.1%} of {texts['pairs']:,} pairs): "
             f"neighbours by text and codes say little here. {ways}"
         )

@@ -71,6 +71,7 @@ class FitResult:
         steps: training steps in all.
         start: metrics before any training, where the start was a candidate.
         validations: metrics after each epoch, with `step`.
+        losses: that of the first step, then the mean of each epoch.
     """
 
     best: dict[str, float] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class FitResult:
     steps: int = 0
     start: dict[str, float] = field(default_factory=dict)
     validations: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
 class MetricLog:
@@ -148,6 +150,7 @@ class _Trainer:
 
     def __init__(self, stage: StageWriter, module: nn.Module, optimizer: torch.optim.Optimizer):
         self.stage, self.module, self.optimizer = stage, module, optimizer
+        self.rate = optimizer.param_groups[0]["lr"]  # the highest of the schedule
         self.step = 0
         self.stopped = False
         self.sums: dict[str, torch.Tensor] = {}
@@ -173,12 +176,25 @@ class _Trainer:
     def means(self) -> dict[str, float]:
         means = {name: total / self.weight for name, total in self.totals().items()}
         if not math.isfinite(means["loss"]):
-            raise StreamctlError(
-                f"the loss of epoch {self.result.epochs + 1} is not a finite number",
-                where=self.stage.path,
-                run="the same command with --set lr=... lower",
-            )
+            raise self._diverged(f"that of epoch {self.result.epochs + 1} is {means['loss']}")
         return means
+
+    def check(self) -> None:
+        """Refuse weights whose loss is far above that of the first step."""
+        first, *epochs = self.result.losses
+        kept = self.result.best_epoch if self.result.best else len(epochs) - 1
+        if kept >= 0 and epochs[kept] > first + 1 + abs(first) / 2:
+            raise self._diverged(f"that of epoch {kept + 1}, the best, is {epochs[kept]:.4g}")
+
+    def _diverged(self, what: str) -> StreamctlError:
+        config = self.stage.config
+        lower = f"{config.section}.lr={self.rate / 10:g}"
+        started = "".join(f"the loss began with {x:.4g}, " for x in self.result.losses[:1])
+        return StreamctlError(
+            f"training diverged: {started}{what} ({config.section}.lr is {self.rate:g})",
+            where=self.stage.path,
+            run=self.stage.again([lower]),
+        )
 
     def judge(self, found: dict[str, float], patience: int, safe: Safe | None) -> None:
         """Keep the weights if they are the best so far; stop after `patience` that are not."""
@@ -276,7 +292,7 @@ def fit(
         before_epoch: called with the number (from 0) of an epoch about to start or continue.
 
     Raises:
-        StreamctlError: no examples, or a loss that is not finite.
+        StreamctlError: no examples, or a loss that diverged.
     """
     device = resolve_device(device) if isinstance(device, str) else device
     if not len(examples):
@@ -322,11 +338,14 @@ def fit(
                     again = replace(data, update=update)
                     due = _step(state, again, loss, rate, config.batch, device, bf16)
                 state.step += 1
+                if not state.result.losses:
+                    state.result.losses.append(state.means()["loss"])
                 bar.advance()
                 if due:
                     bar.note(f"epoch {state.result.epochs + 1} loss {state.means()['loss']:.3f}")
                     state.save()
             metrics = state.means()
+            state.result.losses.append(metrics["loss"])
             rate = (state.weight - begun_at) / repeats / max(time.monotonic() - began, 1e-9)
             note = f"epoch {state.result.epochs + 1} loss {metrics['loss']:.3f}"
             if validate is not None:
@@ -347,6 +366,7 @@ def fit(
             state.result.steps = state.step
             state.sums, state.weight = {}, 0.0
             state.save()
+    state.check()
     if state.best_weights is not None:
         checkpoint.restore(module, state.best_weights)
     module.eval()
