@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from streamctl.commands.recommend import checked, history_ids
+from streamctl.errors import UsageError
 from streamctl.ranking import Ranking, ranking_metrics
 from streamctl.ranking.metrics import MISSING, ItemFacts, beyond_accuracy
 from streamctl.ranking.mmr import Diverse, mmr
@@ -105,3 +107,31 @@ def test_mmr_by_hand():
 def test_places_without_an_item_come_last():
     ranking = Ranking(torch.tensor([[2, 0, -1, -1]]), torch.tensor([[1.0, 0.5, -9.0, -9.0]]))
     assert mmr(ranking, torch.from_numpy(AXES), 4, 0.9).items.tolist() == [[2, 0, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("values", "ids"),
+    [
+        (["a,b, c"], ["a", "b", "c"]),
+        (["a,b", "c"], ["a,b", "c"]),
+        ([" 007 ", "1.0", "x y"], [" 007 ", "1.0", "x y"]),
+        (["only"], ["only"]),
+        (["a,,b,"], ["a", "b"]),
+    ],
+)
+def test_ids_with_commas_are_given_one_an_option(values, ids):
+    assert history_ids(values) == ids
+
+
+def test_a_history_may_be_a_file_of_ids(tmp_path):
+    (tmp_path / "h.txt").write_text("\ufeffa,1\n\n茶,2\n", encoding="utf-8")
+    assert history_ids([f"@{tmp_path / 'h.txt'}"]) == ["a,1", "茶,2"]
+    with pytest.raises(UsageError, match=r"none\.txt: cannot be read"):
+        history_ids([f"@{tmp_path / 'none.txt'}"])
+
+
+def test_a_list_of_a_thousand_is_within_the_limits_and_more_is_refused():
+    assert checked(history=["a"], k=1000).k == 1000
+    for wrong in ({"k": 1001}, {"k": 0}, {"diversity": 1.5}, {"diversity": -0.1}):
+        with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
+            checked(history=["a"], **wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from serving_run import make_run
 
@@ -155,3 +156,19 @@ def test_a_forgotten_user_gets_the_popular_items(engine):
     engine.store.take(OLD, rare_items(engine, 1))
     engine.store.forget(OLD)
     assert ask(engine, user_id=OLD)["method"] == "popularity"
+
+
+def test_a_diverse_list_begins_with_the_best_and_is_less_alike(engine, run):
+    from streamctl.ranking.metrics import ItemFacts, beyond_accuracy
+    from streamctl.tokenizer import vectors
+
+    facts = ItemFacts(engine._split.popularity(), vectors(run))
+    lists = []
+    for diversity in (0.0, 0.7):
+        job = as_job(Query(user_id=OLD, k=5, diversity=diversity), engine.store, engine.about())
+        [answer] = engine.answer([job.details], *job.group)
+        lists.append([item for item, _ in answer["items"]])
+    plain, diverse = lists
+    assert diverse[0] == plain[0] and len(set(diverse)) == 5
+    alike = [beyond_accuracy(np.array([items]), facts)["diversity@10"] for items in lists]
+    assert alike[1] > alike[0]

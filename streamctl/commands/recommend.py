@@ -21,14 +21,22 @@ def command(
         typer.Option("--user", help="A user of the log."),
     ] = None,
     history: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--history", help="Item ids, oldest first, comma-separated."),
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--history",
+            help="Item ids, oldest first, separated by commas; or the option once an id; or "
+            "@FILE with an id a line.",
+        ),
     ] = None,
     k: Annotated[int, typer.Option("-k", "--k", help="Items wanted.", min=1, max=1000)] = 10,
     think: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("--think", help="Think tokens [default: as trained].", min=0, max=64),
     ] = None,
+    diversity: Annotated[
+        float,
+        typer.Option("--diversity", help="0 to 1: make the list's items less alike.", min=0, max=1),
+    ] = 0.0,
     keep_seen: Annotated[
         bool, typer.Option("--keep-seen", help="Recommend items of the history, too.")
     ] = False,
@@ -70,7 +78,7 @@ def command(
     if (input_ is None) != (output is None):
         raise UsageError("--input and --output go together")
     folder = RunDir(run)
-    query: dict[str, Any] = {"k": k, "exclude_seen": not keep_seen}
+    query: dict[str, Any] = {"k": k, "exclude_seen": not keep_seen, "diversity": diversity}
     query["think"] = "auto" if think is None else think
     if input_ is not None:
         from streamctl.serving.bulk import recommend_file
@@ -82,9 +90,30 @@ def command(
     if user is not None:
         query["user_id"] = user
     else:
-        query["history"] = [item.strip() for item in history.split(",") if item.strip()]
+        query["history"] = history_ids(history)
     answer = ask(folder, query, device)
     print_json(answer) if json_ else show(answer)
+
+
+def history_ids(values: list[str]) -> list[str]:
+    """Item ids of `--history`: one value is split at commas, several are an id each.
+
+    Raises:
+        UsageError: a file of ids that cannot be read.
+    """
+    from streamctl.errors import UsageError
+
+    if len(values) > 1:
+        return values
+    value = values[0]
+    if not value.startswith("@"):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    try:
+        lines = Path(value[1:]).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
+        raise UsageError(f"--history {value}: cannot be read: {reason}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def checked(**fields: Any) -> Query:

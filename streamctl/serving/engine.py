@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 from streamctl.data import load_data
 from streamctl.evaluation.methods import known_rows, load_best, load_method, method_names
 from streamctl.ranking import Recommender
+from streamctl.ranking.mmr import Diverse
 from streamctl.runs import RunDir
 from streamctl.serving.explain import explained, pairs_of
 from streamctl.serving.live import LiveCatalog
 from streamctl.serving.question import POPULAR
 from streamctl.serving.report import run_report
 from streamctl.serving.store import Store
+from streamctl.tokenizer import vectors as item_vectors
 
 BEAM = 20
 
@@ -87,7 +90,12 @@ class Engine:
         self.answer(jobs[:1], self.method, None, True)
 
     def answer(
-        self, jobs: Sequence[dict[str, Any]], method: str, think: int | None, explain: bool
+        self,
+        jobs: Sequence[dict[str, Any]],
+        method: str,
+        think: int | None,
+        explain: bool,
+        diversity: float = 0.0,
     ) -> list[dict[str, Any]]:
         """Answers to jobs in one batch.
 
@@ -96,6 +104,7 @@ class Engine:
                 `user_id` or None; `k`.
             think: pieces of evidence; None: as many as the method is best with.
             explain: add the thought.
+            diversity: of `Diverse`; 0 leaves the method's ranking as it is.
 
         Returns:
             for each job `items`, (item, score) pairs, best first; `method`; `think`; `note`, why
@@ -119,7 +128,7 @@ class Engine:
             answers[place] = _answer(found, POPULAR, 0, note)
         if asked:
             with torch.inference_mode():
-                found = self._recommend(asked, method, think, explain)
+                found = self._recommend(asked, method, think, explain, diversity)
             for (place, _, _), answer in zip(asked, found, strict=True):
                 answers[place] = answer
         return answers
@@ -133,7 +142,7 @@ class Engine:
 
     def _recommend(
         self, asked: list[tuple[int, dict[str, Any], list[int]]], method: str, think: int | None,
-        explain: bool,
+        explain: bool, diversity: float,
     ) -> list[dict[str, Any]]:  # fmt: skip
         recommender, jobs = self._loaded[method], [job for _, job, _ in asked]
         width = max(len(history) for _, _, history in asked)
@@ -152,7 +161,8 @@ class Engine:
             "allow": [None if job["allow"] is None else within(job["allow"]) for job in jobs],
         }
         most = max(job["k"] for job in jobs)
-        ranking = recommender.recommend(histories, most, think=think, **options)
+        asking = Diverse(recommender, self._vectors, diversity) if diversity else recommender
+        ranking = asking.recommend(histories, most, think=think, **options)
         used = self._budget(method) if think is None else think
         answers = []
         for row, job in enumerate(jobs):
@@ -163,6 +173,10 @@ class Engine:
                     recommender, histories[row], ranking, row, **own
                 )
         return answers
+
+    @cached_property
+    def _vectors(self) -> np.ndarray:
+        return item_vectors(self.run)
 
     def _budget(self, method: str) -> int:
         return int(getattr(self._loaded.get(method), "think", 0) or 0)

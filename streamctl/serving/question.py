@@ -18,12 +18,12 @@ class Job:
 
     Attributes:
         details: of `Engine.answer`'s jobs.
-        group: (method, think, explain), which all of a batch have in common.
+        group: (method, think, explain, diversity), which all of a batch have in common.
         note: why the answer is not this user's own, if it is not.
     """
 
     details: dict[str, Any]
-    group: tuple[str, int | None, bool]
+    group: tuple[str, int | None, bool, float]
     note: str | None = None
 
 
@@ -62,6 +62,6 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
         "k": query.k,
     }
     if note is not None:
-        return Job(details, (POPULAR, 0, False), note)
+        return Job(details, (POPULAR, 0, False, 0.0), note)
     think = None if query.think == "auto" else query.think
-    return Job(details, (method, think, query.explain))
+    return Job(details, (method, think, query.explain, query.diversity))

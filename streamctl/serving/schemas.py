@@ -62,6 +62,13 @@ class Query(_Strict):
         description="Catalogue field -> values, of which an item must have one.",
         examples=[{}],
     )
+    diversity: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Above 0 the list is re-ranked so that its items are less alike (maximal "
+        "marginal relevance over item vectors).",
+    )
     exclude_seen: bool = Field(True, description="Leave out what the user took already.")
     explain: bool = Field(False, description="Add the reasoning.")
     deadline_ms: Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS)] | None = Field(

@@ -159,10 +159,8 @@ class Served:
 
 
 async def _compute(model: Model, jobs: list[Job]) -> list[Any]:
-    method, think, explain = jobs[0].group
-    return await model.ask(
-        "answer", jobs=[job.details for job in jobs], method=method, think=think, explain=explain
-    )
+    group = dict(zip(("method", "think", "explain", "diversity"), jobs[0].group, strict=True))
+    return await model.ask("answer", jobs=[job.details for job in jobs], **group)
 
 
 class Service:
