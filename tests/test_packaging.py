@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,50 @@ def test_every_folder_is_packaged():
         for path in (ROOT / folder).rglob("__init__.py")
     }
     assert listed == folders
+
+
+# Modules whose distribution has another name.
+DISTRIBUTIONS = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "llvmlite": "numba"}
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    names = (re.match(r"[\w.-]+", text)[0] for text in requirements)
+    return {name.lower().replace("_", "-") for name in names}
+
+
+def test_everything_imported_is_declared_and_everything_declared_is_imported():
+    extras = project()["optional-dependencies"]
+    declared = names_of([*project()["dependencies"], *extras["cpu"], *extras["gpu"]])
+    imported = {
+        name.split(".")[0]
+        for folder in ("streamctl", "kernels")
+        for path in source_files(folder)
+        for name in imports_of(path)
+    } - {*sys.stdlib_module_names, "streamctl", "__future__"}
+    used = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in imported}
+    by_name = {"httptools", "uvloop"}  # uvicorn imports them where they are
+    assert used <= declared, f"imported and not declared: {used - declared}"
+    assert declared - by_name <= used, f"declared and not imported: {declared - by_name - used}"
+
+
+def test_the_constraints_pin_what_is_declared_but_what_torch_pins_itself():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = names_of([line for line in lines if not line.startswith("#")])
+    wanted = names_of([*project()["dependencies"], *project()["optional-dependencies"]["cpu"]])
+    assert wanted <= pinned, f"without a pin: {wanted - pinned}"
+    assert not {name for name in pinned if name == "triton" or name.startswith("nvidia")}
+
+
+def test_the_metadata_names_the_pythons_and_systems_that_it_is_for():
+    told = project()["classifiers"]
+    for python in ("3.11", "3.12", "3.13"):
+        assert f"Programming Language :: Python :: {python}" in told
+    assert {"Operating System :: POSIX :: Linux", "Operating System :: MacOS"} <= {*told}
+    assert project()["requires-python"] == ">=3.11"
 
 
 @pytest.fixture(scope="module")
