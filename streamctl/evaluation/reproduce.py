@@ -260,7 +260,7 @@ def _write_receipt(run: RunDir, job: RunDir, seed: int) -> None:
     with atomic_file(path.with_suffix(".npz")) as part, part.open("wb") as file:
         np.savez_compressed(file, **ranks)
     with atomic_file(path) as part:
-        part.write_text(json.dumps(receipt, indent=1) + "\n")
+        part.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
 
 
 def _is_streams(name: str) -> bool:
@@ -292,7 +292,7 @@ def write_table(run: RunDir) -> dict[str, Any]:
         **provenance(),
     }
     with atomic_file(folder / "table.json") as path:
-        path.write_text(json.dumps(table, indent=1) + "\n")
+        path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return table
 
 

@@ -11,7 +11,6 @@ finished joins them.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamctl.distributed import world_size
 from streamctl.errors import StreamctlError
-from streamctl.files import atomic_file_each, file_hash
+from streamctl.files import atomic_file_each, file_hash, lock
 from streamctl.progress import progress_bar, say
 from streamctl.runs import RunDir
 from streamctl.serving.question import as_job
@@ -204,7 +203,7 @@ class Bulk:
         """
         with self._lock():
             path = self.folder / "plan.json"
-            known = json.loads(path.read_text()) if path.exists() else {}
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if {**known, "changes": None} == {**self.plan, "changes": None}:
                 self.plan = known
                 return
@@ -214,7 +213,7 @@ class Bulk:
             self.folder.mkdir(parents=True)
             self.store.copy(self.folder / LIVE)
             with atomic_file_each(path) as part:
-                part.write_text(json.dumps(self.plan))
+                part.write_text(json.dumps(self.plan), encoding="utf-8")
 
     def save(self, number: int, table: pa.Table) -> None:
         import pyarrow.parquet as pq
@@ -243,8 +242,9 @@ class Bulk:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.output.with_name(f".{self.output.name}.lock"), "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        path = self.output.with_name(f".{self.output.name}.lock")
+        with open(path, "w", encoding="utf-8") as file:
+            lock(file, wait=True)
             yield
 
 

@@ -91,7 +91,9 @@ def curves(path: Path, stage: str) -> list[dict[str, Any]]:
     series: dict[str, list[tuple[float, float]]] = {}
     if not path.is_file():
         return []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").splitlines(), 1
+    ):
         try:
             record = json.loads(line)
         except ValueError:
