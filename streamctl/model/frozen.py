@@ -34,6 +34,7 @@ _BEAM = 20  # branches of a decoder that is measured
 _SPARE = 4  # a store that grows makes room for so many steps like the one that it grows for
 _RANGE = 4 * tiles.BLOCK  # rows a thread takes at a time: milliseconds beside its waking up
 _PACKED: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple]] = WeakKeyDictionary()
+_CHOSEN: WeakKeyDictionary[nn.Module, dict[tuple, str]] = WeakKeyDictionary()
 
 
 def _like(dtype: torch.dtype, *widths: int) -> torch.dtype:
@@ -374,7 +375,7 @@ def packed(module: nn.Module, kind: Callable[..., Any], x: torch.Tensor) -> Any:
     if way not in WAYS:
         raise UsageError(f"STREAMCTL_DECODE: unknown way {way!r}; known: {', '.join(WAYS)}")
     if way == "auto" and hasattr(kind, "sample"):
-        way = choice.fastest(*_question(module, kind, x, dtype))
+        way = _faster(module, kind, x, dtype)
     return None if way == "plain" else _ready(module, kind, dtype)
 
 
@@ -394,12 +395,27 @@ def _ready(module: nn.Module, kind: Callable[..., Any], dtype: torch.dtype) -> A
     return ready
 
 
-def _question(
+def _faster(
     module: nn.Module, kind: Callable[..., Any], x: torch.Tensor, dtype: torch.dtype
-) -> tuple[str, dict[str, Callable[[], Any]]]:
-    """What `choice.fastest` is asked: the shapes in powers of two and four, and the two ways."""
+) -> str:
+    """The way that `choice.fastest` has found for inputs of roughly this shape."""
     users = min((size for size in _USERS if size * 2 >= len(x)), default=_USERS[-1])
     length = 1 << (x[0].numel() // x.shape[-1] - 1).bit_length() if len(x) else 1
+    key = dtype, users, length, torch.get_num_threads()
+    known = _CHOSEN.setdefault(module, {})
+    if key not in known:
+        # Of its own generator: a training's chance must not depend on what has been measured.
+        own = torch.Generator().manual_seed(0)
+        sample = torch.randn(users, length, x.shape[-1], generator=own).to(x.dtype)
+        known[key] = choice.fastest(*_question(module, kind, sample, dtype))
+    return known[key]
+
+
+def _question(
+    module: nn.Module, kind: Callable[..., Any], sample: torch.Tensor, dtype: torch.dtype
+) -> tuple[str, dict[str, Callable[[], Any]]]:
+    """What `choice.fastest` is asked: the shapes, and the two ways."""
+    users, length, _ = sample.shape
     shapes = "/".join("x".join(map(str, weight.shape)) for weight in _first_layer(module))
     name = f"{kind.__name__} {len(list(module.parameters()))} weights {shapes}"
     name += f" {dtype} {users} users of {length}, {torch.get_num_threads()} threads"
@@ -408,7 +424,7 @@ def _question(
         def run() -> None:
             token = _way.set(way)
             try:
-                kind.sample(module, torch.randn(users, length, x.shape[-1]).to(x.dtype))
+                kind.sample(module, sample)
             finally:
                 _way.reset(token)
 
