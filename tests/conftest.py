@@ -66,17 +66,18 @@ def clean(tmp_path_factory, commands):
 
     Its tests are of the xdist group "resume", so that it is made once.
     """
-    from whole_run import STAGES, call
+    from whole_run import STAGES, whole
 
-    from benchmarks.forks import SETTINGS
+    return whole(commands, tmp_path_factory.mktemp("clean"), STAGES)
 
-    folder = tmp_path_factory.mktemp("clean")
-    settings = folder / "settings.toml"
-    settings.write_text(SETTINGS)
-    for stage in STAGES:
-        answer = call(commands, folder / "run", stage, settings)
-        assert answer.returncode == 0, f"{stage}: {answer.stderr}"
-    return folder / "run", settings
+
+@pytest.fixture(scope="session")
+def letter(tmp_path_factory, commands):
+    """The same with the paper's thoughts, up to RL."""
+    from whole_run import STAGES, whole
+
+    stages = list(STAGES)[: list(STAGES).index("rl") + 1]
+    return whole(commands, tmp_path_factory.mktemp("letter"), stages, 'thoughts = "vocabulary"')
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,29 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on(shop, alone, tmp_pat
     np.testing.assert_allclose(rest, losses[len(losses) - len(rest) :], rtol=1e-9)
 
 
+def test_stages_that_think_with_evidence_are_the_same_in_two_processes(alone, shop, tmp_path):
+    commands, options, _ = shop
+    runs, losses = [], []
+    for count in (1, 2):
+        copy = tmp_path / str(count)
+        shutil.copytree(alone[0], copy)
+        for stage in ("annotate", "sft", "rl"):
+            settings = [*options, "--set", "annotate.fit_epochs=0", "--run", str(copy)]
+            answers, found = job(commands, [stage, *settings], count, tmp_path / f"{stage}-{count}")
+            assert not any(answer.returncode for answer in answers), answers
+            losses.append(found)
+        runs.append(RunDir(copy))
+    one, two = (run.stage("annotate") for run in runs)
+    assert one.manifest["artifacts"] == two.manifest["artifacts"]
+    for alone_, shared in zip(losses[1:3], losses[4:], strict=True):  # of SFT and RL
+        assert len(shared) == len(alone_) >= 4
+        # In float32; what it differs by grows with every step.
+        np.testing.assert_allclose(shared[:3], alone_[:3], rtol=1e-3)
+    trust = [run.stage("sft").json("report.json")["trust"] for run in runs]
+    for shift, value in trust[0].items():
+        assert trust[1][shift] == pytest.approx(value, abs=0.05)
+
+
 def test_eval_in_two_processes_gives_identical_artifacts(shop, alone, tmp_path):
     commands, options, _ = shop
     found = []

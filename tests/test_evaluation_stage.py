@@ -66,7 +66,7 @@ def run(tmp_path_factory):
     parents = ["data", "tokenizer", "pretrain", "annotate"]
     publish_policy(run, "sft", SftConfig(), parents)
     publish_policy(run, "rl", RlConfig(), [*parents, "sft"])
-    publish_policy(run, "baselines/no_thinking", SftConfig(), parents[:3])
+    publish_policy(run, "baselines/no_thinking", SftConfig(), parents)
     return run
 
 

@@ -81,20 +81,41 @@ KILLS = [
 ]
 
 
+# With the paper's thoughts: rounds of labels, and an RL loop of its own.
+LETTER_KILLS = [
+    ("annotate", ("checkpoint", "1")),
+    ("sft", ("checkpoint", "2")),
+    ("sft", ("checkpoint", "9")),
+    ("sft", ("artifact", "3")),
+    ("rl", ("checkpoint", "3")),
+    ("rl", ("step", "3")),
+]
+
+
+def named(value) -> str:
+    return "-".join(value) if isinstance(value, tuple) else value
+
+
 @pytest.mark.xdist_group("resume")
-@pytest.mark.parametrize(
-    ("stage", "kill"),
-    KILLS,
-    ids=lambda value: "-".join(value) if isinstance(value, tuple) else value,
-)
+@pytest.mark.parametrize(("stage", "kill"), KILLS, ids=named)
 def test_a_killed_stage_continues_to_the_same_artifacts(clean, commands, tmp_path, stage, kill):
-    copy, settings = before(clean, stage, tmp_path)
+    check_continues(clean, commands, tmp_path, stage, kill)
+
+
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize(("stage", "kill"), LETTER_KILLS, ids=named)
+def test_a_killed_stage_of_the_letter_continues(letter, commands, tmp_path, stage, kill):
+    check_continues(letter, commands, tmp_path, stage, kill)
+
+
+def check_continues(whole, commands, folder, stage, kill) -> None:
+    copy, settings = before(whole, stage, folder)
     killed = call(commands, copy, stage, settings, Killer(*kill))
     assert killed.returncode == -signal.SIGKILL, f"not killed: {killed.stderr}"
     assert not RunDir(copy).stage(stage).complete
     answer = call(commands, copy, stage, settings)
     assert answer.returncode == 0, answer.stderr
-    expected = RunDir(clean[0]).stage(stage).manifest["artifacts"]
+    expected = RunDir(whole[0]).stage(stage).manifest["artifacts"]
     assert RunDir(copy).stage(stage).manifest["artifacts"] == expected
 
 

@@ -191,6 +191,10 @@ def test_a_user_s_own_pairs_and_rows_are_as_if_they_had_never_been_counted():
                 np.sort(theirs.strengths[0, theirs.hops[0] == hop, hop]),
                 rtol=1e-5,
             )
+        known = mine.items[0] >= 0
+        np.testing.assert_allclose(
+            mine.popularity[0, :-1][known], np.log1p(alone.popularity[mine.items[0][known]])
+        )
         assert mine.items[0, mine.hops[0] == 0].tolist() == (
             theirs.items[0, theirs.hops[0] == 0].tolist()
         )

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_baselines import write_cycle
 from test_model import histories, small_policy
 
 from streamctl.config import AnnotateConfig, PretrainConfig, RlConfig, SftConfig, TokenizeConfig
 from streamctl.decode import Rollout
-from streamctl.distributed import Share
+from streamctl.decode.think import beam_thoughts
+from streamctl.distributed import Ranks, Share
 from streamctl.errors import StreamctlError
 from streamctl.tokenizer.trie import PrefixTrie
 from streamctl.training import rewards
-from streamctl.training.annotate import annotate
+from streamctl.training.annotate import annotate, label_all, think_vectors
 from streamctl.training.loop import Batch
+from streamctl.training.losses import quantization_loss
+from streamctl.training.material import Material
 from streamctl.training.pretrain import pretrain, pretrain_loss, retrieved_tokens
 from streamctl.training.rl import Judge, Trainer, _check_first, rl
 from streamctl.training.sft import Tuner, corrupt, sft, total_loss
@@ -34,7 +39,8 @@ def run(tmp_path_factory):
         encoder="tfidf", dim=8, method="rqkmeans", levels=3, codes=8, neighbours=5
     )
     tokenize(run, config)
-    pretrain(run, PretrainConfig(epochs=4, batch=64, lr=5e-3), device="cpu")
+    letter = PretrainConfig(epochs=4, batch=64, lr=5e-3, thoughts="vocabulary")
+    pretrain(run, letter, device="cpu")
     annotate(run, AnnotateConfig(length=2), device="cpu")
     return run
 
@@ -108,6 +114,77 @@ def test_sft_losses_move_every_part_of_the_model_and_not_the_reference():
     assert all(p.grad is None for p in reference.parameters())
 
 
+def tuner_of(policy, reference, thoughts, **settings) -> Tuner:
+    look_alikes = (torch.arange(40)[:, None] + torch.arange(1, 6)) % 40
+    tuner = Tuner(policy, reference, look_alikes, SftConfig(**settings), "normalised")
+    tuner.thoughts = thoughts
+    return tuner
+
+
+def test_dpo_compares_policy_and_reference_without_dropout():
+    policy, reference = (small_policy("items", dropout=0.5) for _ in range(2))
+    tuner = tuner_of(policy.train(), reference, None)
+    batch = batch_of(histories(40, [5, 5, 5]), torch.tensor([1, 2, 3]))
+    # Without a thought the slow decoder begins as the direct one: nothing is preferred yet.
+    found = tuner._dpo(batch, torch.empty(3, 0, dtype=torch.int64))
+    assert found.item() == pytest.approx(math.log(2), abs=1e-6) and policy.training
+
+
+def test_eq_15_counts_the_steps_whose_prefix_the_label_was_made_for():
+    policy = small_policy("items")
+    batch = batch_of(histories(40, [5, 5, 5]), torch.tensor([1, 2, 3]))
+    low, high = policy.tokens.think_range
+    random = corrupt(
+        torch.zeros(3, 3, dtype=torch.int64), 1.0, low, high, batch.generator("corrupt")
+    )
+    labels = (random - low + 1) % (high - low) + low  # every token will be replaced by another
+    encoded = policy.encode(batch.history)
+    target = policy.item_vectors(batch.target).detach()
+    first = policy.thinker.residual(target, policy.thinker.state(encoded.mean()))[:, None]
+    vectors = think_vectors(policy)[labels - low]
+    tuner = tuner_of(policy, small_policy("items"), labels, corrupt=1.0, own=0.0)
+    found = tuner.loss(batch)[1]["quant"]
+    wanted = quantization_loss(first, vectors[:, :1])
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    whole = tuner_of(policy, small_policy("items"), labels, corrupt=0.0, own=0.0)
+    assert whole.loss(batch)[1]["quant"] > 1.5 * found
+
+
+def test_an_own_thought_is_the_policy_s_greedy_one_and_has_no_labels():
+    policy = small_policy("items")
+    batch = batch_of(histories(40, [5, 5, 5]), torch.tensor([1, 2, 3]))
+    labels = torch.full((3, 2), policy.tokens.think_range[0])
+    found = tuner_of(policy, small_policy("items"), labels, own=1.0).loss(batch)[1]
+    encoded = policy.encode(batch.history)
+    own = beam_thoughts(policy, encoded, 2, 1, "slow").tokens[:, 0]
+    wanted = -policy.target_logprob(encoded, batch.target, own).mean()
+    assert found["think"] == 0
+    assert found["target"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_own_thoughts_are_a_share_of_each_batch_whoever_has_its_rows():
+    tuner = tuner_of(small_policy("items"), None, None, own=0.25)
+    rows = torch.zeros(4000, 2, dtype=torch.int64)
+    whole = tuner._own(batch_of(rows, rows[:, 0]))
+    assert 0.22 < whole.float().mean() < 0.28
+    share = Ranks(1, 3).share(4000)
+    part = dataclasses.replace(batch_of(share.of(rows), share.of(rows[:, 0])), share=share)
+    assert torch.equal(tuner._own(part), share.of(whole))
+
+
+def test_labels_are_made_with_the_decoder_that_sft_starts_from(run):
+    material, annotation = Material.load(run), run.stage("annotate")
+    heads = load_file(annotation.file("thinker.safetensors"))
+    made = {}
+    for start in ("direct", "pretrain"):
+        policy = material.starting_policy(run, start, torch.device("cpu"))
+        policy.thinker.load_state_dict(heads)
+        made[start] = label_all(policy, material.split.train, 2, "normalised", 512)[0]
+    assert annotation.manifest["config"]["start"] == "direct"
+    assert np.array_equal(annotation.array("thoughts.npy"), made["direct"])
+    assert not np.array_equal(made["direct"], made["pretrain"])
+
+
 def test_sft_annotates_anew_each_round_and_reports_self_oracle_and_direct(tuned):
     stage = tuned.stage("sft")
     report = stage.json("report.json")
@@ -152,6 +229,21 @@ def test_grpo_begins_at_ratio_one_and_kl_zero():
     found = trainer.step(histories(40, [5] * 4), torch.arange(4), seed=1)
     assert found["ratio"] == pytest.approx(1, abs=1e-5)
     assert found["kl"] == pytest.approx(0, abs=1e-8)
+
+
+def test_rl_trains_the_direct_decoder_on_the_encoder_that_it_shares():
+    policy = small_policy("items")
+    trainer = trainer_of(policy, lr=3e-3)
+    past, target = histories(40, [5] * 4), torch.arange(4)
+
+    @torch.no_grad()
+    def direct() -> float:
+        return policy.target_logprob(policy.encode(past), target, decoder="direct").mean().item()
+
+    before = direct()
+    found = [trainer.step(past, target, seed)["direct"] for seed in range(8)]
+    assert found[0] == pytest.approx(-before, rel=1e-4)
+    assert direct() > before + 0.3, "l = 0 is answered by a decoder that the encoder has left"
 
 
 def test_grpo_with_sampling_and_training_that_disagree_is_refused():

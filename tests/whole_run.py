@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.forks import SHOP, Answer, Commands
+from benchmarks.forks import SETTINGS, SHOP, Answer, Commands
 
 STAGES = {
     "data": SHOP,
@@ -25,6 +26,18 @@ def call(commands: Commands, run: Path, stage: str, settings: Path, arm=None) ->
     if stage != "data":
         options += ["--config", str(settings)]
     return commands.run([*STAGES[stage].split(), *options], arm)
+
+
+def whole(
+    commands: Commands, folder: Path, stages: Iterable[str], pretrain: str = ""
+) -> tuple[Path, Path]:
+    """A run of these stages and its settings, `pretrain` a line more in their table."""
+    settings = folder / "settings.toml"
+    settings.write_text(SETTINGS.replace("[pretrain]", f"[pretrain]\n{pretrain}"))
+    for stage in stages:
+        answer = call(commands, folder / "run", stage, settings)
+        assert answer.returncode == 0, f"{stage}: {answer.stderr}"
+    return folder / "run", settings
 
 
 def before(clean: tuple[Path, Path], stage: str, folder: Path) -> tuple[Path, Path]:

@@ -148,7 +148,7 @@ class Policy(nn.Module):
         self.direct = Decoder(shape)
         self.thinker = Thinker(shape.d_model)
         if config.thoughts == "evidence":
-            self.weighing = Weighing(shape.d_model)
+            self.weighing = Weighing(shape.d_model, config.dropout)
         items = torch.as_tensor(item_tokens, dtype=torch.int64)
         if items.ndim != 2 or items.shape[1] != len(config.sizes):
             wanted = f"(N, {len(config.sizes)})"

@@ -31,7 +31,8 @@ class Pieces:
         text: (B, C, 3) float32, cosines of its vector with the last item's, with the mean of the
             last items', and the highest with any of them.
         sums: (B, 6) float32, the strength of all that a hop found.
-        popularity: (B, C + 1) float32, log(1 + count) of each piece and, last, of the last item.
+        popularity: (B, C + 1) float32, log(1 + count) of each piece and, last, of the last item,
+            what the user asked about took left out.
     """
 
     items: np.ndarray
@@ -170,7 +171,10 @@ class Evidence:
         threads.over_ranges(run, batch, _TOGETHER)
         last = histories[np.arange(batch), np.maximum((histories >= 0).sum(1) - 1, 0)]
         known = np.concatenate([found[0], last[:, None]], 1)
-        popularity = np.where(known >= 0, np.log1p(self.popularity[known]), 0)
+        counts = self.popularity[known]
+        for row, sequence in enumerate(mine):  # what this user took is no sign that others did
+            counts[row] -= (known[row][:, None] == sequence).sum(1)
+        popularity = np.where(known >= 0, np.log1p(np.maximum(counts, 0)), 0)
         return Pieces(*found, popularity.astype(np.float32))
 
     def _take(self) -> tuple[np.ndarray, ...]:

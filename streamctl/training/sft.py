@@ -115,7 +115,7 @@ class Tuner:
         generator = batch.generator("corrupt")
         given = corrupt(labels, config.corrupt, low, high, generator, batch.share)
         own = self._own(batch)
-        given = torch.where(own[:, None], self._thought(batch, own, given), given)
+        given = self._with_own(batch, own, given)
         encoded = policy.encode(batch.history)
         inputs, _ = policy.target_inputs(batch.target, given)
         hidden = policy.decode(encoded, inputs)
@@ -143,7 +143,7 @@ class Tuner:
         return batch.share.of(chance < self.config.own).to(batch.target.device)
 
     @torch.no_grad()
-    def _thought(self, batch: Batch, own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    def _with_own(self, batch: Batch, own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """`given` (B, l) with the policy's greedy thoughts in the rows `own`."""
         if not bool(own.any()):
             return given

@@ -39,6 +39,7 @@ KEPT = 2 << 30  # bytes of evidence kept in memory; above it is gathered again f
 VALIDATION_USERS = 2000
 REPEATS_OF, REPEATED = 20_000, 0.01  # examples looked at; share of repeats that makes own a hop
 OWN = 8  # its pieces
+SAMPLE = 4096
 
 
 def last_positions(examples: Examples, count: int) -> np.ndarray:
@@ -82,6 +83,13 @@ class Gathered:
                 for name in one.__dataclass_fields__
             )
         )
+
+    @cached_property
+    def known(self) -> float:
+        """The share of examples whose target is among their evidence, by a sample of them."""
+        rows = np.arange(0, len(self.examples), len(self.examples) // SAMPLE + 1)
+        hit = self(rows).items == self.examples.targets[rows, None]
+        return max(float(hit.any(1).mean()), 1 / SAMPLE)
 
     def __call__(self, index: np.ndarray) -> Pieces:
         """The pieces of the examples `index` (B,)."""
@@ -294,7 +302,7 @@ class Tuner:
         policy.eval().weighing.train()
         found = weigh(policy, self.gathered(index.numpy()))
         terms = {
-            "weigh": weighing_loss(found, batch.target),
+            "weigh": weighing_loss(found, batch.target) / self.gathered.known,
             "label": label_loss(found, self.labels[index].to(batch.target.device)),
         }
         held = self.held[index].to(batch.target.device)
@@ -313,12 +321,12 @@ class Tuner:
 
 
 def weighing_loss(found: Weighed, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the weights, over the users whose target is among their evidence."""
+    """Cross-entropy of the weights, 0 for users whose target is not among their evidence."""
     hit = found.items == target[:, None]
     known = hit.any(1)
     logits = found.logits.masked_fill(torch.isinf(found.logits), -1e9)
     loss = F.cross_entropy(logits, hit.int().argmax(1), reduction="none")
-    return (loss * known).sum() / known.sum().clamp(min=1)
+    return (loss * known).mean()
 
 
 def label_loss(found: Weighed, labels: torch.Tensor) -> torch.Tensor:
@@ -410,24 +418,33 @@ class Explorer:
         pieces = self.gathered(batch.index.cpu().numpy())
         policy.eval()  # dropout would make sampling and training two different policies
         found = weigh(policy, pieces)
-        with torch.no_grad():
-            group = sample_group(found, config.group, self.think, config.temperature, batch)
-            frozen = weigh(self.reference, pieces)
-            logits = frozen.logits[:, None].expand(-1, config.group, -1) / config.temperature
-            reference = choice_logprobs(logits, group.places)
-            terms = self.rewards(batch, found, group)
-            reward = sum(getattr(config, f"{name}_weight") * value for name, value in terms.items())
+        if batch.update == 0:
+            self._explored = self._explore(batch, pieces, found)
+        group, reference, terms = self._explored
+        reward = sum(getattr(config, f"{name}_weight") * value for name, value in terms.items())
         logits = found.logits[:, None].expand(-1, config.group, -1) / config.temperature
         logprobs = choice_logprobs(logits, group.places)
         loss, metrics = grpo_loss(
             logprobs, group.logprobs, reference, advantages(reward), clip=config.clip,
             kl_weight=config.kl_weight, ratio=config.ratio,
         )  # fmt: skip
-        anchor = weighing_loss(found, batch.target)
+        anchor = weighing_loss(found, batch.target) / self.gathered.known
         metrics |= {"reward": reward.mean(), "anchor": anchor.detach()}
         metrics |= {f"reward/{name}": value.mean() for name, value in terms.items()}
         metrics["zero_variance_groups"] = (reward == reward[:, :1]).all(1).float().mean()
         return loss + config.anchor_weight * anchor, metrics
+
+    @torch.no_grad()
+    def _explore(
+        self, batch: Batch, pieces: Pieces, found: Weighed
+    ) -> tuple[Group, torch.Tensor, dict[str, torch.Tensor]]:
+        """Thoughts for all updates on a batch, their choices' log-probabilities (B, G, l) under the
+        reference, and their rewards."""
+        config = self.config
+        group = sample_group(found, config.group, self.think, config.temperature, batch)
+        frozen = weigh(self.reference, pieces)
+        logits = frozen.logits[:, None].expand(-1, config.group, -1) / config.temperature
+        return group, choice_logprobs(logits, group.places), self.rewards(batch, found, group)
 
     def rewards(self, batch: Batch, found: Weighed, group: Group) -> dict[str, torch.Tensor]:
         """Each term (B, G).
