@@ -220,6 +220,7 @@ def trainer_of(policy, think: int = 2, **settings) -> Trainer:
     parser = rewards.ItemParser(policy.item_tokens, policy.tokens.size)
     look_alikes = (torch.arange(40)[:, None] + torch.arange(1, 6)) % 40
     config = RlConfig(**{"group": 8, "batch": 4, "negatives": 5, "anchor_weight": 0.0, **settings})
+    config = config.settled("vocabulary")
     judge = Judge(policy, reference, parser, look_alikes, config)
     return Trainer(policy, reference, judge, config, think, PrefixTrie(policy.item_tokens.numpy()))
 
