@@ -116,6 +116,14 @@ def test_a_whole_log_beside_its_parts_is_the_log(tmp_path):
     assert not read_source(tmp_path).split
 
 
+def test_parts_that_write_times_in_two_ways_are_refused(tmp_path):
+    table_parts(tmp_path)
+    (tmp_path / "test.csv").write_text(as_csv([("a", "1", "2024-01-31")]))
+    told = r"test\.csv: timestamp holds dates here and numbers in train\.csv"
+    with pytest.raises(StreamctlError, match=told):
+        read_source(tmp_path)
+
+
 def test_two_logs_in_parts_are_named(tmp_path):
     table_parts(tmp_path)
     for name, rows in PARTS.items():

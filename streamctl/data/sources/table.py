@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def read_table(
     size = sum(path.stat().st_size * times for path, times in packed.items())
     raw = RawLog(size, reading, bool(files.parts))
     raw.format = format_name
+    known = None  # whether the times of the parts so far are dates
     for part, path in enumerate(paths):
         if path is None:
             continue
@@ -87,8 +89,15 @@ def read_table(
             else:
                 text = _Text(path, delimiter, names, quoted)
                 roles, rows = _delimited(raw, text, part, reading), text.rows
-            if roles:
-                _check_values(raw, path, part, reading, roles, rows)
+            dates = _check_values(raw, path, part, reading, roles, rows) if roles else None
+            known = dates if known is None else known
+            if dates is not None and dates != known:
+                words = ("dates", "numbers") if dates else ("numbers", "dates")
+                raise StreamctlError(
+                    f"{roles['time']} holds {words[0]} here and {words[1]} in {paths[0].name}",
+                    where=path,
+                    run="write all parts alike",
+                )
             if not part and not raw.one("SELECT count(*) FROM staged"):
                 raise StreamctlError("the file holds no interactions", where=path)
             raw.timed = raw.timed and find_column([roles.get("time", "")], POSITION_NAMES) is None
@@ -265,17 +274,20 @@ def _check_values(
     reading: Reading,
     roles: Mapping[str, str],
     rows: Callable[[], Iterator[tuple[int, Any]]] | None,
-) -> None:
+) -> bool | None:
     """Take out the rows of this part without ids or a time, and tell of them.
 
     Args:
         rows: the file's rows with their lines; None: the number of a row is its line.
+
+    Returns:
+        whether the times are dates; None: there are none.
     """
     here = f"FROM {_rows_of(raw, part)}"
     good = f"user_id <> '' AND item_id <> '' AND {INTEGER}"
     whole, total = raw.ask(f"SELECT count(*) FILTER ({good}), count(*) {here}")[0]
     if whole == total:
-        return
+        return False if total else None
     raw.whole = False
     numbers, dates = raw.ask(f"SELECT count({NUMBER}), count({DATE}) {here}")[0]
     # In a column of both, what is rarer is wrong; among equals, what comes later.
@@ -304,6 +316,7 @@ def _check_values(
         reading.count(path, told, count)
         raw.con.execute("DELETE FROM staged WHERE rowid IN (SELECT place FROM wrong)")
     raw.con.execute("DROP TABLE wrong")
+    return rarer == NUMBER
 
 
 def _rows_of(raw: RawLog, part: int) -> str:
@@ -330,11 +343,12 @@ def _lines_of(places: list[int], rows: Callable[[], Iterator[tuple[int, Any]]] |
     if rows is None:
         return [place + 1 for place in places]
     found, wanted = [], set(places)
-    for place, (line, _) in enumerate(rows()):
-        if place in wanted:
-            found.append(line)
-            if len(found) == len(places):
-                return found
+    with suppress(StreamctlError):  # of a line that this slow reader cannot take
+        for place, (line, _) in enumerate(rows()):
+            if place in wanted:
+                found.append(line)
+                if len(found) == len(places):
+                    return found
     return [*found, *(place + 1 for place in places[len(found) :])]
 
 
