@@ -21,7 +21,7 @@ from streamctl.errors import StreamctlError
 from streamctl.files import atomic_file, disk_errors, file_hash, read_json, tensors_hash
 from streamctl.provenance import provenance
 
-SCHEMA = 1
+SCHEMA = 2  # of a manifest; stages of another one are made again
 MANIFEST = "manifest.json"
 COMMANDS = {
     "data": "data prepare SOURCE",
@@ -94,6 +94,12 @@ class Stage:
         if not isinstance(manifest, dict) or not manifest.keys() >= _ESSENTIAL:
             raise StreamctlError(
                 "the manifest is damaged (it is not one of a stage)", where=path, run=self.again()
+            )
+        if manifest.get("schema") != SCHEMA:
+            raise StreamctlError(
+                "this stage was made by another edition of streamctl",
+                where=self.path,
+                run=self.again(),
             )
         if "seal" in manifest and manifest["seal"] != _seal(manifest):
             raise StreamctlError(

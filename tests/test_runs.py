@@ -287,3 +287,17 @@ def test_wrong_choices_and_tables_are_named(tmp_path):
         resolve(PretrainConfig, file=file)
     with pytest.raises(StreamctlError, match="cannot be read"):
         resolve(PretrainConfig, file=tmp_path / "none.toml")
+
+
+def test_a_stage_of_another_edition_is_refused_in_one_line_that_names_the_command(tmp_path):
+    run = RunDir(tmp_path)
+    make(run, "data", 1)
+    path = run.stage("data").path / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"schema": 1}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StreamctlError, match=r"another edition.*streamctl data prepare.*--force"):
+        run.require("data")
+    with pytest.raises(StreamctlError, match="another edition"):
+        make(run, "data", 1)
+    make(run, "data", 1, force=True)
+    assert run.require("data").array("x.npy")[0] == 1
