@@ -332,9 +332,23 @@ def test_early_exit_ends_a_thought_that_has_converged_and_no_other():
         assert torch.equal(found.items[row], alone.items[0])
 
 
+@pytest.mark.parametrize("mode", ["greedy", "joint", "marginal"])
+def test_as_many_items_come_as_are_asked_for_while_the_catalogue_has_them(mode):
+    policy = distinct_policy(think_codebook=3)
+    policy.item_tokens = policy.item_tokens[:40]
+    past, trie = histories(40, [6, 3]), catalogue(policy)
+    some = PolicyRecommender(policy, trie, think=2, mode=mode, beam=5)
+    for k, barred in ((30, 0), (60, 25)):
+        found = some.recommend(past, k, exclude=[np.arange(barred)] * 2)
+        for items, scores in zip(found.items.tolist(), found.scores.tolist(), strict=True):
+            there = [item for item in items if item >= 0]
+            assert len(set(there)) == len(there) == min(k, 40 - barred) and min(there) >= barred
+            assert scores[: len(there)] == sorted(scores[: len(there)], reverse=True)
+
+
 def test_a_narrow_beam_is_narrow_in_an_evaluation_too():
     policy = distinct_policy()
     past, trie = histories(40, [6, 3]), catalogue(policy)
-    found = PolicyRecommender(policy, trie, beam=5).recommend(past, 9)
+    found = PolicyRecommender(policy, trie, beam=5, narrow=True).recommend(past, 9)
     ranking, _ = recommend(policy, trie, past, 5, beam=5)
     assert torch.equal(found.items[:, :5], ranking.items) and (found.items[:, 5:] == -1).all()

@@ -37,6 +37,10 @@ def command(
         float,
         typer.Option("--diversity", help="0 to 1: make the list's items less alike.", min=0, max=1),
     ] = 0.0,
+    method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--method", help="What answers [default: the best on validation]."),
+    ] = None,
     keep_seen: Annotated[
         bool, typer.Option("--keep-seen", help="Recommend items of the history, too.")
     ] = False,
@@ -59,8 +63,8 @@ def command(
     Stopped and called again it goes on; `torchrun --nproc-per-node N -m -- streamctl recommend ...`
     shares the rows among N workers.
 
-    Reads: the best finished stage of the run (rl, else sft, else pretrain); with --input, a
-    parquet with a column user_id or history (item ids, oldest first).
+    Reads: what `streamctl serve` answers with, or --method, and what came while it served; with
+    --input, a parquet with a column user_id or history (item ids, oldest first).
     Writes: nothing, or the file that --output names.
     Next: `streamctl serve --run RUN` answers the same over HTTP.
     """
@@ -78,7 +82,12 @@ def command(
     if (input_ is None) != (output is None):
         raise UsageError("--input and --output go together")
     folder = RunDir(run)
-    query: dict[str, Any] = {"k": k, "exclude_seen": not keep_seen, "diversity": diversity}
+    query: dict[str, Any] = {
+        "k": k,
+        "exclude_seen": not keep_seen,
+        "method": method or "auto",
+        "diversity": diversity,
+    }
     query["think"] = "auto" if think is None else think
     if input_ is not None:
         from streamctl.serving.bulk import recommend_file
@@ -141,29 +150,23 @@ def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
     """One explained answer of the engine, with the history it was given."""
     from streamctl.errors import StreamctlError
     from streamctl.serving.engine import Engine
-    from streamctl.serving.question import as_job
+    from streamctl.serving.question import as_job, in_words
     from streamctl.serving.store import Refused, Store
 
     question = checked(explain=True, **query)
-    engine = Engine(run, Store(run), device=device)
+    method = None if question.method == "auto" else question.method
+    engine = Engine(run, Store(run), method=method, device=device)
     try:
         job = as_job(question, engine.store, engine.about())
     except Refused as error:
         raise StreamctlError(str(error), where=run.path) from error
     [answer] = engine.answer([job.details], *job.group)
-    told = answer["explain"] or {"before": answer["items"], "steps": []}
-    ranked = [answer["items"], *(step["ranking"] for step in told["steps"])]
-    names = engine.store.names([item for ranking in ranked for item, _ in ranking])
-
-    def listed(ranking: list) -> list[dict[str, Any]]:
-        return [{**names[item], "score": score} for item, score in ranking]
-
-    steps = [{**step, "ranking": listed(step["ranking"])} for step in told["steps"]]
+    read = job.details["history"][-engine.about()["history"] :]
     return {
-        "model": {"run": engine.about()["run"], "stage": answer["method"]},
-        "history": engine.store.describe(job.details["history"][-engine.about()["history"] :]),
-        "items": listed(answer["items"]),
-        "explain": {"before": listed(told["before"]), "steps": steps},
+        **in_words(answer, engine.store),
+        "note": answer["note"] or job.note,
+        "run": engine.about()["run"],
+        "history": engine.store.describe(read),
     }
 
 
@@ -174,18 +177,19 @@ def show(answer: dict[str, Any]) -> None:
     from streamctl.progress import plain_console
 
     console = plain_console()
-    console.print(f"History ({answer['model']['stage']} of {answer['model']['run']})", style="bold")
+    console.print(f"History ({answer['method']} of {answer['run']})", style="bold")
     for item in answer["history"]:
         console.print(f"  {item['title']}  ({item['id']})")
-    steps = answer["explain"]["steps"]
-    console.print("Thought" if steps else "No thought (l = 0)", style="bold")
-    before = [item["id"] for item in answer["explain"]["before"]]
-    for number, step in enumerate(steps, 1):
-        console.print(f"  {number}. {step['text']}")
+    told = answer["explain"] or {"before": [], "steps": []}
+    console.print("Thought" if told["steps"] else answer["note"] or "No thought", style="bold")
+    before = [item["id"] for item in told["before"]]
+    for number, step in enumerate(told["steps"], 1):
+        share = "" if step["weight"] is None else f" ({step['weight']:.0%})"
+        console.print(f"  {number}. {step['text']}{share}")
         ranking = [item["id"] for item in step["ranking"]]
         new = [item for item in ranking if item not in before]
         top = step["ranking"][0]["title"] if ranking else "-"
-        console.print(f"        now first: {top}; {len(new)} new among {len(ranking)}")
+        console.print(f"        now first: {top}; {len(new)} new among {len(ranking)}", style="dim")
         before = ranking
     table = Table(title="Recommended", title_justify="left")
     for name in ("", "item", "title", "score"):

@@ -128,8 +128,29 @@ def recommend(
         leaves, value = (torch.cat(part) for part in zip(*found, strict=True))
         barred = None if exclude is None else [exclude[row] for row in rows.tolist()]
         wanted = None if allow is None else [allow[row] for row in rows.tolist()]
-        items[rows], scores[rows] = best_items(trie, leaves, value, k, barred, wanted, seed)
+        best, score = best_items(trie, leaves, value, k, barred, wanted, seed)
+        short = (best[:, -1] < 0).nonzero()[:, 0]
+        if mode != "greedy" and len(short):  # several thoughts have found the same items
+            more, _ = recommend(
+                policy, trie, history[rows[short]], k, think=think, beam=beam, decoder=decoder,
+                exclude=barred and [barred[row] for row in short.tolist()],
+                allow=wanted and [wanted[row] for row in short.tolist()], seed=seed, exact=exact,
+            )  # fmt: skip
+            best[short], score[short] = _filled(best[short], score[short], more)
+        items[rows], scores[rows] = best, score
     return Ranking(items, scores), Trace(tokens, states)
+
+
+def _filled(
+    items: torch.Tensor, scores: torch.Tensor, more: Ranking
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rankings (B, k) that are too short, with others' items behind, below their last scores."""
+    known = (more.items[..., None] == items[:, None]).any(-1) | (more.items < 0)
+    last = scores.masked_fill(items < 0, torch.inf).amin(1, keepdim=True)
+    rest = torch.minimum(more.scores, last).masked_fill(known, -torch.inf)
+    every = torch.cat([items, more.items.masked_fill(known, -1)], 1)
+    scores, place = torch.cat([scores, rest], 1).sort(1, descending=True, stable=True)
+    return every.gather(1, place)[:, : items.shape[1]], scores[:, : items.shape[1]]
 
 
 def _think(

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from streamctl.decode.beam import recommend
 from streamctl.device import derive_seed
@@ -30,6 +31,8 @@ class PolicyRecommender:
             `think` of them are used, all if nobody says how many.
         decoder: "slow", or "direct" (which never thinks).
         beam: width of the search over codes.
+        narrow: find no more items than the beam is wide, as an evaluation of a beam must; otherwise
+            it is as wide as items are asked for.
         seed: of the random order of items that share their codes.
         mode, margin, exact: how thoughts are found, when they end early, and the precision, as in
             `decode.recommend`.
@@ -45,6 +48,7 @@ class PolicyRecommender:
     mode: Literal["greedy", "joint", "marginal"] = "greedy"
     margin: float | None = None
     exact: bool = False
+    narrow: bool = False
 
     def recommend(
         self,
@@ -58,8 +62,9 @@ class PolicyRecommender:
     ) -> Ranking:
         """The k best items for each history; `users` is only needed for given thoughts.
 
-        The beam is at least k wide.
+        Items that a narrow beam does not find are -1.
         """
+        found = min(k, self.beam) if self.narrow else k
         histories = histories.to(self.policy.item_tokens.device)
         length, given = self.think if think is None else think, None
         if self.thoughts is not None:
@@ -69,7 +74,7 @@ class PolicyRecommender:
             self.policy,
             self.trie,
             histories,
-            k,
+            found,
             think=length,
             beam=self.beam,
             decoder=self.decoder,
@@ -81,7 +86,9 @@ class PolicyRecommender:
             margin=self.margin,
             exact=self.exact,
         )
-        return ranking
+        short = 0, k - ranking.items.shape[1]
+        items = F.pad(ranking.items, short, value=-1)
+        return Ranking(items, F.pad(ranking.scores, short, value=-torch.inf))
 
 
 def random_thoughts(tokens: Tokens, users: int, length: int, seed: int) -> Thoughts:

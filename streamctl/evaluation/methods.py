@@ -75,6 +75,7 @@ class Models:
     def generative(self, stage: str, **options: Any) -> PolicyRecommender:
         """A stage's policy with its beam search."""
         settings = {"beam": self.config.beam, "seed": self.config.seed} | options
+        settings["narrow"] = self.examples is not None
         return PolicyRecommender(self.policy(stage), self.material.trie, **settings)
 
     def pretrained(self) -> PolicyRecommender:

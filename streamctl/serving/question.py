@@ -65,3 +65,24 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
         return Job(details, (POPULAR, 0, False, 0.0), note)
     think = None if query.think == "auto" else query.think
     return Job(details, (method, think, query.explain, query.diversity))
+
+
+def in_words(answer: dict[str, Any], store: Store) -> dict[str, Any]:
+    """An answer of `Engine.answer` with ids and titles in the place of indexes."""
+    told = answer["explain"] or {"before": [], "steps": []}
+    rankings = [answer["items"], told["before"], *(step["ranking"] for step in told["steps"])]
+    mentioned = {item for ranking in rankings for item, _ in ranking}
+    mentioned |= {step[which] for step in told["steps"] for which in ("item", "via")} - {None}
+    names = store.names(list(mentioned))
+
+    def listed(ranking: list[tuple[int, float]]) -> list[dict[str, Any]]:
+        return [{**names[item], "score": score} for item, score in ranking]
+
+    steps = []
+    for step in told["steps"]:
+        items = {which: names.get(step[which]) for which in ("item", "via")}
+        titles = {which: one["title"] if one else "" for which, one in items.items()}
+        text = step["text"].format(**titles)
+        steps.append({**step, **items, "text": text, "ranking": listed(step["ranking"])})
+    explain = {"before": listed(told["before"]), "steps": steps} if answer["explain"] else None
+    return {**answer, "items": listed(answer["items"]), "explain": explain}

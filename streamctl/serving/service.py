@@ -18,7 +18,7 @@ from streamctl.serving.batcher import Batcher, Busy, Gone, Late, Timed
 from streamctl.serving.keys import KeyRing
 from streamctl.serving.model import Model
 from streamctl.serving.problems import Problem
-from streamctl.serving.question import Job, as_job
+from streamctl.serving.question import Job, as_job, in_words
 from streamctl.serving.schemas import NewItem, Query, Taken
 from streamctl.serving.store import Store
 
@@ -332,38 +332,10 @@ def _too_many(busy: Busy) -> Problem:
 
 
 def _answer(served: Served, job: Job, timed: Timed, took: float) -> dict[str, Any]:
-    """An answer with ids and titles for indexes."""
-    answer, told = timed.answer, timed.answer["explain"]
+    answer = timed.answer
     metrics.LATENCY.labels(answer["method"], answer["think"]).observe(took)
-    ranked = [answer["items"]]
-    mentioned = []
-    if told is not None:
-        ranked += [told["before"], *(step["ranking"] for step in told["steps"])]
-        mentioned = [item for step in told["steps"] for item in (step["item"], step["via"])]
-    mentioned += [item for ranking in ranked for item, _ in ranking]
-    names = served.store.names([item for item in mentioned if item is not None])
-
-    def title(item: int | None) -> str:
-        return names[item]["title"] if item in names else ""
-
-    def listed(ranking: list) -> list[dict[str, Any]]:
-        return [{**names[item], "score": score} for item, score in ranking]
-
-    if told is not None:
-        steps = [
-            {
-                **step,
-                "item": names.get(step["item"]),
-                "via": names.get(step["via"]),
-                "text": step["text"].format(item=title(step["item"]), via=title(step["via"])),
-                "ranking": listed(step["ranking"]),
-            }
-            for step in told["steps"]
-        ]
-        told = {"before": listed(told["before"]), "steps": steps}
     return {
-        **answer,
-        "items": listed(answer["items"]),
+        **in_words(answer, served.store),
         "note": answer["note"] or job.note,
         "model": {key: served.about[key] for key in ("run", "stage", "hash")},
         "timing": {
@@ -371,5 +343,4 @@ def _answer(served: Served, job: Job, timed: Timed, took: float) -> dict[str, An
             "compute_ms": round(timed.compute_s * 1e3, 2),
             "batch": timed.batch,
         },
-        "explain": told,
     }
