@@ -149,7 +149,7 @@ def _filled(
     last = scores.masked_fill(items < 0, torch.inf).amin(1, keepdim=True)
     rest = torch.minimum(more.scores, last).masked_fill(known, -torch.inf)
     every = torch.cat([items, more.items.masked_fill(known, -1)], 1)
-    scores, place = torch.cat([scores, rest], 1).sort(1, descending=True, stable=True)
+    scores, place = torch.cat([scores, rest], 1).sort(dim=1, descending=True, stable=True)
     return every.gather(1, place)[:, : items.shape[1]], scores[:, : items.shape[1]]
 
 

@@ -125,7 +125,7 @@ class Engine:
                 else (f"popular items: {method} knows none of the history's")
             )
             found = self.live.popular(job["k"], job["exclude"], job["allow"])
-            answers[place] = _answer(found, POPULAR, 0, note)
+            answers[place] = _answer(found, method if history else POPULAR, 0, note)
         if asked:
             with torch.inference_mode():
                 found = self._recommend(asked, method, think, explain, diversity)

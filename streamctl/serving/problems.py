@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from streamctl.errors import StreamctlError
 from streamctl.serving.store import Refused
 
 MEDIA_TYPE = "application/problem+json"
@@ -107,6 +108,10 @@ def install(app: FastAPI) -> None:
         status = {"invalid": 422, "unknown": 404, "taken": 409}[error.kind]
         errors = [(error.field, error.detail)]
         return Problem(status, f"{error.field}: {error.detail}", errors=errors).response()
+
+    @app.exception_handler(StreamctlError)
+    async def failed(_: Request, error: StreamctlError) -> JSONResponse:
+        return Problem(503, str(error)).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
