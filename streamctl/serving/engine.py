@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from streamctl.data import load_data
-from streamctl.evaluation.methods import known_rows, load_best, load_method, method_names
+from streamctl.evaluation.methods import answering, known_rows, load_best, load_method, method_names
 from streamctl.ranking import Recommender
 from streamctl.ranking.mmr import Diverse
 from streamctl.runs import RunDir
@@ -45,7 +45,8 @@ class Engine:
         """
         self.run, self.store, self.device = run, store, device
         self.methods = method_names(run)
-        self.method, recommender = load_best(run, device, method=method, beam=BEAM)
+        self._source, self.method, _ = answering(run, method)
+        _, recommender = load_best(run, device, method=method, beam=BEAM)
         self._split = load_data(run)[1]
         self.live = LiveCatalog(run, store, self._split)
         self._loaded: dict[str, Recommender] = {}
@@ -66,7 +67,7 @@ class Engine:
 
     def about(self) -> dict[str, Any]:
         """What the server has to know."""
-        stage = self.run.stage(known_rows(self.run)[self.method].stages[-1])
+        stage = self._source.stage(known_rows(self._source)[self.method].stages[-1])
         return {
             "run": self.run.path.resolve().name,
             "stage": stage.name,
