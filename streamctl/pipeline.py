@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamctl import config as configs
-from streamctl.baselines.registry import applicable
+from streamctl.baselines.registry import BASELINES, applicable
 from streamctl.evaluation.reproduce import maker
 from streamctl.evaluation.stage import evaluate_run
 from streamctl.progress import say
@@ -49,7 +49,8 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
     """Every stage of STREAM-Rec, what it is compared with, and the evaluation.
 
     A complete stage is skipped; one whose parents have changed is redone, the old one kept as
-    `NAME.previous`. The data stage must be there (`data prepare` or `data synth` makes it). The
+    `NAME.previous`, as are baselines made by hand, so that eval finds none of older data. The data
+    stage must be there (`data prepare` or `data synth` makes it). The
     control without a thought is a model of its own only where thoughts are of the vocabulary:
     thinking with evidence, it is in the same policy.
 
@@ -62,7 +63,7 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
     run.require("data")
     # Every configuration is resolved first: a typing mistake in the last stage's costs seconds.
     resolved = {}
-    for name in STEPS:
+    for name in (*STEPS, *_outdated_baselines(run)):
         cls = maker(name)[1]
         fixed = {}
         if cls is configs.BaselineConfig:
@@ -79,3 +80,10 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
         make = evaluate_run if name == "eval" else maker(name)[0]
         make(run, config, device=device, force=stale)
     return run.stage("eval")
+
+
+def _outdated_baselines(run: RunDir) -> list[str]:
+    """Complete baselines beside those of `STEPS` whose parents have changed."""
+    stages = (run.stage(f"baselines/{name}") for name in sorted(BASELINES))
+    others = (stage for stage in stages if stage.name not in STEPS and stage.complete)
+    return [stage.name for stage in others if stage.stale_parents()]

@@ -195,7 +195,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("stage", "lr"), [("gru4rec", 10.0), ("caser", 10.0), ("sasrec", 1.0), ("pretrain", 1.0)]
+    ("stage", "lr"), [("gru4rec", 10.0), ("caser", 10.0), ("sasrec_ce", 1.0), ("pretrain", 1.0)]
 )
 def test_training_that_ends_far_worse_than_it_began_is_no_stage_and_names_the_setting(
     tiny, stage, lr

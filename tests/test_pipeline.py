@@ -1,0 +1,48 @@
+"""`run`: what is made again when the data has changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from streamctl import pipeline
+from streamctl.config import BaselineConfig, DataConfig
+from streamctl.runs import RunDir
+
+
+def publish(run: RunDir, name: str, config, parents=(), force=False, **content) -> None:
+    with run.begin(name, config, parents, force=force) as stage:
+        stage.save_json("report.json", content)
+        stage.publish()
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_baselines_made_by_hand_are_made_again_when_the_data_has_changed(
+    tmp_path, monkeypatch, changed
+):
+    run = RunDir(tmp_path / "run")
+    publish(run, "data", DataConfig())
+    for name, epochs in (("sasrec_ce", 7), ("caser", 3)):
+        config = BaselineConfig(name=name, epochs=epochs)
+        publish(run, f"baselines/{name}", config, ["data"], method=name)
+    publish(run, "baselines/old.previous", BaselineConfig(), ["data"])
+    if changed:
+        publish(run, "data", DataConfig(history=9), force=True, other=True)
+    made, made_by_hand = [], ("baselines/caser", "baselines/sasrec_ce")
+
+    def make(run, config, *, device, force):
+        made.append((getattr(config, "name", "eval"), getattr(config, "epochs", None), force))
+
+    monkeypatch.setattr(pipeline, "STEPS", ("pretrain", pipeline.TWIN))
+    monkeypatch.setattr(
+        pipeline,
+        "maker",
+        lambda name: (
+            make,
+            BaselineConfig if name in made_by_hand else pipeline.configs.PretrainConfig,
+        ),
+    )
+    monkeypatch.setattr(pipeline, "evaluate_run", make)
+    pipeline.run_all(run, pipeline.Settings())
+    assert made[0][0] == "eval" and made[-1][0] == "eval", "pretraining first, eval last"
+    again = [("caser", 3, True), ("sasrec_ce", 7, True)] if changed else []
+    assert made[1:-1] == again
