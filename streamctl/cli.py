@@ -29,7 +29,14 @@ COMMANDS = (
     ("serve", "serve"),
     ("run", "run"),
     ("demo", "demo"),
+    ("doctor", "doctor"),
 )
+# What --help puts together; the rest is for use.
+GROUPS = {
+    "Train": ("tokenize", "pretrain", "annotate", "sft", "rl", "run", "demo"),
+    "Evaluate": ("baseline", "rerank", "eval", "reproduce"),
+}
+DATA, USE = "Data", "Use"
 DATA_COMMANDS = (
     ("data_prepare", "prepare"),
     ("data_fetch", "fetch"),
@@ -45,22 +52,34 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+def group_of(name: str) -> str:
+    """The group of a command that is not of `data`."""
+    return next((group for group, names in GROUPS.items() if name in names), USE)
+
+
 def build_app() -> typer.Typer:
     """The Typer app with every command; each module defines one function named `command`."""
     app = typer.Typer(
         name="streamctl",
-        help="A slow-thinking generative recommender: from raw log to served answer.",
+        help="Recommends what a user takes next, and shows why: from raw log to served answer.\n\n"
+        "Example: `streamctl data prepare sales.csv --run runs/mine`, then "
+        "`streamctl run --run runs/mine`, `streamctl serve --run runs/mine`.",
         epilog="Start with `streamctl demo`, or `streamctl data prepare SOURCE --run runs/NAME`.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
     )
-    data = typer.Typer(help="Prepare, make and inspect data.", no_args_is_help=True)
-    app.add_typer(data, name="data")
+    data = typer.Typer(
+        help="Prepare, fetch, make, inspect and export data.\n\n"
+        "Example: `streamctl data doctor sales.csv`, then `streamctl data prepare sales.csv "
+        "--run runs/mine`.",
+        no_args_is_help=True,
+    )
+    app.add_typer(data, name="data", rich_help_panel=DATA)
     for group, commands in ((data, DATA_COMMANDS), (app, COMMANDS)):
         for module, name in commands:
             function = importlib.import_module(f"streamctl.commands.{module}").command
-            group.command(name=name)(function)
+            panel = None if group is data else group_of(name)
+            group.command(name=name, rich_help_panel=panel)(function)
 
     @app.callback()
     def main_options(
