@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import scale_tables, settings_table
+from docs import draw
+from streamctl import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/scale.md", "docs/config.md")
+PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/scale.md", "docs/config.md")
 BRIEF = (
-    "popularity", "caser", "gru4rec", "bert4rec", "sasrec_bce", "sasrec_ce", "tiger",
-    "stream_pt", "stream_sft", "stream_rl", "no_thinking", "random_thinking", "oracle_thinking",
+    "popularity", "transitions", "knn", "ranker", "sasrec_ce", "tiger", "stream_pt", "stream_sft",
+    "stream_rl", "l0", "random",
 )  # fmt: skip
-METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
+NONE = "No receipt is here yet: `python benchmarks/thinker.py RUN --save NAME` makes one."
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -28,68 +31,109 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def quality(receipt: dict[str, Any]) -> str:
-    """Every method and control of a pipeline receipt, unmasked, with masked ndcg@10 beside."""
-    evaluation = receipt["evaluation"]
+def interval(found: Mapping[str, float] | list[float] | None) -> str:
+    """Bounds of a difference, from either kind of receipt."""
+    if not found:
+        return ""
+    low, high = (found["low"], found["high"]) if isinstance(found, Mapping) else found
+    return f"{low:+.4f} to {high:+.4f}"
+
+
+def best(receipt: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row of STREAM-Rec with the best masked ndcg@10 of all users."""
+    rows = [row for row in draw.main_rows(receipt) if row["method"].startswith("stream")]
+    return max(rows, key=lambda row: row["ndcg@10_masked"])
+
+
+def results(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row a method, a column a set: masked ndcg@10, and what STREAM-Rec has more."""
+    if not found:
+        return NONE
+    tables = {name: {row["method"]: row for row in draw.main_rows(one)}
+              for name, one in found.items()}  # fmt: skip
     rows = []
-    for group, suffix in (("methods", ""), ("controls", " (control)")):
-        for name, entry in evaluation[group].items():
-            figures = [f"{entry[metric]:.4f}" for metric in METRICS]
-            rows.append([name + suffix, *figures, f"{entry['masked']['ndcg@10']:.4f}"])
-    return markdown(["method", *METRICS, "ndcg@10, seen masked"], rows)
+    for method in BRIEF:
+        cells = []
+        for name, table in tables.items():
+            cell = f"{table[method]['ndcg@10_masked']:.4f}" if method in table else ""
+            less = interval(best(found[name]).get(f"vs_{method}"))
+            cells.append(f"{cell} ({less})" if cell and less else cell)
+        if any(cells):
+            rows.append([draw.TITLES[method], *cells])
+    head = [f"{name}, {users(one):,} users" for name, one in found.items()]
+    picture = "![Masked ndcg@10 of every method](docs/img/results.svg)"
+    return f"{markdown(['', *head], rows)}\n\n{picture}"
 
 
-def _interval(bounds: list[float] | None) -> str:
-    return f"{bounds[0]:+.4f} to {bounds[1]:+.4f}" if bounds else ""
+def users(receipt: Mapping[str, Any]) -> int:
+    return max(row["users"] for row in receipt["rows"])
 
 
-def table(receipt: dict[str, Any]) -> str:
-    """Rows of `streamctl reproduce`: published beside measured, and the paired intervals."""
+def thinkers(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """For each set: every row of all users, and the rows that change one thing."""
+    if not found:
+        return NONE
+    parts = []
+    for name, receipt in found.items():
+        top = best(receipt)
+        rows = [
+            [
+                draw.TITLES.get(row["method"], row["method"]),
+                *(f"{row[key]:.4f}" for key in ("recall@10", "ndcg@10", "ndcg@10_masked")),
+                interval(top.get(f"vs_{row['method']}")),
+                f"{row['train_s'] / 60:.1f}" if row.get("train_s") else "",
+                f"{row['ms_per_user']:.2f}",
+            ]
+            for row in draw.main_rows(receipt)
+        ]
+        head = ["", "recall@10", "ndcg@10", "ndcg@10, masked", f"{draw.TITLES[top['method']]} less "
+                "this, 95%", "minutes of training", "ms a user"]  # fmt: skip
+        parts.append(f"**{name}**, {users(receipt):,} users:\n\n{markdown(head, rows)}")
+        some = [row for row in receipt["rows"] if "ndcg@10" not in row]
+        if some:
+            named = [
+                [
+                    row["method"].replace("_", " "), "" if row["l"] is None else str(row["l"]),
+                    f"{row['ndcg@10_masked']:.4f}", f"{row['ms_per_user']:.2f}",
+                ]
+                for row in some
+            ]  # fmt: skip
+            head = ["one thing changed", "l", "ndcg@10, masked", "ms a user"]
+            many = max(row["users"] for row in some)
+            parts.append(f"SFT's policy on {many:,} users:\n\n{markdown(head, named)}")
+    parts.append("![Masked ndcg@10 of every method](img/results.svg)")
+    if "lengths.svg" in draw.pictures():
+        parts.append("![ndcg@10 by length of the thought](img/lengths.svg)")
+    return "\n\n".join(parts)
+
+
+def table(receipt: Mapping[str, Any]) -> str:
+    """Rows of `streamctl reproduce`: bare and re-ranked, and what the best has more."""
     rows = []
     for row in receipt["rows"]:
         published = row["published"]
-        seconds = row["train_s"]
+        figures = (row["recall@10"], row["ndcg@10"], row["ndcg@10_masked"],
+                   row["rerank_ndcg@10_masked"])  # fmt: skip
         rows.append(
             [
-                row["method"],
-                str(row["seeds"]),
-                f"{published['recall@10']:.4f} / {published['ndcg@10']:.4f}" if published else "",
-                *(f"{row[metric]:.4f}" for metric in METRICS),
-                f"{row['ndcg@10_masked']:.4f}",
-                _interval(row.get("vs_tiger")),
-                _interval(row.get("vs_sasrec_ce")),
-                _interval(row.get("vs_twin")),
-                "" if seconds is None else f"{seconds / 60:.1f}",
-                f"{row['ms_per_user']:.2f}",
+                row["method"], str(row["seeds"]),
+                f"{published['ndcg@10']:.4f}" if published else "",
+                *("" if value is None else f"{value:.4f}" for value in figures),
+                *(interval(row.get(f"vs_{other}")) for other in ("ranker", "tiger", "l0")),
             ]
-        )
-    head = ["method", "seeds", "published recall@10 / ndcg@10", *METRICS, "ndcg@10, seen masked"]
-    head += ["less TIGER", "less SASRec-CE", "less no thought", "minutes of training", "ms a user"]
-    return markdown(head, rows)
+        )  # fmt: skip
+    head = ["", "seeds", "ndcg@10 in print", "recall@10", "ndcg@10", "masked", "masked, re-ranked"]
+    return markdown([*head, "less ranker", "less TIGER", "less no thought"], rows)
 
 
-def brief(receipt: dict[str, Any]) -> str:
-    """The rows and columns of `table` that a reader of the README wants first."""
-    rows = [
-        [
-            row["method"],
-            str(row["seeds"]),
-            f"{row['published']['ndcg@10']:.4f}" if row["published"] else "",
-            *(f"{row[key]:.4f}" for key in ("recall@10", "ndcg@10", "ndcg@10_masked")),
-            *(_interval(row.get(key)) for key in ("vs_tiger", "vs_sasrec_ce", "vs_twin")),
-        ]
-        for row in receipt["rows"]
-        if row["method"] in BRIEF
-    ]
-    head = ["method", "seeds", "ndcg@10 in print", "recall@10", "ndcg@10", "ndcg@10, seen masked"]
-    return markdown([*head, "less TIGER", "less SASRec-CE", "less no thought"], rows)
-
-
-def minutes(receipt: dict[str, Any]) -> str:
-    """Wall time of each stage."""
-    stages = receipt["stages"].items()
-    rows = [[name, f"{entry['wall_s'] / 60:.1f}"] for name, entry in stages]
-    return markdown(["stage", "minutes"], rows)
+def commands() -> str:
+    """Every command by group."""
+    groups = {"data": [f"data {name}" for _, name in cli.DATA_COMMANDS]}
+    for _, name in cli.COMMANDS:
+        groups.setdefault(cli.group_of(name).lower(), []).append(name)
+    rows = [[group, ", ".join(f"`streamctl {name}`" for name in names)]
+            for group, names in groups.items()]  # fmt: skip
+    return markdown(["", "commands"], rows)
 
 
 def speed(receipt: dict[str, Any]) -> str:
@@ -123,47 +167,36 @@ def load(receipt: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
-def curve(receipt: dict[str, Any]) -> str:
-    """Every point of the think curve, beside the best without a thought in no more time."""
-    rows = []
-    for point in receipt["points"]:
-        rival = point.get("no_thought_at_equal_latency")
-        rows.append(
-            [
-                point["kind"], str(point["length"]), str(point["beam"]),
-                f"{point['ndcg@10']:.4f}", f"{point['ms_per_user']:.2f}",
-                "" if rival is None else f"{rival:.4f}",
-            ]
-        )  # fmt: skip
-    head = ["thought", "l", "beam", "ndcg@10", "ms a user", "no thought in no more time"]
-    return markdown(head, rows)
-
-
-BLOCKS = {
-    "think-curve": curve,
-    "reproduce": table,
-    "serve": load,
-    **scale_tables.BLOCKS,
-}
+BLOCKS = {"serve": load, **scale_tables.BLOCKS}
+SPEED = ("kernels", "decode", "train")  # those with a place of their own in docs/speed.md
 
 
 def render() -> dict[str, str]:
-    """Block name -> markdown, for every receipt that is there, and for the settings."""
-    blocks, receipts = {}, {}
+    """Block name -> markdown, for every receipt that is there, for the settings and commands."""
+    blocks, receipts, more, tables = {}, {}, [], []
     for path in sorted(RESULTS.glob("*.json")):
         receipt = receipts[path.stem] = json.loads(path.read_text())
+        if path.stem.startswith("thinker-"):
+            continue
         if receipt["name"] in BLOCKS:
             blocks[path.stem] = BLOCKS[receipt["name"]](receipt)
-        elif path.stem.startswith("pipeline-"):
-            blocks[path.stem] = quality(receipt)
-            blocks[f"{path.stem}-minutes"] = minutes(receipt)
+        elif path.stem.startswith("table-"):
+            tables.append(f"**{path.stem.removeprefix('table-')}**\n\n{table(receipt)}")
         elif "rows" in receipt and "ratio" in receipt["rows"][0]:
-            blocks[path.stem] = speed(receipt)
-    for name in ("beauty", "scientific"):
-        if f"table-{name}" in receipts:
-            blocks[f"brief-{name}"] = brief(receipts[f"table-{name}"])
-    others = {"arithmetic": scale_tables.arithmetic(receipts), "settings": settings_table.tables()}
-    return blocks | others
+            if path.stem in SPEED:
+                blocks[path.stem] = speed(receipt)
+            else:
+                more.append(f"`{path.stem}.json`\n\n{speed(receipt)}")
+    found = draw.receipts()
+    return blocks | {
+        "results": results(found),
+        "thinkers": thinkers(found),
+        "tables": "\n\n".join(tables) or "None was made of this version yet.",
+        "more-speed": "\n\n".join(more) or "No other receipt is here yet.",
+        "commands": commands(),
+        "arithmetic": scale_tables.arithmetic(receipts),
+        "settings": settings_table.tables(),
+    }
 
 
 def main() -> None:
@@ -180,7 +213,9 @@ def main() -> None:
             if begin in text:
                 head, rest = text.split(begin)
                 text = f"{head}{begin}\n{block}\n{end}{rest.split(end)[1]}"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
+    for name, picture in draw.pictures().items():
+        (draw.IMAGES / name).write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -306,7 +306,7 @@ def parts(folder):
         write_csv(folder / f"{name}.csv", ["user_id", "item_id", "timestamp"], ROWS[start::3])
 
 
-README_LINES = {
+TUTORIAL_LINES = {
     "shop": table_csv,
     "till": sales,
     "parts": parts,
@@ -317,21 +317,21 @@ README_LINES = {
     "movies": movielens_dat,
     "letter": lcrec,
 }
-SECTION = (ROOT / "README.md").read_text().split("### Data in\n")[1].split("\n## ")[0]
+SECTION = (ROOT / "docs/tutorial.md").read_text().split("### Data in\n")[1].split("\n## ")[0]
 TABLE = [line for line in SECTION.splitlines() if line.startswith("|")]
 LINES = [row.split("|")[1:4] for row in TABLE[2:]]
 
 
-def test_the_readme_names_every_format():
+def test_the_tutorial_names_every_format():
     assert {name.strip() for name, _, _ in LINES} == {source.name for source in SOURCES}
 
 
 @pytest.mark.parametrize(("name", "line"), [(name.strip(), line) for name, _, line in LINES])
-def test_the_lines_of_the_readme_read_their_formats(tmp_path, monkeypatch, capsys, name, line):
+def test_the_lines_of_the_tutorial_read_their_formats(tmp_path, monkeypatch, capsys, name, line):
     words = shlex.split(line.strip().strip("`"))
     folder = words[3].partition("/")[0]
     (tmp_path / folder).mkdir()
-    README_LINES[folder](tmp_path / folder)
+    TUTORIAL_LINES[folder](tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     # The toy is so small that the filter for real logs would leave nothing.
     monkeypatch.setattr("sys.argv", [*words, "--min-user", "3", "--min-item", "1", "--json"])

@@ -36,6 +36,7 @@ def command(
 
     Reads: the data, tokenizer and pretrain stages. Writes: RUN/annotate: thoughts.npy, the heads,
     report.json (distinct chains, perplexity, distance by step).
+    Example: `streamctl annotate --run runs/mine`.
     Next: `streamctl sft --run RUN`.
     """
     from streamctl.config import AnnotateConfig, resolve

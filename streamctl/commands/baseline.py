@@ -48,6 +48,7 @@ def command(
 
     Reads: the data stage; for transitions, knn, ranker and tiger the tokenizer, too.
     Writes: RUN/baselines/NAME.
+    Example: `streamctl baseline sasrec_ce --run runs/mine`.
     Next: `streamctl eval --run RUN`.
     """
     from streamctl.baselines.train import train_baseline

@@ -38,6 +38,7 @@ def command(
     the filters take, cold test items, leakage, ties, and differences from published statistics.
 
     Reads: SOURCE. Writes: nothing.
+    Example: `streamctl data doctor sales.csv --items goods.csv`.
     Next: `streamctl data prepare SOURCE --run runs/NAME`.
     """
     from streamctl.config import DataConfig, resolve

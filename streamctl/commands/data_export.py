@@ -32,6 +32,7 @@ def command(
 
     Reads: data/ of the run, for lcrec the tokenizer's codes if there are some. Writes: FOLDER/
     NAME.inter and NAME.item, or the like.
+    Example: `streamctl data export shop --run runs/mine --format recbole`.
     Next: train the other tool on them, or `streamctl data prepare FOLDER --run OTHER`.
     """
     from streamctl.data.sinks import export

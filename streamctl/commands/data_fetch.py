@@ -34,6 +34,7 @@ def command(
     publishes them; the files appear under their names only when they are whole.
 
     Reads: the owner's server (or --mirror). Writes: data/NAME (or --into).
+    Example: `streamctl data fetch ml-1m`.
     Next: `streamctl data doctor data/NAME`, `streamctl data prepare data/NAME --run runs/NAME`.
     """
     from streamctl.data.fetch import fetch

@@ -124,6 +124,7 @@ def command(
     count in popularity.
 
     Reads: SOURCE. Writes: data/ of the run: interactions, users, items and statistics.
+    Example: `streamctl data prepare sales.csv --items goods.csv --run runs/mine`.
     Next: `streamctl tokenize --run RUN`, or `streamctl run --run RUN` for every stage.
     """
     from streamctl.config import DataConfig, resolve

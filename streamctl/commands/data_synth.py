@@ -23,6 +23,7 @@ def command(
     projects share, so that what comes next shows in the earlier steps and not in the last item.
 
     Reads: nothing. Writes: data/ of the run: interactions, users, items and statistics.
+    Example: `streamctl data synth --run runs/shop --users 500 --items 120`.
     Next: `streamctl run --run RUN --size tiny --set tokenize.encoder=tfidf`.
     """
     from streamctl.commands.data_prepare import render

@@ -33,6 +33,7 @@ def command(
 
     Reads: nothing. Writes: a complete run, runs/demo unless told otherwise; minutes on two cores.
     Run it again and it continues or shows the finished run.
+    Example: `streamctl demo --run runs/demo`.
     Next: `streamctl recommend --run runs/demo --user u0017`, `streamctl data prepare SOURCE`.
     """
     from streamctl.commands import eval as eval_command

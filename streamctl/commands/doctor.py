@@ -56,7 +56,7 @@ def command(
 
 
 def examine(*, offline: bool = False) -> dict[str, list[dict[str, str]]]:
-    """Everything that is looked at: `checks`, each with `what`, `found` and `problem` ("": none)."""
+    """Everything that is looked at: `checks`, with `what`, `found` and `problem` ("": none)."""
     checks = [_row("python", f"{platform.python_version()} on {platform.platform()}")]
     checks += [_version(name) for name in PACKAGES]
     checks += [_processor(), _gpu(), _faiss(), _encoder(offline), _cache()]

@@ -59,6 +59,7 @@ def command(
 
     Reads: data and every trained stage. Writes: RUN/eval (metrics.json, ranks, plots as PNG),
     RUN/beam-losses (losses.json), RUN/think-curve (points.json, think-curve.png).
+    Example: `streamctl eval --run runs/mine --methods stream_sft,ranker`.
     Next: `streamctl recommend --run RUN --user ID`.
     """
     from streamctl.config import EvalConfig, resolve

@@ -33,6 +33,7 @@ def command(
 
     Reads: the data and tokenizer stages. Writes: RUN/pretrain: the policy, which loads in
     transformers, report.json, metrics.jsonl. Interrupt it; the same command continues.
+    Example: `streamctl pretrain --run runs/mine --size tiny --set epochs=20`.
     Next: `streamctl annotate --run RUN`.
     """
     from streamctl.config import PretrainConfig, resolve

@@ -66,6 +66,7 @@ def command(
     Reads: what `streamctl serve` answers with, or --method, and what came while it served; with
     --input, a parquet with a column user_id or history (item ids, oldest first).
     Writes: nothing, or the file that --output names.
+    Example: `streamctl recommend --run runs/mine --history i4,i7 -k 5`.
     Next: `streamctl serve --run RUN` answers the same over HTTP.
     """
     from streamctl.errors import UsageError

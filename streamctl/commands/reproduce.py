@@ -56,6 +56,7 @@ def command(
 
     Reads: data and tokenizer of the run. Writes: RUN/reproduce (a run for each seed, receipts,
     table.json).
+    Example: `streamctl reproduce runs/mine --seeds 3 --size tiny`.
     Next: `streamctl eval --run RUN/reproduce/seed-0`.
     """
     from streamctl.errors import UsageError

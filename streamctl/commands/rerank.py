@@ -43,6 +43,7 @@ def command(
     95% interval of its gain is above zero.
 
     Reads: data, tokenizer and the methods' stages. Writes: RUN/rerank/NAME (or NAME+NAME).
+    Example: `streamctl rerank --run runs/mine --methods stream_sft,transitions`.
     Next: `streamctl eval --run RUN`.
     """
     from streamctl.config import RerankConfig, resolve

@@ -29,6 +29,7 @@ def command(
     Reads: the data, tokenizer, annotate and sft stages. Writes: RUN/rl: the policy of the best
     step (SFT's own where no step was better), report.json, metrics.jsonl with each reward.
     Interrupt it; the same command continues.
+    Example: `streamctl rl --run runs/mine --set steps=50`.
     Next: `streamctl eval --run RUN`.
     """
     from streamctl.config import RlConfig, resolve

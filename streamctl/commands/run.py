@@ -18,6 +18,7 @@ def command(
 
     Reads: the data stage of the run. Writes: every other stage folder.
     Interrupt it at any time; the same command continues.
+    Example: `streamctl run --run runs/mine --size tiny --set tokenize.encoder=tfidf`.
     Next: `streamctl recommend --run RUN --user ID`, `streamctl serve --run RUN`.
     """
     from streamctl.commands.eval import render

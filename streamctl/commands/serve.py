@@ -63,6 +63,7 @@ def command(
     validation, or with --method.
     Reads: these, and RUN/serving; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS. Writes:
     RUN/serving, the items and interactions that come meanwhile.
+    Example: `streamctl serve --run runs/mine --workers 2`.
     Next: `curl -X POST localhost:8000/v1/recommend -H 'content-type: application/json'
     -d '{"user_id": "u0017"}'`, or open http://localhost:8000/.
     """

@@ -37,6 +37,7 @@ def command(
     Reads: the data, tokenizer, pretrain and annotate stages. Writes: RUN/sft: the policy, the
     labels of each later round, report.json (self-made, oracle and no thoughts on validation).
     Interrupt it; the same command continues.
+    Example: `streamctl sft --run runs/mine --set epochs=4`.
     Next: `streamctl rl --run RUN`.
     """
     from streamctl.config import SftConfig, resolve

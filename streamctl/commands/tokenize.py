@@ -60,6 +60,7 @@ def command(
 
     Reads: the data stage. Writes: RUN/tokenizer: codes.npy, codebooks.npy, item_vectors.npy,
     neighbours.npy, index.json, report.json (usage, entropy, collisions), the fitted tokenizer.
+    Example: `streamctl tokenize --run runs/mine --encoder tfidf`.
     Next: `streamctl pretrain --run RUN`.
     """
     from streamctl.config import TokenizeConfig, resolve
