@@ -38,6 +38,7 @@ def command(
     evaluated: nothing is held out.
 
     Reads: data, the eval stage and the winner's stages. Writes: RUN/final.
+    Example: `streamctl refit --run runs/mine`.
     Next: `streamctl serve --run RUN`.
     """
     from streamctl.config import RefitConfig, resolve

@@ -23,6 +23,7 @@ def command(
 
     Reads: OLD; data of the run (`data prepare` of the newer log). Writes: RUN/tokenizer and the
     stages of OLD that do not know single items.
+    Example: `streamctl update runs/june --run runs/july`.
     Next: `streamctl eval --run RUN`, `streamctl refit --run RUN`.
     """
     from streamctl.evaluation.update import update
