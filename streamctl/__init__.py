@@ -2,5 +2,5 @@
 
 from streamctl import cache
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 cache.prepare()

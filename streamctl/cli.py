@@ -6,8 +6,10 @@ import importlib
 import os
 import sys
 from importlib.metadata import version
+from typing import Any
 
 import typer
+import typer.core
 
 from streamctl.distributed import is_main, joined
 from streamctl.errors import StreamctlError
@@ -57,10 +59,18 @@ def group_of(name: str) -> str:
     return next((group for group, names in GROUPS.items() if name in names), USE)
 
 
+class _DataFirst(typer.core.TyperGroup):
+    """Lists groups before commands, so that data comes first."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: name != "data")
+
+
 def build_app() -> typer.Typer:
     """The Typer app with every command; each module defines one function named `command`."""
     app = typer.Typer(
         name="streamctl",
+        cls=_DataFirst,
         help="Recommends what a user takes next, and shows why: from raw log to served answer.\n\n"
         "Example: `streamctl data prepare sales.csv --run runs/mine`, then "
         "`streamctl run --run runs/mine`, `streamctl serve --run runs/mine`.",
