@@ -166,7 +166,7 @@ def test_an_interrupted_evaluation_keeps_its_rows_and_ends_bit_identical(run, st
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stage_module, "evaluate", watched)
         evaluate_run(run, config, device="cpu", force=True)
-    assert titles == ["eval popularity", "eval popularity masked", "eval tiger"]
+    assert titles == ["eval popularity", "eval popularity masked", "choose popularity"]
     titles.clear()
 
     def resumed(*args, title, **options):
