@@ -73,9 +73,8 @@ class Table:
                     row["method"].startswith("stream")
                     and other is not None
                     and rival != row["method"]
-                ):
-                    if len(other) == len(mine):
-                        row[f"vs_{rival}"] = paired_difference(mine, other).as_dict()
+                ) and len(other) == len(mine):
+                    row[f"vs_{rival}"] = paired_difference(mine, other).as_dict()
 
 
 def trained(run, name):
