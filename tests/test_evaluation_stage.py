@@ -33,6 +33,8 @@ from streamctl.runs import RunDir
 from streamctl.training.annotate import annotate
 from streamctl.training.material import Material, save_policy
 from streamctl.training.pretrain import pretrain
+from streamctl.training.rl import rl
+from streamctl.training.sft import sft
 
 CONFIG = EvalConfig(beam=10, bootstrap=200)
 KEYS = {
@@ -345,3 +347,30 @@ def test_think_curve_has_every_length_and_its_controls(run, monkeypatch):
     assert all(point["ms_per_user"] > 0 for point in found["points"])
     assert stage.file("think-curve.png").stat().st_size > 10_000
     curve.show_curve(found)
+
+
+def test_a_policy_that_thinks_with_evidence_goes_through_all_stages_and_has_its_controls(
+    run, tmp_path
+):
+    copy = RunDir(tmp_path / "run")
+    for name in ("data", "tokenizer"):
+        shutil.copytree(run.path / name, copy.path / name)
+    pretrain(copy, PretrainConfig(epochs=1, batch=64, lr=5e-3), device="cpu")
+    annotate(copy, AnnotateConfig(length=2, fit_epochs=1, positions=2), device="cpu")
+    sft(copy, SftConfig(epochs=2, batch=64), device="cpu")
+    tuning = RlConfig(steps=2, group=4, batch=16, think=3, updates=2, validate_every=2)
+    rl(copy, tuning, device="cpu")
+    labels, rows = (copy.stage("annotate").array(f"{n}.npy") for n in ("thoughts", "rows"))
+    assert labels.shape == (len(rows), 2) and (labels >= 0).any()
+    for name, kept in (("sft", "self"), ("rl", "best")):
+        valid = copy.stage(name).json("report.json")["valid"]
+        assert valid[kept]["ndcg@10"] >= valid["start"]["ndcg@10"], name
+    names = ("stream_pt", "stream_sft", "stream_rl")
+    controls = ("l0", "random_evidence", "weights_alone", "codes_alone")
+    config = replace(CONFIG, methods=(*names, *controls), users=40)
+    found = read_result(evaluate_run(copy, config, device="cpu"))
+    assert (*found["methods"],) == names and (*found["controls"],) == controls
+    figures = {name: row["masked"]["ndcg@20"] for name, row in found["controls"].items()}
+    assert len(set(figures.values())) == 4, "each control is another recommender"
+    with pytest.raises(UsageError, match="l = 0 twin in the same policy"):
+        sft(copy, SftConfig(), device="cpu", twin=True)
