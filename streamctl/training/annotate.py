@@ -251,8 +251,7 @@ def annotate(
         material = Material.load(run)
         policy = material.starting_policy(run, config.start, where).requires_grad_(False)
         if policy.config.thoughts == "evidence":
-            _inside_evidence(stage, policy, material, config, where)
-            stage.publish()
+            stage.publish(**_inside_evidence(stage, policy, material, config, where))
             return run.stage("annotate")
         if config.fit_epochs:
             policy.thinker.requires_grad_(True)
@@ -279,7 +278,7 @@ def _inside_evidence(
     material: Material,
     config: AnnotateConfig,
     device: torch.device,
-) -> None:
+) -> dict[str, Any]:
     """Labels of each user's last training examples: thoughts.npy (E', l) int32, places among the
     pieces of example rows.npy (E',) int64."""
     rows = last_positions(material.split.train, config.positions)
@@ -301,3 +300,4 @@ def _inside_evidence(
     stage.save_array("rows.npy", rows)
     stage.save_tensors("thinker.safetensors", policy.thinker.state_dict())
     stage.save_json("report.json", report)
+    return report
