@@ -15,7 +15,7 @@ from streamctl.config import TokenizeConfig
 from streamctl.data import Catalog, Split, load_data
 from streamctl.device import derive_seed, resolve_device
 from streamctl.errors import StreamctlError, UsageError
-from streamctl.files import file_hash
+from streamctl.files import disk_errors, file_hash
 from streamctl.progress import progress_bar, say, warn
 from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.tokenizer.collaborative import join, taken_together
@@ -191,7 +191,8 @@ def _encode_texts(
             part = encoder.encode(texts[bar.done : bar.done + TEXTS_A_CHUNK])
             if raw is None:
                 shape = (len(texts), part.shape[1])
-                raw = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+                with disk_errors(file):
+                    raw = np.lib.format.open_memmap(file, "w+", np.float32, shape)
             raw[bar.done : bar.done + len(part)] = part
             bar.advance(len(part))
             if time.monotonic() - saved > CHECKPOINT_S:
