@@ -30,7 +30,7 @@ def command(
     json_: Json = False,
     force: Force = False,
 ) -> None:
-    """Label every training example with think tokens by iterative inference (Eqs. 12-13).
+    """Label what each training example should think of, by iterative inference (Eqs. 12-13).
 
     Labels that have collapsed are reported in red; `--strict` makes that an error.
 

@@ -41,7 +41,7 @@ def command(
     json_: Json = False,
     force: Force = False,
 ) -> None:
-    """Train a baseline by the same loop, on the same split, as the slow thinker.
+    """Train a method to compare with, on the same split and by the same loop.
 
     transitions, knn and ranker need no network: counts of what came next, votes of similar
     histories, and gradient-boosted trees over all that evidence.

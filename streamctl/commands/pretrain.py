@@ -27,7 +27,7 @@ def command(
     json_: Json = False,
     force: Force = False,
 ) -> None:
-    """Train the encoder, the slow decoder on long answers and the direct decoder (Eqs. 9-11).
+    """Stage 1: train the T5 to write the codes of the next item (Eqs. 9-11).
 
     The shape of the model (`--size`) is decided here and kept by every later stage.
 

@@ -24,7 +24,7 @@ def command(
     json_: Json = False,
     force: Force = False,
 ) -> None:
-    """Sharpen the thoughts with GRPO on five rewards (Eqs. 20-27), guarded by validation.
+    """Stage 3: sharpen the thoughts by GRPO on five rewards (Eqs. 20-27), guarded by validation.
 
     Reads: the data, tokenizer, annotate and sft stages. Writes: RUN/rl: the policy of the best
     step (SFT's own where no step was better), report.json, metrics.jsonl with each reward.

@@ -32,7 +32,7 @@ def command(
     json_: Json = False,
     force: Force = False,
 ) -> None:
-    """Fine-tune on the thoughts in rounds of annotation and training (Eqs. 14-19).
+    """Stage 2: learn to think, by weighing the evidence of each history (Eqs. 14-19).
 
     Reads: the data, tokenizer, pretrain and annotate stages. Writes: RUN/sft: the policy, the
     labels of each later round, report.json (self-made, oracle and no thoughts on validation).
