@@ -103,6 +103,10 @@ def test_what_shares_a_batch_changes_no_answer(engine):
     for job, answer in zip(jobs, together, strict=True):
         [alone] = engine.answer([job.details], *job.group)
         assert [item for item, _ in alone["items"]] == [item for item, _ in answer["items"]]
+    groups = [
+        as_job(Query(user_id=OLD, k=k), engine.store, engine.about()).group for k in (1, 20, 21)
+    ]
+    assert groups[0] == groups[1] != groups[2]  # a wider search may find other items
 
 
 def test_it_survives_the_process_and_reaches_those_beside_it(run, folder, engine):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,9 @@ from streamctl.ranking.mmr import Diverse
 from streamctl.runs import RunDir
 from streamctl.serving.explain import explained, pairs_of
 from streamctl.serving.live import LiveCatalog
-from streamctl.serving.question import POPULAR
+from streamctl.serving.question import BEAM, POPULAR
 from streamctl.serving.report import run_report
 from streamctl.serving.store import Store
-from streamctl.tokenizer import vectors as item_vectors
-
-BEAM = 20
 
 
 class Engine:
@@ -97,6 +93,7 @@ class Engine:
         think: int | None,
         explain: bool,
         diversity: float = 0.0,
+        width: int = BEAM,
     ) -> list[dict[str, Any]]:
         """Answers to jobs in one batch.
 
@@ -106,6 +103,7 @@ class Engine:
             think: pieces of evidence; None: as many as the method is best with.
             explain: add the thought.
             diversity: of `Diverse`; 0 leaves the method's ranking as it is.
+            width: items that are searched for, as many as the largest `k` or more.
 
         Returns:
             for each job `items`, (item, score) pairs, best first; `method`; `think`; `note`, why
@@ -129,7 +127,7 @@ class Engine:
             answers[place] = _answer(found, method if history else POPULAR, 0, note)
         if asked:
             with torch.inference_mode():
-                found = self._recommend(asked, method, think, explain, diversity)
+                found = self._recommend(asked, method, think, explain, diversity, width)
             for (place, _, _), answer in zip(asked, found, strict=True):
                 answers[place] = answer
         return answers
@@ -143,11 +141,11 @@ class Engine:
 
     def _recommend(
         self, asked: list[tuple[int, dict[str, Any], list[int]]], method: str, think: int | None,
-        explain: bool, diversity: float,
+        explain: bool, diversity: float, width: int,
     ) -> list[dict[str, Any]]:  # fmt: skip
         recommender, jobs = self._loaded[method], [job for _, job, _ in asked]
-        width = max(len(history) for _, _, history in asked)
-        histories = torch.full((len(asked), width), -1, dtype=torch.int64)
+        longest = max(len(history) for _, _, history in asked)
+        histories = torch.full((len(asked), longest), -1, dtype=torch.int64)
         for row, (_, _, history) in enumerate(asked):
             histories[row, : len(history)] = torch.tensor(history)
         known, removed = self.live.known(recommender), self.live.removed
@@ -161,9 +159,8 @@ class Engine:
             "exclude": [within(np.union1d(job["exclude"], removed)) for job in jobs],
             "allow": [None if job["allow"] is None else within(job["allow"]) for job in jobs],
         }
-        most = max(job["k"] for job in jobs)
-        asking = Diverse(recommender, self._vectors, diversity) if diversity else recommender
-        ranking = asking.recommend(histories, most, think=think, **options)
+        asking = Diverse(recommender, self.live.vectors, diversity) if diversity else recommender
+        ranking = asking.recommend(histories, width, think=think, **options)
         used = self._budget(method) if think is None else think
         answers = []
         for row, job in enumerate(jobs):
@@ -174,10 +171,6 @@ class Engine:
                     recommender, histories[row], ranking, row, **own
                 )
         return answers
-
-    @cached_property
-    def _vectors(self) -> np.ndarray:
-        return item_vectors(self.run)
 
     def _budget(self, method: str) -> int:
         return int(getattr(self._loaded.get(method), "think", 0) or 0)

@@ -29,6 +29,7 @@ class LiveCatalog:
 
     Attributes:
         removed: int64, items that nobody may be shown.
+        vectors: float32 (N, D), of all items, in rows of length one; D = 0 without a tokenizer.
     """
 
     def __init__(self, run: RunDir, store: Store, split: Split):
@@ -42,11 +43,11 @@ class LiveCatalog:
         self._seen = {"version": None, "number": 0, "removed": 0, "taken": 0, "forgotten": 0}
         self._stage = run.stage("tokenizer")
         self._tokenizer: Tokenizer | None = None
-        self._vectors = np.empty((store.base, 0), np.float32)
+        self.vectors = np.empty((store.base, 0), np.float32)
         self._codes = np.empty((0, 0), np.int64)  # of the live items; -1 for those that are gone
         if self._stage.complete:
             self._ids = SemanticIds.load(self._stage)
-            self._vectors = item_vectors(run)
+            self.vectors = item_vectors(run)
             self._codes = np.empty((0, self._ids.levels), np.int64)
 
     def serve(self, recommender: Recommender) -> None:
@@ -101,7 +102,7 @@ class LiveCatalog:
         """
         live = self.store.last_number()
         self._counts = _longer(self._counts, self.store.base + live)
-        self._vectors = _longer(self._vectors, self.store.base + live)
+        self.vectors = _longer(self.vectors, self.store.base + live)
         self._codes = _longer(self._codes, live, -1)
         if self._stage.complete and items:
             unread = [one for one in items if one[3] is None]
@@ -113,7 +114,7 @@ class LiveCatalog:
                 return self.add(self.store.added_since(self._seen["number"]))
             numbers = np.array([one[0] for one in items])
             self._codes[numbers - self.store.base] = [one[3] for one in items]
-            self._vectors[numbers] = np.stack([one[4] for one in items])
+            self.vectors[numbers] = np.stack([one[4] for one in items])
         self._grow()
 
     def _grow(self) -> None:
@@ -121,8 +122,8 @@ class LiveCatalog:
         base, size = self.store.base, len(self._counts)
         for evidence in self._evidence:
             if (first := evidence.n_items) < size:
-                vectors, width = self._vectors[first:], evidence.neighbours.shape[1]
-                evidence.add_items(vectors, nearest(self._vectors[:first], vectors, width)[0])
+                vectors, width = self.vectors[first:], evidence.neighbours.shape[1]
+                evidence.add_items(vectors, nearest(self.vectors[:first], vectors, width)[0])
         for part in self._parts:
             if hasattr(part, "popular"):
                 part.popular = F.pad(part.popular, (0, size - len(part.popular)), value=LAST)
@@ -177,10 +178,10 @@ class LiveCatalog:
 
     def similar(self, item: int, k: int) -> list[tuple[int, float]]:
         """(item, cosine of their texts) of the k items most alike to one, best first."""
-        if not self._vectors.shape[1]:
+        if not self.vectors.shape[1]:
             raise Refused("unknown", "id", "the run has no item vectors: streamctl tokenize")
         most = k + 1 + len(self.removed)
-        found, cosines = nearest(self._vectors, self._vectors[item : item + 1], most)
+        found, cosines = nearest(self.vectors, self.vectors[item : item + 1], most)
         gone = np.isin(found[0], self.removed) | (found[0] == item)
         pairs = zip(found[0][~gone].tolist(), cosines[0][~gone].tolist(), strict=True)
         return list(pairs)[:k]

@@ -10,6 +10,7 @@ from streamctl.serving.schemas import Query
 from streamctl.serving.store import Refused, Store
 
 POPULAR = "popularity"  # answers where nothing is known
+BEAM = 20  # items that every search finds, at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,12 +19,13 @@ class Job:
 
     Attributes:
         details: of `Engine.answer`'s jobs.
-        group: (method, think, explain, diversity), which all of a batch have in common.
+        group: (method, think, explain, diversity, width), which all of a batch have in common:
+            nothing in a batch may change another's answer.
         note: why the answer is not this user's own, if it is not.
     """
 
     details: dict[str, Any]
-    group: tuple[str, int | None, bool, float]
+    group: tuple[str, int | None, bool, float, int]
     note: str | None = None
 
 
@@ -62,9 +64,12 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
         "k": query.k,
     }
     if note is not None:
-        return Job(details, (POPULAR, 0, False, 0.0), note)
+        return Job(details, (POPULAR, 0, False, 0.0, BEAM), note)
     think = None if query.think == "auto" else query.think
-    return Job(details, (method, think, query.explain, query.diversity))
+    width = BEAM
+    while width < query.k:
+        width *= 2
+    return Job(details, (method, think, query.explain, query.diversity, width))
 
 
 def in_words(answer: dict[str, Any], store: Store) -> dict[str, Any]:

@@ -159,7 +159,9 @@ class Served:
 
 
 async def _compute(model: Model, jobs: list[Job]) -> list[Any]:
-    group = dict(zip(("method", "think", "explain", "diversity"), jobs[0].group, strict=True))
+    group = dict(
+        zip(("method", "think", "explain", "diversity", "width"), jobs[0].group, strict=True)
+    )
     return await model.ask("answer", jobs=[job.details for job in jobs], **group)
 
 

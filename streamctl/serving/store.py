@@ -190,6 +190,9 @@ class Store:
     def writing(self) -> Iterator[None]:
         """A transaction that keeps other writers out from its first look; synced at its end."""
         with self._lock:
+            if self._db.in_transaction:  # part of a larger one
+                yield
+                return
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
