@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamctl import config as configs
-from streamctl.baselines.registry import BASELINES, applicable
+from streamctl.baselines.registry import BASELINES, own_settings
 from streamctl.evaluation.reproduce import maker
 from streamctl.evaluation.stage import evaluate_run
 from streamctl.progress import say
@@ -27,16 +27,13 @@ class Settings:
 
     def resolve(self, cls: type, run: RunDir, stage: str, **fixed: Any) -> Any:
         """The stage's configuration; one that is complete keeps its own unless told otherwise."""
-        base, sets = {}, self.sets
+        base = {}
         if run.stage(stage).complete:
             base = run.stage(stage).manifest["config"]
-        if cls is configs.BaselineConfig:
-            sets = applicable(fixed["name"], sets)
         flags = {"seed": self.seed, "size": self.size}
         flags = {name: value for name, value in flags.items() if name in cls.__dataclass_fields__}
-        if fixed.get("name", "tiger") != "tiger":
-            flags.pop("size")  # of the baselines only TIGER has one
-        return configs.resolve(cls, base=base, file=self.file, sets=sets, **flags, **fixed)
+        given = configs.resolve(cls, base=base, file=self.file, sets=self.sets, **flags, **fixed)
+        return own_settings(given) if cls is configs.BaselineConfig else given
 
 
 STEPS = (

@@ -14,6 +14,7 @@ from streamctl.baselines.ranker import Ranker
 from streamctl.baselines.sasrec import SASRecBCE, SASRecCE
 from streamctl.baselines.tiger import Tiger
 from streamctl.baselines.transitions import Transitions
+from streamctl.config import BaselineConfig
 from streamctl.errors import UsageError, close_matches
 
 BASELINES: dict[str, type[Baseline]] = {
@@ -39,6 +40,12 @@ def baseline_class(name: str) -> type[Baseline]:
     if name not in BASELINES:
         raise UsageError(f"unknown baseline {name!r}; {close_matches(name, BASELINES)}")
     return BASELINES[name]
+
+
+def own_settings(config: BaselineConfig) -> BaselineConfig:
+    """What was set for all baselines, without the settings that this one does not have."""
+    known = baseline_class(config.name).defaults.keys() | {"seed", "name", "loss"}
+    return BaselineConfig(**{name: getattr(config, name) for name in known})
 
 
 def applicable(name: str, sets: Sequence[str]) -> list[str]:

@@ -49,4 +49,4 @@ def command(
     stage = run_all(folder, settings, device=device)
     eval_command.render(stage, json_)
     if not json_:
-        recommend_command.show_first_user(folder, device=device)
+        recommend_command.show_first_user(run, device=device)

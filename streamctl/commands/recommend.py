@@ -10,8 +10,11 @@ import typer
 from streamctl.commands.options import Device, Json, Run, print_json, print_table
 
 if TYPE_CHECKING:
-    from streamctl.runs import RunDir
+    from streamctl.recommender import Recommender
     from streamctl.serving.schemas import Query
+
+
+SHOWN = 20  # latest items of a history
 
 
 def command(
@@ -63,12 +66,13 @@ def command(
     Stopped and called again it goes on; `torchrun --nproc-per-node N -m -- streamctl recommend ...`
     shares the rows among N workers.
 
-    Reads: what `streamctl serve` answers with, or --method, and what came while it served; with
-    --input, a parquet with a column user_id or history (item ids, oldest first).
+    Reads: the stages of the method that answers; with --input, a parquet with a column user_id or
+    history (item ids, oldest first), and what came while the run was served.
     Writes: nothing, or the file that --output names.
     Example: `streamctl recommend --run runs/mine --history i4,i7 -k 5`.
     Next: `streamctl serve --run RUN` answers the same over HTTP.
     """
+    from streamctl.api import load
     from streamctl.errors import UsageError
     from streamctl.runs import RunDir
 
@@ -82,26 +86,23 @@ def command(
         raise UsageError(f"give one of --user, --history and --input, not {given}")
     if (input_ is None) != (output is None):
         raise UsageError("--input and --output go together")
-    folder = RunDir(run)
-    query: dict[str, Any] = {
-        "k": k,
-        "exclude_seen": not keep_seen,
-        "method": method or "auto",
-        "diversity": diversity,
-    }
-    query["think"] = "auto" if think is None else think
     if input_ is not None:
         from streamctl.serving.bulk import recommend_file
 
-        question = checked(user_id="of each row", **query)
-        summary = recommend_file(folder, input_, output, question, device=device)
+        question = checked(
+            user_id="of each row",
+            k=k,
+            exclude_seen=not keep_seen,
+            diversity=diversity,
+            think="auto" if think is None else think,
+            method=method or "auto",
+        )
+        summary = recommend_file(RunDir(run), input_, output, question, device=device)
         print_json(summary) if json_ else show_summary(summary)
         return
-    if user is not None:
-        query["user_id"] = user
-    else:
-        query["history"] = history_ids(history)
-    answer = ask(folder, query, device)
+    ids = history and history_ids(history)
+    recommender = load(run, method, device=device)
+    answer = ask(recommender, ids, user, k=k, think=think, diversity=diversity, keep_seen=keep_seen)
     print_json(answer) if json_ else show(answer)
 
 
@@ -147,28 +148,22 @@ def show_summary(summary: dict[str, Any]) -> None:
     print_table("Bulk recommendations", ["", "value"], rows)
 
 
-def ask(run: RunDir, query: dict[str, Any], device: str) -> dict[str, Any]:
-    """One explained answer of the engine, with the history it was given."""
-    from streamctl.errors import StreamctlError
-    from streamctl.serving.engine import Engine
-    from streamctl.serving.question import as_job, in_words
-    from streamctl.serving.store import Refused, Store
-
-    question = checked(explain=True, **query)
-    method = None if question.method == "auto" else question.method
-    engine = Engine(run, Store(run), method=method, device=device)
-    try:
-        job = as_job(question, engine.store, engine.about())
-    except Refused as error:
-        raise StreamctlError(str(error), where=run.path) from error
-    [answer] = engine.answer([job.details], *job.group)
-    read = job.details["history"][-engine.about()["history"] :]
-    return {
-        **in_words(answer, engine.store),
-        "note": answer["note"] or job.note,
-        "run": engine.about()["run"],
-        "history": engine.store.describe(read),
+def ask(
+    recommender: Recommender, history: list[str] | None, user: str | None, **options: Any
+) -> dict[str, Any]:
+    """History, thought and answer; `before` is the answer without a thought."""
+    think = options.get("think")
+    read = recommender.history(user) if history is None else recommender.named(history)
+    thought = recommender.explain(history, user=user, think=think)
+    without = options | {"think": 0, "k": 10}
+    tables = {
+        "history": read,
+        "items": recommender.recommend(history, user=user, **options),
+        "before": recommender.recommend(history, user=user, **without),
+        "thought": thought,
     }
+    lists = {name: table.to_pylist() for name, table in tables.items()}
+    return {"run": str(recommender.run), "method": recommender.method, **lists}
 
 
 def show(answer: dict[str, Any]) -> None:
@@ -179,31 +174,30 @@ def show(answer: dict[str, Any]) -> None:
 
     console = plain_console()
     console.print(f"History ({answer['method']} of {answer['run']})", style="bold")
-    for item in answer["history"]:
-        console.print(f"  {item['title']}  ({item['id']})")
-    told = answer["explain"] or {"before": [], "steps": []}
-    console.print("Thought" if told["steps"] else answer["note"] or "No thought", style="bold")
-    before = [item["id"] for item in told["before"]]
-    for number, step in enumerate(told["steps"], 1):
-        share = "" if step["weight"] is None else f" ({step['weight']:.0%})"
-        console.print(f"  {number}. {step['text']}{share}")
-        ranking = [item["id"] for item in step["ranking"]]
-        new = [item for item in ranking if item not in before]
-        top = step["ranking"][0]["title"] if ranking else "-"
-        console.print(f"        now first: {top}; {len(new)} new among {len(ranking)}", style="dim")
-        before = ranking
+    for item in answer["history"][-SHOWN:]:
+        console.print(f"  {item['title']}  ({item['item_id']})")
+    thought = answer["thought"]
+    thinks = any(step["ranking"] for step in thought)
+    title = "Thought" if thinks else "Why (no thought)" if thought else "No thought"
+    console.print(title, style="bold")
+    before = [item["item_id"] for item in answer["before"]]
+    for number, step in enumerate(thought, 1):
+        console.print(f"  {number}. {step['reason']}")
+        if ranking := step["ranking"]:
+            new = sum(item not in before for item in ranking)
+            console.print(f"        now first: {ranking[0]}; {new} new among {len(ranking)}")
+            before = ranking
     table = Table(title="Recommended", title_justify="left")
     for name in ("", "item", "title", "score"):
         table.add_column(name, justify="right" if name in ("", "score") else "left")
     for place, item in enumerate(answer["items"], 1):
-        row = (str(place), item["id"], item["title"], f"{item['score']:.3f}")
-        table.add_row(*row)
+        table.add_row(str(place), item["item_id"], item["title"], f"{item['score']:.3f}")
     console.print(table)
 
 
-def show_first_user(run: RunDir, *, device: str) -> None:
+def show_first_user(run: Path, *, device: str) -> None:
     """The reasoning for the log's first user (what `demo` ends with)."""
-    from streamctl.data import load_data
+    from streamctl.api import load
 
-    _, split = load_data(run)
-    show(ask(run, {"user_id": split.log.user_ids[0]}, device))
+    recommender = load(run, device=device)
+    show(ask(recommender, None, recommender.users[0]))

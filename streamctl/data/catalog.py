@@ -34,13 +34,17 @@ class Catalog:
     def _index(self) -> dict[str, int]:
         return {item: index for index, item in enumerate(self.ids)}
 
+    def find(self, item_id: str) -> int | None:
+        """Dense index of an external id, or None."""
+        return self._index.get(item_id)
+
     def index(self, item_id: str) -> int:
         """Dense index of an external id.
 
         Raises:
             StreamctlError: the catalogue has no such item; names ids that are nearly the same.
         """
-        found = self._index.get(item_id)
+        found = self.find(item_id)
         if found is None:
             hint = close_matches(item_id, self.ids)
             known = f"; {hint}" if hint.startswith("did") else f" ({len(self)} items)"

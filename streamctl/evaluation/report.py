@@ -72,6 +72,18 @@ def table(result: Mapping[str, Any]) -> Table:
     return shown
 
 
+def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A flat row a method, then its controls: method, control, best, figures, `masked` figures."""
+    best = (result.get("winner") or {}).get("method")
+    return [
+        {"method": name, "control": group == "controls", "best": name == best}
+        | {key: value for key, value in row.items() if isinstance(value, float)}
+        | {f"masked {key}": value for key, value in row["masked"].items()}
+        for group in ("methods", "controls")
+        for name, row in result[group].items()
+    ]
+
+
 def _interval(difference: Mapping[str, float] | None) -> str:
     if difference is None:
         return ""

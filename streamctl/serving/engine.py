@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from streamctl.data import load_data
+from streamctl.decode.explain import explained, pairs_of
 from streamctl.evaluation.methods import answering, known_rows, load_best, load_method, method_names
 from streamctl.ranking import Recommender
 from streamctl.ranking.mmr import Diverse
 from streamctl.runs import RunDir
-from streamctl.serving.explain import explained, pairs_of
 from streamctl.serving.live import LiveCatalog
 from streamctl.serving.question import BEAM, POPULAR
 from streamctl.serving.report import run_report

@@ -94,8 +94,11 @@ class RawLog:
             SET temp_directory = '{self.folder.name.replace("'", "''")}';
             SET memory_limit = '{MEMORY}'; SET checkpoint_threshold = '1TB';
             SET autoinstall_known_extensions = false; SET timezone = 'UTC';
-            SET enable_progress_bar = false; SET force_compression = 'uncompressed';
+            SET force_compression = 'uncompressed';
             CREATE TABLE staged (user_id VARCHAR, item_id VARCHAR, time VARCHAR{extra})""")
+        # Notebooks have bars of their own, and without their widgets it is an error to say no.
+        if self.one("SELECT current_setting('enable_progress_bar')"):
+            self.con.execute("SET enable_progress_bar = false")
         self.timed = True
         self.whole = True  # all times are whole numbers
         self.split = parts

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from streamctl.ranking import Ranking, Recommender
+from streamctl.retrieval.evidence import HOPS, Evidence
 from streamctl.retrieval.reasons import reasons
 
-PIECES = 8  # of a thought that are told one by one, the heaviest first
+PIECES = 8  # of a thought that are told one by one
 SHOWN = 10  # items of each ranking
 
 
@@ -22,7 +23,7 @@ def pairs_of(ranking: Ranking, row: int, k: int) -> list[tuple[int, float]]:
 
 def explained(
     recommender: Recommender, history: torch.Tensor, ranking: Ranking, row: int, *, users: int,
-    exclude: np.ndarray, allow: np.ndarray | None,
+    exclude: np.ndarray, allow: np.ndarray | None, pieces: int = PIECES,
 ) -> dict[str, Any]:  # fmt: skip
     """One user's thought: `before`, the ranking without it, and `steps`.
 
@@ -32,13 +33,12 @@ def explained(
 
     Args:
         history: int64 (H,), -1 on the right. ranking: what was answered; `row` is this user's.
+        pieces: how many are told one by one, the heaviest first.
     """
-    from streamctl.retrieval.evidence import HOPS
-
     history = history[history >= 0]
     thought = ranking.thought.row(row)
     there = int((thought.items >= 0).sum())
-    told = min(there, PIECES)
+    told = min(there, pieces)
     items, hops = thought.items[0, :told].tolist(), thought.hops[0, :told].tolist()
     thinker = recommender
     while not hasattr(thinker, "growing"):  # a ranker behind it has another last word
@@ -69,3 +69,21 @@ def explained(
     if thinker is not recommender:
         steps.append({**last, "text": "a ranker put all candidates in order", "weight": None})
     return {"before": pairs_of(before, 0, SHOWN), "steps": steps}
+
+
+def grounds(
+    evidence: Evidence, history: np.ndarray, items: list[int], user: int
+) -> list[dict[str, Any]]:
+    """What speaks for items that a method found without a thought: steps as those of `explained`.
+
+    Items for which no hop does are left out; `weight` and `ranking` are None.
+    """
+    pieces = evidence.gather(history[None], np.array([user]))
+    hops = dict(zip(pieces.items[0].tolist(), pieces.hops[0].tolist(), strict=True))
+    items = [item for item in items if item in hops]
+    why = reasons(evidence, history, items, [hops[item] for item in items], user)
+    return [
+        {"item": item, "hop": HOPS[hops[item]], "text": one.text, "via": one.via}
+        | {"weight": None, "ranking": None}
+        for item, one in zip(items, why, strict=True)
+    ]
