@@ -77,12 +77,8 @@ class Recommender:
         return self._table(self._items(items, "items").tolist())
 
     def history(self, user: Any) -> pa.Table:
-        """What a user of the log took, oldest first: item_id, title.
-
-        Raises:
-            StreamctlError: the log has no such user.
-        """
-        return self._table(self._split.log.of(self._user(user)).tolist())
+        """What a user took, oldest first: item_id, title; nothing of one whom the log lacks."""
+        return self._table(self._taken(user).tolist())
 
     def recommend(
         self, history: Iterable[Any] | None = None, k: int = 10, *, user: Any = None,
@@ -91,8 +87,8 @@ class Recommender:
     ) -> pa.Table:  # fmt: skip
         """The k best items of the whole catalogue: item_id, title, score, best first.
 
-        A history of no items is answered with the popular ones, and stderr says so. The metadata
-        of the schema name the `method`.
+        A history of no items, or a user whom the log lacks, is answered with the popular items, and
+        stderr says so. The metadata of the schema name the `method`.
 
         Args:
             history: item ids, oldest first.
@@ -106,7 +102,7 @@ class Recommender:
 
         Raises:
             UsageError: neither history nor user, or a number out of its range.
-            StreamctlError: an unknown item or user; names the nearest.
+            StreamctlError: an unknown item; names the nearest.
         """
         asked = self._question(history, user, exclude, allow, keep_seen)
         method, ranking = self._ask([asked], k, think, diversity)
@@ -226,10 +222,12 @@ class Recommender:
         return load_method(self._source, "popularity")
 
     def _user(self, user: Any) -> int:
-        [name] = _texts([user], "user")
-        if name not in self._users:
-            raise StreamctlError(f"user {name!r} is not in the log ({len(self._users):,} users)")
-        return self._users[name]
+        """Number of a user, -1 for None and for a stranger."""
+        return -1 if user is None else self._users.get(*_texts([user], "user"), -1)
+
+    def _taken(self, user: Any) -> np.ndarray:
+        number = self._user(user)
+        return self._split.log.of(number).astype(np.int64) if number >= 0 else np.zeros(0, np.int64)
 
     def _items(self, ids: Iterable[Any], what: str) -> np.ndarray:
         return np.array([self._catalog.index(item) for item in _texts(ids, what)], np.int64)
@@ -240,16 +238,12 @@ class Recommender:
     ) -> _Question:  # fmt: skip
         if history is None and user is None:
             raise UsageError("give a history (item ids, oldest first) or a user")
-        if history is None:
-            seen = self._split.log.of(self._user(user)).astype(np.int64)
-        else:
-            seen = self._items(history, "history")
-        number = -1 if user is None else self._users.get(*_texts([user], "user"), -1)
+        seen = self._taken(user) if history is None else self._items(history, "history")
         barred = [self._catalog.find(item) for item in _texts(exclude, "exclude")]
         barred = [item for item in barred if item is not None]
         barred = np.union1d(np.array(barred, np.int64), seen[:0] if keep_seen else seen)
         wanted = None if allow is None else self._items(allow, "allow")
-        return _Question(seen[-self._split.history :], number, barred, wanted)
+        return _Question(seen[-self._split.history :], self._user(user), barred, wanted)
 
     def _ask(
         self, asked: Sequence[_Question], k: int, think: int | None, diversity: float = 0.0
@@ -265,7 +259,7 @@ class Recommender:
         name, method = self.method, self._method
         if not len(asked[0].history):
             name, method = "popularity", self._popular
-            say("popular items answer a history of no items")
+            say("nothing is known of the user: the popular items answer")
         if diversity:
             method = Diverse(method, vectors(self._texts), diversity)
         with torch.inference_mode():

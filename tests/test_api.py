@@ -186,7 +186,6 @@ def test_histories_are_any_list_of_ids(rec):
         ({"history": ["i001", None]}, "history: id 2 is empty"),
         ({"history": ["i001", "i9999"]}, "item 'i9999' is not in the catalogue"),
         ({"history": ["i001"], "allow": ["nothing"]}, "item 'nothing' is not in the catalogue"),
-        ({"user": "nobody"}, "user 'nobody' is not in the log"),
         ({"history": ["i001"], "k": 0}, "k is 0; it must be 1 to 1,000"),
         ({"history": ["i001"], "k": 1001}, "k is 1001"),
         ({"history": ["i001"], "k": None}, "k is None"),
@@ -206,7 +205,9 @@ def test_a_history_of_no_items_gets_the_popular_ones(rec, run, capsys):
     assert told.schema.metadata[b"method"] == b"popularity"
     best = [load_data(run)[0].index(item) for item in told["item_id"].to_pylist()]
     assert counts[best].tolist() == sorted(counts, reverse=True)[:4]
-    assert "popular" in capsys.readouterr().err
+    assert "popular items answer" in capsys.readouterr().err
+    assert rec.recommend(user="nobody", k=4).equals(told)
+    assert len(rec.history("nobody")) == 0 == len(rec.explain(user="nobody"))
 
 
 def test_a_table_of_users_is_answered_as_each_would_be_alone(rec):
@@ -224,8 +225,8 @@ def test_a_table_of_users_is_answered_as_each_would_be_alone(rec):
     for row, one in zip(rows, alone, strict=False):
         assert row["items"] == one["item_id"].to_pylist() and row["problem"] is None
         assert row["scores"] == pytest.approx(one["score"].to_pylist(), rel=1e-4)
-    assert [row["method"] for row in rows] == ["stream_sft"] * 3 + [None, "popularity", None]
-    assert "nobody" in rows[3]["problem"] and "unknown" in rows[5]["problem"]
+    assert [row["method"] for row in rows] == ["stream_sft"] * 3 + ["popularity"] * 2 + [None]
+    assert rows[3]["problem"] is None and "unknown" in rows[5]["problem"]
     assert len(rec.recommend_many(given.head(0))) == 0
     with pytest.raises(sc.StreamctlError, match="no column user_id or history"):
         rec.recommend_many(given.select("age"))
