@@ -143,7 +143,6 @@ def test_the_sixty_seconds_in_the_terminal_run(shop, monkeypatch, capsys):
 
 
 def test_the_sixty_seconds_in_python_run(shop, monkeypatch, capsys):
-    pytest.importorskip("streamctl.api")
     content = next(text for language, text in blocks(README) if language == "python")
     fit = next(line for line in content.splitlines() if "sc.fit(" in line)
     monkeypatch.chdir(shop)
