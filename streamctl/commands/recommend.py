@@ -163,7 +163,10 @@ def ask(
         "thought": thought,
     }
     lists = {name: table.to_pylist() for name, table in tables.items()}
-    return {"run": str(recommender.run), "method": recommender.method, **lists}
+    for step in lists["thought"]:  # the title of what would be first if it ended there
+        best = recommender.named((step["ranking"] or [])[:1])["title"].to_pylist()
+        step["first"] = best[0] if best else None
+    return {"run": recommender.run.resolve().name, "method": recommender.method, **lists}
 
 
 def show(answer: dict[str, Any]) -> None:
@@ -185,7 +188,8 @@ def show(answer: dict[str, Any]) -> None:
         console.print(f"  {number}. {step['reason']}")
         if ranking := step["ranking"]:
             new = sum(item not in before for item in ranking)
-            console.print(f"        now first: {ranking[0]}; {new} new among {len(ranking)}")
+            told = f"        now first: {step['first']}; {new} new among {len(ranking)}"
+            console.print(told, style="dim")
             before = ranking
     table = Table(title="Recommended", title_justify="left")
     for name in ("", "item", "title", "score"):
