@@ -241,8 +241,6 @@ class Service:
             Problem: 429 for a full queue, 504 for a deadline.
         """
         arrived, served = time.monotonic(), self.served
-        if not served.models:
-            raise Problem(503, "the model is loading", retry_after=2)
         jobs = []
         for number, query in enumerate(queries):
             prefix = f"/requests/{number}" if len(queries) > 1 else ""
