@@ -317,6 +317,10 @@ def test_large_catalogues_are_searched_by_an_inverted_file_of_stated_recall(monk
     exact = np.argsort(-(unit(rows) @ unit(rows).T), axis=1)[:, 1:6]
     assert not (near == np.arange(3000)[:, None]).any() and (near >= 0).all()
     assert np.mean([len(set(a) & set(b)) for a, b in zip(near, exact, strict=True)]) > 4.5
+    asked = rows[:3].astype(np.float32)
+    monkeypatch.setattr(module, "VectorIndex", None)  # no index is built for a question asked once
+    found, _ = module.nearest(rows.astype(np.float32), asked, 6)
+    assert np.array_equal(found[:, 1:], exact[:3])
     assert VectorIndex(rows[:900].astype(np.float32)).report() == {"index": "flat", "recall": 1.0}
 
 
