@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from streamctl.errors import StreamctlError
 from streamctl.runs import RunDir
+from streamctl.stage import SCHEMA
 
 SOURCES = sorted(
     path
@@ -102,7 +103,8 @@ def test_an_array_that_holds_pickled_objects_is_refused(tmp_path):
     stage = tmp_path / "tokenizer"
     stage.mkdir()
     np.save(stage / "x.npy", np.array([{"a": 1}], dtype=object))
-    manifest = {"hash": "", "artifacts": {"x.npy": ""}, "parents": {}, "config": {}}
+    names = {"x.npy": ""}
+    manifest = {"schema": SCHEMA, "hash": "", "artifacts": names, "parents": {}, "config": {}}
     (stage / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises((ValueError, StreamctlError), match="allow_pickle"):
         run.stage("tokenizer").array("x.npy")
