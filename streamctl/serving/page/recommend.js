@@ -56,8 +56,9 @@ function find(words) {
   newest("search", async (signal) => {
     const path = `v1/items?limit=12&q=${encodeURIComponent(words)}`;
     const found = await call(path, undefined, signal);
+    const kept = options[chosen]?.id;
     options = found.items;
-    chosen = -1;
+    chosen = options.findIndex((item) => item.id === kept);
     showFound(found.total);
   });
 }
@@ -67,7 +68,7 @@ function showFound(total) {
   const rows = options.map((item, index) =>
     make(
       "li",
-      { role: "option", id: `option-${index}`, "aria-selected": "false", onmousedown: () => add(item) },
+      { role: "option", id: `option-${index}`, "aria-selected": String(index === chosen), onmousedown: () => add(item) },
       item.title,
     ),
   );
@@ -78,7 +79,7 @@ function showFound(total) {
   list.replaceChildren(...rows);
   list.hidden = document.activeElement !== byId("search");
   byId("search").setAttribute("aria-expanded", String(!list.hidden));
-  byId("search").removeAttribute("aria-activedescendant");
+  if (chosen < 0) byId("search").removeAttribute("aria-activedescendant");
 }
 
 function closeFound() {
