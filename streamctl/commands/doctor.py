@@ -83,7 +83,7 @@ def _version(name: str) -> dict[str, str]:
 def _processor() -> dict[str, str]:
     flags: set[str] = set()
     if (info := Path("/proc/cpuinfo")).exists():
-        lines = info.read_text(errors="replace").splitlines()
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         named = [line for line in lines if line.lower().startswith(("flags", "features"))]
         flags = set(named[0].split()) if named else flags
     has = ", ".join(flag for flag in FLAGS if flag in flags) or "no vector features reported"

@@ -325,11 +325,12 @@ def fit(
             state.judge(state.result.start, 0, None)
             state.result.epochs = 0
             state.save()
-        while state.step < steps and not state.stopped:
+        # Parts are counted as they are judged: one may have been saved whole and not judged yet.
+        while state.result.epochs * every < steps and not state.stopped:
+            end = min((state.result.epochs + 1) * every, steps)
             if before_epoch is not None:
-                before_epoch(state.step // order.per_epoch)
+                before_epoch(min(state.step, end - 1) // order.per_epoch)
             began, begun_at = time.monotonic(), state.weight
-            end = min((state.step // every + 1) * every, steps)
             module.train()
             for data in _load(examples, order, range(state.step, end), device):
                 warmup = getattr(config, "warmup", 0.05)
