@@ -133,7 +133,7 @@ def main():
     receipt = {
         **provenance(f"thinker-{args.save or args.run.name}"),
         "command": f"python benchmarks/thinker.py RUN --users {args.users}",
-        "protocol": "leave-one-out, full catalogue, no re-ranker, no validation labels",
+        "protocol": "leave-one-out, full catalogue, no re-ranker; validation: epochs, trust",
         "config": {
             stage: run.stage(stage).manifest["config"]
             for stage in ("tokenizer", "pretrain", "annotate", "sft", "rl")
