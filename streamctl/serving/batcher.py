@@ -122,11 +122,14 @@ class Batcher:
             for one in waiting:
                 one.future.cancel()
 
-    async def serve(self, compute: Callable[[list[Any]], Awaitable[list[Any]]]) -> None:
+    async def serve(
+        self, compute: Callable[[list[Any]], Awaitable[list[Any]]], died: asyncio.Future
+    ) -> None:
         """Have one model compute batches until it dies; other models may do so at the same time.
 
         Args:
             compute: jobs of one group -> their answers, an exception where one has none.
+            died: done, with the reason, once the model is dead.
 
         Raises:
             Gone: the model died; its batch is at the head of the queue again.
@@ -135,7 +138,8 @@ class Batcher:
         batch: list[_Waiting] = []
         try:
             while True:
-                batch = await self._next()
+                batch = []
+                batch = await self._next_unless(died)
                 await self._compute(batch, compute)
         except Gone as gone:
             for one in reversed(batch):
@@ -173,6 +177,21 @@ class Batcher:
                 one.future.set_exception(answer)
             else:
                 one.future.set_result(Timed(answer, waited, took, len(batch)))
+
+    async def _next_unless(self, died: asyncio.Future) -> list[_Waiting]:
+        """`_next`, for a model that may die while nobody asks for anything.
+
+        Raises:
+            Gone: it did.
+        """
+        taking = asyncio.ensure_future(self._next())
+        try:
+            await asyncio.wait((taking, died), return_when=asyncio.FIRST_COMPLETED)
+            if taking.done():
+                return taking.result()
+            raise Gone(died.result())
+        finally:
+            taking.cancel()
 
     async def _next(self) -> list[_Waiting]:
         """The oldest job that is still wanted, and the next ones of its group."""

@@ -73,13 +73,17 @@ class Model:
                 self._process.stdin.write(json.dumps([what, details]).encode() + b"\n")
                 await self._process.stdin.drain()
             except (ConnectionError, RuntimeError):
-                raise Gone(f"exit code {await self._process.wait()}") from None
+                raise Gone(await self.died()) from None
             return await self._answer()
+
+    async def died(self) -> str:
+        """Wait until the process has ended; how it did."""
+        return f"exit code {await self._process.wait()}"
 
     async def _answer(self) -> Any:
         line = await self._process.stdout.readline()
         if not line.endswith(b"\n"):
-            raise Gone(f"exit code {await self._process.wait()}")
+            raise Gone(await self.died())
         kind, value = json.loads(line)
         if kind == "refused":
             raise Refused(*value)

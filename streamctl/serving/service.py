@@ -116,8 +116,9 @@ class Served:
     async def _keep(self, model: Model) -> None:
         """Have a model answer; when it dies, another."""
         while True:
+            died = asyncio.ensure_future(model.died())
             try:
-                await self.batcher.serve(lambda jobs, model=model: _compute(model, jobs))
+                await self.batcher.serve(lambda jobs, model=model: _compute(model, jobs), died)
             except Gone as gone:
                 self.models.remove(model)
                 metrics.MODELS.set(len(self.models))
