@@ -44,7 +44,7 @@ class Validator:
         thoughts: Thoughts | None = None,
         deep: bool = False,
     ) -> dict[str, float]:
-        """recall@10 and ndcg@10, seen items left in.
+        """recall@10 and ndcg@10, seen items left out, as methods are judged.
 
         Args:
             think: l think tokens of the model's own, chosen greedily.
@@ -66,6 +66,7 @@ class Validator:
             ranking, _ = recommend(
                 self.policy, self.trie, history, depth, think=think, decoder=decoder,
                 thoughts=given, beam=50 if deep else 20, seed=self.seed,
+                exclude=self.examples.seen(rows),
             )  # fmt: skip
             found[rows] = target_ranks(ranking.items.cpu().numpy(), targets)
         self.policy.train(training)
