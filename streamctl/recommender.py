@@ -28,6 +28,7 @@ from streamctl.retrieval.evidence import Evidence
 from streamctl.runs import RunDir
 from streamctl.tokenizer import vectors
 
+POPULAR = "popularity"  # answers where nothing is known of a user
 MOST = 1000  # items of one ranking, pieces of one thought
 BATCH = 512  # users answered together
 _KINDS = {
@@ -106,6 +107,8 @@ class Recommender:
         """
         asked = self._question(history, user, exclude, allow, keep_seen)
         method, ranking = self._ask([asked], k, think, diversity)
+        if not len(asked.history):
+            say("nothing is known of the user: the popular items answer")
         items, scores = _listed(ranking, 0)
         return self._table(items, score=scores).replace_schema_metadata({"method": method})
 
@@ -127,6 +130,10 @@ class Recommender:
         if not names:
             raise UsageError(f"users: no column user_id or history; it has {table.column_names}")
         table = table.select(names)
+        if "history" in names and not _holds_lists(table.schema.field("history").type):
+            raise UsageError(
+                f"history: {table.schema.field('history').type}, not lists of item ids"
+            )
         self._question([], None, exclude, allow, keep_seen)  # mistakes of the call, not of a row
         found: dict[str, list[Any]] = {
             name: [None] * len(table) for name in ("items", "scores", "method", "problem")
@@ -219,7 +226,7 @@ class Recommender:
 
     @cached_property
     def _popular(self) -> Method:
-        return load_method(self._source, "popularity")
+        return load_method(self._source, POPULAR)
 
     def _user(self, user: Any) -> int:
         """Number of a user, -1 for None and for a stranger."""
@@ -258,8 +265,7 @@ class Recommender:
             histories[row, : len(one.history)] = torch.from_numpy(one.history)
         name, method = self.method, self._method
         if not len(asked[0].history):
-            name, method = "popularity", self._popular
-            say("nothing is known of the user: the popular items answer")
+            name, method = POPULAR, self._popular
         if diversity:
             method = Diverse(method, vectors(self._texts), diversity)
         with torch.inference_mode():
@@ -280,6 +286,10 @@ class Recommender:
             for name, texts in names.items()
         } | columns
         return pa.table({name: _array(name, values) for name, values in columns.items()})
+
+
+def _holds_lists(kind: pa.DataType) -> bool:
+    return kind == pa.null() or "list" in str(kind).partition("<")[0]
 
 
 def _array(name: str, values: list[Any]) -> pa.Array:

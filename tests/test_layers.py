@@ -15,7 +15,7 @@ LAYERS = (
     "cache", "errors", "progress", "distributed", "device", "files", "config", "provenance",
     "stage", "runs",
     "kernels", "data", "tokenizer", "retrieval", "ranking", "model", "decode", "training", "rerank",
-    "baselines", "evaluation", "pipeline", "recommender", "api", "serving", "commands",
+    "baselines", "evaluation", "pipeline", "recommender", "bulk", "api", "serving", "commands",
     "cli", "__init__", "__main__",
 )  # fmt: skip
 

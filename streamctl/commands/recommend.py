@@ -11,8 +11,6 @@ from streamctl.commands.options import Device, Json, Run, print_json, print_tabl
 
 if TYPE_CHECKING:
     from streamctl.recommender import Recommender
-    from streamctl.serving.schemas import Query
-
 
 SHOWN = 20  # latest items of a history
 
@@ -49,11 +47,15 @@ def command(
     ] = False,
     input_: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--input", help="Parquet of users to answer in bulk (user_id or history)."),
+        typer.Option("--input", help="Parquet of users (user_id or history), or a folder of such."),
     ] = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", help="Where the bulk answers go, as parquet."),
+        typer.Option("--output", help="Parquet of their answers, or a folder of such."),
+    ] = None,
+    on: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--on", help="ray: on a Ray cluster [default: here].", metavar="ray"),
     ] = None,
     device: Device = "auto",
     json_: Json = False,
@@ -64,11 +66,11 @@ def command(
 
     A file's answers stand in the order of its rows; a row that has none says why in `problem`.
     Stopped and called again it goes on; `torchrun --nproc-per-node N -m -- streamctl recommend ...`
-    shares the rows among N workers.
+    shares the rows among N workers, `--on ray` among those of a Ray cluster.
 
     Reads: the stages of the method that answers; with --input, a parquet with a column user_id or
-    history (item ids, oldest first), and what came while the run was served.
-    Writes: nothing, or the file that --output names.
+    history (item ids, oldest first), or all of a folder.
+    Writes: nothing, or what --output names.
     Example: `streamctl recommend --run runs/mine --history i4,i7 -k 5`.
     Next: `streamctl serve --run RUN` answers the same over HTTP.
     """
@@ -86,18 +88,15 @@ def command(
         raise UsageError(f"give one of --user, --history and --input, not {given}")
     if (input_ is None) != (output is None):
         raise UsageError("--input and --output go together")
+    if on not in (None, "ray") or (on and input_ is None):
+        raise UsageError("--on takes ray, and goes with --input")
     if input_ is not None:
-        from streamctl.serving.bulk import recommend_file
+        from streamctl.bulk import recommend_files
 
-        question = checked(
-            user_id="of each row",
-            k=k,
-            exclude_seen=not keep_seen,
-            diversity=diversity,
-            think="auto" if think is None else think,
-            method=method or "auto",
-        )
-        summary = recommend_file(RunDir(run), input_, output, question, device=device)
+        summary = recommend_files(
+            RunDir(run), input_, output, method=method, device=device, on_ray=on == "ray",
+            k=k, think=think, diversity=diversity, keep_seen=keep_seen,
+        )  # fmt: skip
         print_json(summary) if json_ else show_summary(summary)
         return
     ids = history and history_ids(history)
@@ -125,21 +124,6 @@ def history_ids(values: list[str]) -> list[str]:
         reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
         raise UsageError(f"--history {value}: cannot be read: {reason}") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def checked(**fields: Any) -> Query:
-    """A query whose values are within their limits; otherwise a UsageError names the option."""
-    from pydantic import ValidationError
-
-    from streamctl.errors import UsageError
-    from streamctl.serving.schemas import Query
-
-    try:
-        return Query(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = first["loc"][0] if first["loc"] else "query"
-        raise UsageError(f"--{name}: {first['msg']}") from error
 
 
 def show_summary(summary: dict[str, Any]) -> None:

@@ -1,0 +1,254 @@
+"""`recommend --input`: files of users, whatever interrupts it and however many share the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from serving_run import make_run
+
+import streamctl as sc
+from streamctl import bulk
+from streamctl.bulk import recommend_files
+from streamctl.data import load_data
+from streamctl.errors import StreamctlError, UsageError
+
+QUESTION = {"k": 5, "device": "cpu"}
+pytestmark = pytest.mark.xdist_group("bulk")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("bulk") / "run")
+
+
+@pytest.fixture(scope="module")
+def users(run, tmp_path_factory):
+    """130 rows in row groups of 50: users of the log, and two that nobody knows."""
+    known = load_data(run)[1].log.user_ids
+    ids = [*known[:100], "nobody", *known[:28], "nothing"]
+    path = tmp_path_factory.mktemp("input") / "users.parquet"
+    pq.write_table(pa.table({"age": range(len(ids)), "user_id": ids}), path, row_group_size=50)
+    return path
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(bulk, "PART", 16)
+
+
+@pytest.fixture(scope="module")
+def whole(run, users, tmp_path_factory):
+    """The answers to all users, in one go."""
+    path = tmp_path_factory.mktemp("whole") / "whole.parquet"
+    recommend_files(run, users, path, **QUESTION)
+    return pq.read_table(path)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return pq.read_table(path).to_pylist()
+
+
+def folder_of(users: Path, folder: Path) -> Path:
+    """The same rows as three files in two folders."""
+    table = pq.read_table(users)
+    for name, first, last in (("a", 0, 40), ("b", 40, 90), ("more/c", 90, 130)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.slice(first, last - first), folder / f"{name}.parquet")
+    return folder
+
+
+def test_every_row_gets_the_answer_that_it_would_get_alone(run, users, tmp_path, small_parts):
+    output = tmp_path / "recs.parquet"
+    summary = recommend_files(run, users, output, **QUESTION)
+    assert summary["complete"] and (summary["rows"], summary["popular"]) == (130, 2)
+    rows = rows_of(output)
+    assert [row["user_id"] for row in rows] == pq.read_table(users)["user_id"].to_pylist()
+    recommender = sc.load(run.path, device="cpu")
+    for row in rows[::9]:
+        alone = recommender.recommend(user=row["user_id"], k=5)
+        assert row["items"] == alone["item_id"].to_pylist()
+        assert row["scores"] == pytest.approx(alone["score"].to_pylist(), abs=1e-4)
+        assert row["problem"] is None and row["method"] == "stream_sft"
+    assert rows[100]["method"] == rows[129]["method"] == "popularity"
+    assert rows[100]["items"] == rows[129]["items"] and len(rows[100]["items"]) == 5
+    assert not output.with_name("recs.parquet.parts").exists()
+
+
+def test_histories_may_be_given_and_count_before_users(run, tmp_path):
+    path, output = tmp_path / "users.parquet", tmp_path / "recs.parquet"
+    catalog, split = load_data(run)
+    items = catalog.ids
+    histories = [items[:3], items[5:100], [], ["unheard-of"], None]
+    users = ["stranger", "stranger", "stranger", "stranger", split.log.user_ids[0]]
+    pq.write_table(pa.table({"history": histories, "user_id": users}), path)
+    summary = recommend_files(run, path, output, **QUESTION)
+    rows = rows_of(output)
+    assert [bool(row["items"]) for row in rows] == [True, True, True, False, True]
+    assert not set(rows[1]["items"]) & set(items[5:100])
+    assert "unheard-of" in rows[3]["problem"]
+    assert (summary["problems"], summary["popular"], summary["answered"]) == (1, 1, 4)
+
+
+def test_rows_with_nulls_are_told_what_is_missing(run, tmp_path):
+    path, output = tmp_path / "users.parquet", tmp_path / "recs.parquet"
+    known = load_data(run)[0].ids[0]
+    histories = [None, [known, None], [None], [known]]
+    table = {"history": pa.array(histories, pa.list_(pa.string())), "user_id": [None] * 4}
+    pq.write_table(pa.table(table), path)
+    assert recommend_files(run, path, output, **QUESTION)["problems"] == 3
+    first, second, third, last = (row["problem"] for row in rows_of(output))
+    assert "history" in first and "id 2 is empty" in second and "id 1 is empty" in third
+    assert last is None
+
+
+def test_a_killed_job_goes_on_where_it_was_and_ends_the_same(
+    run, users, whole, tmp_path, small_parts
+):
+    output = tmp_path / "recs.parquet"
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from streamctl import bulk; from streamctl.runs import RunDir\n"
+        "bulk.PART, answer, made = 16, bulk.Job.answer, []\n"
+        "def answer_and_die(*given):\n"
+        "    made.append(answer(*given))\n"
+        "    if len(made) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return made[-1]\n"
+        "bulk.Job.answer = answer_and_die\n"
+        "run, source, output = map(Path, sys.argv[1:])\n"
+        "bulk.recommend_files(RunDir(run), source, output, k=5, device='cpu')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, run.path, users, output])
+    assert killed.returncode == -signal.SIGKILL
+    parts = output.with_name("recs.parquet.parts")
+    assert not output.exists() and len(list(parts.glob("part-*"))) == 3
+    summary = recommend_files(run, users, output, **QUESTION)
+    assert summary["rows"] == 130 - 3 * 16
+    assert pq.read_table(output).equals(whole)
+
+
+def test_a_complete_job_is_left_alone_and_another_question_is_a_new_job(run, users, tmp_path):
+    output = tmp_path / "recs.parquet"
+    recommend_files(run, users, output, **QUESTION)
+    before = output.stat().st_mtime_ns
+    again = recommend_files(run, users, output, **QUESTION)
+    assert again["rows"] == 0 and again["complete"]
+    assert output.stat().st_mtime_ns == before
+    recommend_files(run, users, output, k=2, device="cpu")
+    assert {len(row["items"]) for row in rows_of(output) if not row["problem"]} == {2}
+    recommend_files(run, users, output, k=2, method="popularity", device="cpu")
+    assert {row["method"] for row in rows_of(output)} == {"popularity"}
+    with pytest.raises(UsageError, match="unknown method 'popular'; did you mean popularity"):
+        recommend_files(run, users, output, method="popular", device="cpu")
+
+
+def test_a_folder_is_answered_file_by_file_and_only_what_is_new(run, users, whole, tmp_path):
+    source, output = folder_of(users, tmp_path / "users"), tmp_path / "recs"
+    summary = recommend_files(run, source, output, **QUESTION)
+    assert summary["complete"] and summary["rows"] == 130
+    names = ("a", "b", "more/c")
+    answers = [pq.read_table(output / f"{name}.parquet") for name in names]
+    assert pa.concat_tables(answers).equals(whole)
+    shutil.copy(source / "a.parquet", source / "d.parquet")
+    assert recommend_files(run, source, output, **QUESTION)["rows"] == 40
+    (output / "b.parquet").unlink()
+    assert recommend_files(run, source, output, **QUESTION)["rows"] == 50
+    with pytest.raises(UsageError, match="inside the input"):
+        recommend_files(run, source, source / "recs", **QUESTION)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(StreamctlError, match=r"no \.parquet file"):
+        recommend_files(run, tmp_path / "nothing", output, **QUESTION)
+
+
+def test_ids_that_are_numbers_are_read_as_in_logs(tmp_path):
+    rows = [(user, (user + step) % 9, step) for user in range(12) for step in range(6)]
+    log = dict(
+        zip(("user_id", "item_id", "timestamp"), map(list, zip(*rows, strict=True)), strict=True)
+    )
+    sc.prepare(pa.table(log), None, tmp_path / "run", min_item=1)
+    path = tmp_path / "users.parquet"
+    pq.write_table(pa.table({"history": [[1, 2], None], "user_id": [None, 3]}), path)
+    run = bulk.RunDir(tmp_path / "run")
+    recommend_files(run, path, tmp_path / "recs", method="popularity", **QUESTION)
+    first, second = rows_of(tmp_path / "recs")
+    assert not {"1", "2"} & set(first["items"]) and len(first["items"]) == 5
+    assert not {*"345678"} & set(second["items"]) and second["problem"] is None
+
+
+def test_two_torchrun_workers_write_what_one_does(run, users, whole, tmp_path):
+    output = tmp_path / "recs.parquet"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "streamctl", "--", "recommend", "-k", "5", "--json"]
+    paths = ["--run", run.path, "--input", users, "--output", output, "--device", "cpu"]
+    done = subprocess.run(
+        [*command, *map(str, paths)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first = json.loads(done.stdout)
+    assert (first["rows"], first["world_size"], first["complete"]) == (130, 2, True)
+    assert pq.read_table(output).equals(whole)
+
+
+@pytest.mark.parametrize("damage", ["text", "columns", "type", "cut"])
+def test_an_input_that_cannot_be_read_is_named(run, tmp_path, damage):
+    path = tmp_path / "users.parquet"
+    if damage == "text":
+        path.write_text("user_id\nu001\n")
+    elif damage == "columns":
+        pq.write_table(pa.table({"customer": ["u001"]}), path)
+    elif damage == "type":
+        pq.write_table(pa.table({"history": ["u001"]}), path)
+    else:
+        pq.write_table(pa.table({"user_id": [f"u{n:03}" for n in range(150)]}), path)
+        content = bytearray(path.read_bytes())
+        content[4:300] = bytes(296)
+        path.write_bytes(content)
+    match = "history: string, not lists" if damage == "type" else r"users\.parquet"
+    with pytest.raises(StreamctlError, match=match):
+        recommend_files(run, path, tmp_path / "recs.parquet", **QUESTION)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of two workers on this machine."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'streamctl[ray]'")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, object_store_memory=1 << 27)
+    yield ray
+    ray.shutdown()
+
+
+def test_on_ray_no_row_is_lost_or_there_twice_when_a_worker_is_killed(
+    run, users, whole, tmp_path, cluster, monkeypatch
+):
+    source, output = folder_of(users, tmp_path / "users"), tmp_path / "recs"
+    mark = tmp_path / "killed"
+    answer = bulk.Job.answer
+
+    def answer_or_die(job: bulk.Job, part: bulk.Part):
+        if part.source.name == "b.parquet" and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer(job, part)
+
+    monkeypatch.setattr(bulk.Job, "answer", answer_or_die)
+    summary = recommend_files(run, source, output, on_ray=True, **QUESTION)
+    assert mark.exists() and summary["complete"] and summary["rows"] == 130
+    answers = [pq.read_table(output / f"{name}.parquet") for name in ("a", "b", "more/c")]
+    assert pa.concat_tables(answers).equals(whole)
+
+
+def test_on_ray_an_error_is_told_as_it_would_be_here(run, tmp_path, cluster):
+    path = tmp_path / "users.parquet"
+    pq.write_table(pa.table({"history": ["u001"]}), path)
+    with pytest.raises(UsageError, match="not lists of item ids"):
+        recommend_files(run, path, tmp_path / "recs.parquet", on_ray=True, **QUESTION)
