@@ -271,7 +271,7 @@ def test_a_stranger_s_row_is_found_and_not_by_themselves():
     evidence = made(shop(), sizes=(10, 0, 0, 0, 10, 0))
     new = USERS + 5
     vectors = np.eye(8, dtype=np.float32)[:1]
-    evidence.add_items(vectors, np.arange(6)[None])
+    evidence.add_items(vectors)
     evidence.append(new, [2, 7, ITEMS])
     assert ITEMS in evidence.gather(np.array([[2, 7]])).items
     assert ITEMS not in evidence.gather(np.array([[2, 7]]), [new]).items
@@ -280,8 +280,24 @@ def test_a_stranger_s_row_is_found_and_not_by_themselves():
 def test_a_new_item_is_alike_to_those_that_it_is_near():
     evidence = made(shop(), sizes=(0, 10, 0, 0, 0, 0))
     twin = evidence.vectors[3]
-    evidence.add_items(twin[None], np.array([[3, 1, 2, 4, 5, 6]]))
+    evidence.add_items(twin[None])
     assert evidence.gather(np.array([[9, 3]])).items[0, 0] == ITEMS
+
+
+@pytest.mark.parametrize("sizes", [[300], [1] * 20 + [280], [150, 150]])
+def test_new_items_have_the_same_neighbours_however_many_come_at_once(sizes):
+    """So that a server that starts again answers as before; among them are some exact copies."""
+    new = np.random.default_rng(2).standard_normal((300, 8)).astype(np.float32)
+    new[50:60] = new[0]
+    plain, grouped = made(shop()), made(shop())
+    for item in new:
+        plain.add_items(item[None])
+    for part in np.split(new, np.cumsum(sizes)[:-1]):
+        grouped.add_items(part)
+    np.testing.assert_array_equal(grouped.neighbours, plain.neighbours)
+    cosines = grouped.vectors @ grouped.vectors[ITEMS + 9]
+    expected = np.argsort(-cosines[: ITEMS + 9], kind="stable")[:5]  # the sixth may be a newer one
+    np.testing.assert_array_equal(grouped.neighbours[ITEMS + 9, :5], expected)
 
 
 def test_features_are_named_and_finite_and_nothing_where_no_piece_is():

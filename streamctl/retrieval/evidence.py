@@ -11,7 +11,7 @@ from streamctl.kernels import threads
 from streamctl.retrieval import gathering
 from streamctl.retrieval.memory import Memory
 from streamctl.retrieval.transitions import NEXT, Transitions, pair_weights
-from streamctl.tokenizer.neighbours import unit
+from streamctl.tokenizer.neighbours import earlier_neighbours, unit
 
 HOPS = ("next", "alike", "next of next", "next of alike", "others", "own")
 SIZES = (32, 32, 32, 16, 32, 0)  # the most pieces that each hop brings; 0 leaves it out
@@ -236,20 +236,22 @@ class Evidence:
         """Users before this one who have rows: those with a sequence."""
         return int((np.diff(self._offsets[: user + 1]) > 0).sum())
 
-    def add_items(self, vectors: np.ndarray, neighbours: np.ndarray) -> None:
+    def add_items(self, vectors: np.ndarray) -> None:
         """New items at the end of the catalogue, which nobody took yet.
 
-        Each also takes the last place among its neighbours' neighbours where it is nearer.
+        Each is a neighbour of the items before it, and takes the last place among its neighbours'
+        neighbours where it is nearer: the same, however many come in one call.
 
         Args:
-            vectors: (A, D) float32. neighbours: (A, K) int, items known before.
+            vectors: (A, D) float32.
         """
         first, count = self.n_items, len(vectors)
         self.vectors = np.concatenate([self.vectors, unit(vectors)])
-        self.neighbours = np.concatenate([self.neighbours, neighbours.astype(np.int32)])
         self.popularity = np.concatenate([self.popularity, np.zeros(count, np.int64)])
         self.transitions.add_items(count)
         self.memory.add_items(count)
+        near = earlier_neighbours(self.vectors, first, self.neighbours.shape[1])
+        self.neighbours = np.concatenate([self.neighbours, near.astype(np.int32)])
         for item in range(first, first + count):
             for other in self.neighbours[item]:
                 last = self.neighbours[other, -1]

@@ -121,9 +121,8 @@ class LiveCatalog:
         """Whatever knows fewer items than there are learns the rest."""
         base, size = self.store.base, len(self._counts)
         for evidence in self._evidence:
-            if (first := evidence.n_items) < size:
-                vectors, width = self.vectors[first:], evidence.neighbours.shape[1]
-                evidence.add_items(vectors, nearest(self.vectors[:first], vectors, width)[0])
+            if evidence.n_items < size:
+                evidence.add_items(self.vectors[evidence.n_items :])
         for part in self._parts:
             if hasattr(part, "popular"):
                 part.popular = F.pad(part.popular, (0, size - len(part.popular)), value=LAST)

@@ -13,6 +13,8 @@ EXACT = 100_000  # vectors up to which every pair is compared
 RECALL = 0.95  # of the exact neighbours, which an inverted file is made to find
 SAMPLE = 500  # vectors on which that is measured
 ROWS = 16_384  # queries at once
+TOGETHER = 256  # new items at once: each is compared with those of the call before it, too
+SPARE = 16  # candidates beyond the wanted ones
 
 
 def vectors(run: RunDir) -> np.ndarray:
@@ -104,6 +106,26 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarra
     return np.take_along_axis(found, order, 1).astype(np.int64), np.take_along_axis(
         cosine, order, 1
     )
+
+
+def earlier_neighbours(vectors: np.ndarray, first: int, k: int) -> np.ndarray:
+    """For each item from `first` on the k most alike of the items before it: (N - first, k) int64.
+
+    An item's neighbours do not depend on which others are asked for in the same call. FAISS rounds
+    by how many that are, so it finds some more than k, and float64 puts them in order.
+
+    Args:
+        vectors: (N, D) float32 unit rows. first: k or more.
+    """
+    out = np.empty((len(vectors) - first, k), np.int64)
+    for start in range(first, len(vectors), TOGETHER):
+        queries = vectors[start : start + TOGETHER]
+        found, _ = nearest(vectors[:start], queries, k + SPARE)
+        for row, query in enumerate(queries):
+            candidates = np.append(found[row], np.arange(start, start + row))
+            cosine = (vectors[candidates].astype(np.float64) * query).sum(1)
+            out[start - first + row] = candidates[np.lexsort((candidates, -cosine))[:k]]
+    return out
 
 
 def neighbours(vectors: np.ndarray, k: int, index: VectorIndex | None = None) -> np.ndarray:
