@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -124,20 +124,6 @@ class Ranks:
         for parameter, part, held in zip(parameters, parts, holders, strict=True):
             parameter.grad = part.view_as(parameter) if held else None
         return word
-
-    def mean(
-        self, metrics: Mapping[str, torch.Tensor | float], share: Share
-    ) -> Mapping[str, torch.Tensor | float]:
-        """Means over the whole batch of metrics that are means over each rank's rows."""
-        if self.count == 1:
-            return metrics
-        import torch
-
-        values = [torch.as_tensor(value).detach().double().cpu() for value in metrics.values()]
-        # What a rank without rows found does not count, not even if it is no number.
-        own = torch.stack(values) * share.weight if share.weight else torch.zeros(len(values))
-        total = self._reduce(own.double()) / share.total
-        return dict(zip(metrics, total, strict=True))
 
     def sum(self, array: np.ndarray) -> np.ndarray:
         """The sum of the ranks' arrays, of one shape and dtype."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_model import histories, small_policy
 
-from streamctl.training.annotate import collapsed, describe, infer, perplexity, think_vectors
+from streamctl.training.letter.annotate import collapsed, describe, infer, perplexity, think_vectors
 
 
 def awake_policy(seed: int = 0):

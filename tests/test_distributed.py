@@ -19,8 +19,8 @@ from benchmarks.forks import SETTINGS, SHOP, Commands
 from streamctl.device import resolve_device
 from streamctl.distributed import Ranks, Share
 from streamctl.runs import RunDir
+from streamctl.training.letter.sft import corrupt
 from streamctl.training.losses import state_target_loss
-from streamctl.training.sft import corrupt
 
 pytestmark = pytest.mark.xdist_group("distributed")
 OPTIONS = ["--set", "pretrain.epochs=2", "--set", "pretrain.dropout=0", "--set", "eval.users=20"]

@@ -25,9 +25,9 @@ class Killer:
 
         from streamctl import stage as writing
         from streamctl.tokenizer import stage as tokenizer
-        from streamctl.training import loop, rl
+        from streamctl.training import loop
 
-        loop.CHECKPOINT_EVERY_S = rl.CHECKPOINT_EVERY_S = tokenizer.CHECKPOINT_S = 0.0
+        loop.CHECKPOINT_EVERY_S = tokenizer.CHECKPOINT_S = 0.0
         owner, name = {
             "checkpoint": (writing.StageWriter, "save_checkpoint"),
             "step": (torch.optim.AdamW, "step"),
@@ -81,7 +81,7 @@ KILLS = [
 ]
 
 
-# With the paper's thoughts: rounds of labels, and an RL loop of its own.
+# With the paper's thoughts: rounds of labels, and rollouts of the whole policy.
 LETTER_KILLS = [
     ("annotate", ("checkpoint", "1")),
     ("sft", ("checkpoint", "2")),

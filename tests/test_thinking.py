@@ -25,11 +25,14 @@ from streamctl.ranking import evaluate
 from streamctl.runs import RunDir
 from streamctl.tokenizer import Tokens
 from streamctl.tokenizer.trie import PrefixTrie
-from streamctl.training import thinking
+from streamctl.training import gathered as gathering
+from streamctl.training.annotate import heads_loss, infer, label_all
+from streamctl.training.gathered import Gathered
 from streamctl.training.loop import Batch, batches
 from streamctl.training.material import Material
 from streamctl.training.pretrain import Retrieved
-from streamctl.training.thinking import Explorer, Gathered, Tuner, choice_logprobs, only_thinking
+from streamctl.training.rl import Explorer
+from streamctl.training.sft import Tuner, choice_logprobs, only_thinking
 
 SIZES = (6, 5, 7)
 HOPS = (6, 5, 4, 4, 6, 0)
@@ -328,7 +331,7 @@ def inferred(policy: Policy, length: int = 4):
     found = weigh(policy, evidence.gather(examples.histories(rows), examples.users[rows]))
     history = torch.from_numpy(examples.histories(rows))
     targets = torch.from_numpy(examples.targets[rows])
-    return found, targets, thinking.infer(policy, policy.encode(history), found, targets, length)
+    return found, targets, infer(policy, policy.encode(history), found, targets, length)
 
 
 @torch.no_grad()
@@ -362,9 +365,7 @@ def test_eqs_14_and_15_inside_the_evidence_train_both_heads():
     examples = split_of(*sequences()).train
     gathered = Gathered(made(sequences(), sizes=HOPS), examples)
     rows = np.flatnonzero(examples.lengths == 2)[:10]
-    loss, terms = thinking.heads_loss(
-        policy, batch_of(examples, rows), gathered, AnnotateConfig(length=3)
-    )
+    loss, terms = heads_loss(policy, batch_of(examples, rows), gathered, AnnotateConfig(length=3))
     assert torch.isfinite(loss) and loss.item() == pytest.approx(sum(map(float, terms.values())))
     loss.backward()
     for head in (policy.thinker.state, policy.thinker.residual_head):
@@ -376,7 +377,7 @@ def test_users_without_evidence_have_no_labels_and_cost_nothing():
     policy, split = thinker(), split_of(*sequences())
     gathered = Gathered(made(sequences(), sizes=(1, 0, 0, 0, 0, 0)), split.train)
     gathered.evidence.transitions.followers.sizes[: ITEMS // 2] = 0  # nobody took anything after
-    labels, report = thinking.label_all(policy, gathered, 3, 64)
+    labels, report = label_all(policy, gathered, 3, 64)
     pieces = gathered(np.arange(len(split.train))).items
     assert labels.shape == (len(split.train), 3) and report["examples"] == len(labels)
     assert ((labels >= 0).sum(1) == (pieces >= 0).sum(1)).all()
@@ -432,7 +433,7 @@ def test_several_processes_have_the_loss_of_one(count):
 def test_pretraining_reads_pieces_of_the_history_even_where_there_are_fewer_than_wanted():
     policy, split = thinker(), split_of(*sequences())
     evidence = made(sequences(), sizes=(3, 0, 0, 0, 0, 0))
-    pieces = thinking.first_pieces(evidence, split.train, 8)
+    pieces = gathering.first_pieces(evidence, split.train, 8)
     assert pieces.shape == (len(split.train), 3, 2)
     whole = evidence.gather(split.train.histories(np.arange(9)), split.train.users[:9])
     assert pieces[:9, :, 0].tolist() == whole.items.tolist()
@@ -481,8 +482,8 @@ def test_the_weighing_learns_to_think_at_every_length(small_shop):
     )  # fmt: skip
     policy = Policy.build(config, material.item_tokens, 0).eval()
     train = material.split.train
-    rows = thinking.last_positions(train, 5)
-    thinking.standardise(policy, material, rows)
+    rows = gathering.last_positions(train, 5)
+    gathering.standardise(policy, material, rows)
     gathered = Gathered(material.evidence, train.subset(rows))
     examples = gathered.examples
 

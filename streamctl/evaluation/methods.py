@@ -26,7 +26,7 @@ from streamctl.rerank.lambdarank import LambdaRank
 from streamctl.rerank.reranker import Reranker
 from streamctl.retrieval.evidence import Evidence
 from streamctl.runs import RunDir
-from streamctl.training.annotate import label
+from streamctl.training.letter.annotate import label
 from streamctl.training.material import Material
 from streamctl.training.sft import TWIN
 

@@ -1,200 +1,130 @@
-"""Iterative inference: think tokens derived from what is still missing (Sec. 2.3.1, Eqs. 12-13)."""
+"""Annotation: which pieces of a user's evidence say most about the target (Sec. 2.3.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from streamctl import kernels
 from streamctl.config import AnnotateConfig
-from streamctl.data.split import Examples
+from streamctl.decode.evidence import NOTHING, Weighed, weigh
 from streamctl.device import autocast, resolve_device
 from streamctl.distributed import ranks
 from streamctl.errors import StreamctlError
 from streamctl.model.policy import Encoded, Policy
-from streamctl.progress import console, progress_bar, say
-from streamctl.runs import RunDir, Stage, StageWriter
-from streamctl.training import thinking
+from streamctl.progress import say
+from streamctl.runs import RunDir, Stage
+from streamctl.training.gathered import Gathered, last_positions
+from streamctl.training.letter import annotate as letter
 from streamctl.training.loop import Batch, fit
 from streamctl.training.losses import quantization_loss, state_target_loss
 from streamctl.training.material import Material
-from streamctl.training.thinking import Gathered, last_positions
-
-Mode = Literal["normalised", "literal"]
-# A healthy labelling uses its vocabulary and tells targets apart; see `collapsed`.
-LOWEST_PERPLEXITY = 1 / 20  # share of the think vocabulary
-FEWEST_CHAINS = 1 / 10  # distinct chains, as a share of distinct targets
 
 
 @dataclass(frozen=True)
 class Inference:
-    """What iterative inference went through.
+    """What iterative inference inside the evidence went through.
 
     Attributes:
-        tokens: (B, l) int64, o_1..o_l.
-        states: (B, l + 1, d), s_0..s_l.
-        residuals: (B, l, d), r_1..r_l.
-        target: (B, d), t.
+        places: (B, l) int64, which piece each step chose; -1 once none is left.
+        states: (B, l + 1, d). residuals: (B, l, d). target: (B, d).
     """
 
-    tokens: torch.Tensor
+    places: torch.Tensor
     states: torch.Tensor
     residuals: torch.Tensor
     target: torch.Tensor
 
 
-def think_vectors(policy: Policy, mode: Mode = "normalised") -> torch.Tensor:
-    """Embeddings that Eq. 12 searches: those of the legal think tokens, (n, d) float32.
-
-    In the normalised mode they have unit length, as the states and targets do: by plain L2 the
-    shortest embeddings would be everybody's nearest.
-    """
-    low, high = policy.tokens.think_range
-    vectors = policy.shared.weight[low:high].float()
-    return F.normalize(vectors, dim=-1) if mode == "normalised" else vectors
-
-
 def infer(
-    policy: Policy, encoded: Encoded, targets: torch.Tensor, length: int, mode: Mode = "normalised"
+    policy: Policy, encoded: Encoded, found: Weighed, targets: torch.Tensor, length: int
 ) -> Inference:
-    """Annotate users with the thoughts that lead to their targets.
+    """Annotate users with the pieces of their own evidence that lead to their targets.
 
-        s_0 = MLP_s(d_0);  r_i = MLP_r(t - s_{i-1});  o_i = nearest token to r_i (Eq. 12);
-        d_i = the decoder's state at o_i;  s_i = MLP_s(d_0 + ... + d_i)
+        s_0 = MLP_s(d_0);  r_i = MLP_r(t - s_{i-1});  o_i = the piece not yet chosen whose vector
+        is nearest to r_i (Eq. 12);  d_i = the decoder's state at o_i;
+        s_i = MLP_s(d_0 + ... + d_i)
 
-    Args:
-        targets: (B,) int64 items.
-        length: l.
-        mode: `normalised` takes t, s and the token embeddings to unit length; `literal` is the
-            paper's letter.
+    Vectors, states and target are taken to unit length. A step says at most log2 |evidence| bits
+    of the target, and everything it says can be found again when serving.
     """
-    thinker, low = policy.thinker, policy.tokens.think_range[0]
-    vectors = think_vectors(policy, mode).detach()
+    thinker = policy.thinker
+    vectors = F.normalize(policy.item_vectors(found.items.clamp(min=0)).detach().float(), dim=-1)
+    free = found.items >= 0
     target = policy.item_vectors(targets).detach().float()
     total = encoded.mean().float()
-    states, residuals, tokens = [thinker.state(total)], [], []
+    states, residuals, places = [thinker.state(total)], [], []
     feed = torch.full((len(targets), 1, 1), policy.tokens.THINK, device=targets.device)
     _, past = policy.extend(encoded, feed)
     for _ in range(length):
-        residual = thinker.residual(target, states[-1], normalise=mode == "normalised")
+        residual = thinker.residual(target, states[-1])
         residuals.append(residual)
-        token = kernels.nearest_codeword(residual.detach().float(), vectors)[0] + low
-        tokens.append(token)
-        hidden, past = policy.extend(encoded, token[:, None, None], past=past)
+        near = (vectors - residual.detach()[:, None]).square().sum(-1)
+        place = near.masked_fill(~free, torch.inf).argmin(1, keepdim=True)
+        any_left = free.any(1, keepdim=True)
+        free = free.scatter(1, place, False)
+        places.append(torch.where(any_left, place, -1))
+        item = found.items.gather(1, place).where(any_left, -1)
+        hop = found.hops.gather(1, place).where(any_left, NOTHING)
+        hidden, past = policy.extend(encoded, policy.piece_vectors(item, hop)[:, None], past=past)
         total = total + hidden[:, 0, 0].float()
         states.append(thinker.state(total))
     return Inference(
-        torch.stack(tokens, 1), torch.stack(states, 1), torch.stack(residuals, 1), target
+        torch.cat(places, 1), torch.stack(states, 1), torch.stack(residuals, 1), target
     )
 
 
-@torch.no_grad()
-def label(
-    policy: Policy,
-    history: torch.Tensor,
-    targets: torch.Tensor,
-    length: int,
-    mode: Mode = "normalised",
-) -> torch.Tensor:
-    """Think tokens (B, l) int64 for histories (B, H), -1 on the right, and targets (B,)."""
-    return infer(policy, policy.encode(history), targets, length, mode).tokens
-
-
-def _rows(examples: Examples, batch: int) -> Iterator[np.ndarray]:
-    """All rows in order of history length; the rows of a batch have one length."""
-    order = np.argsort(examples.lengths, kind="stable")
-    cuts = np.flatnonzero(np.diff(examples.lengths[order])) + 1
-    for bucket in np.split(order, cuts):
-        for start in range(0, len(bucket), batch):
-            yield bucket[start : start + batch]
+def heads_loss(
+    policy: Policy, batch: Batch, gathered: Gathered, config: AnnotateConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eqs. 14 and 15 for MLP_s and MLP_r alone, on thoughts that are made on the way."""
+    with torch.no_grad():
+        encoded = policy.encode(batch.history)
+        found = weigh(policy, gathered(batch.index.cpu().numpy()))
+    steps = infer(policy, encoded, found, batch.target, config.length)
+    items = found.items.gather(1, steps.places.clamp(min=0)).clamp(min=0)
+    vectors = F.normalize(policy.item_vectors(items).float(), dim=-1)
+    targets = policy.item_vectors(batch.targets).float()
+    state = state_target_loss(steps.states, targets, batch.targets, first=batch.share.first)
+    quant = quantization_loss(steps.residuals, vectors)
+    return state + quant, {"state": state, "quant": quant}
 
 
 @torch.no_grad()
 def label_all(
-    policy: Policy, examples: Examples, length: int, mode: Mode, batch: int, title: str = "annotate"
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Thoughts of all examples.
-
-    Returns:
-        int32 (E, l), and the report: distinct chains and targets, perplexity of the tokens overall
-        and by step, the mean ||t - s_i|| by step (of unit vectors in the normalised mode), and
-        whether the labels have collapsed.
-    """
-    device = policy.item_tokens.device
+    policy: Policy, gathered: Gathered, length: int, batch: int
+) -> tuple[np.ndarray, dict[str, float]]:
+    """int32 (E, l) places among the pieces of each example, and how often the target is chosen."""
+    examples = gathered.examples
+    labels = np.zeros((len(examples), length), np.int32)
+    counts = np.zeros(2)  # examples whose target is chosen, and whose target is there
+    order = np.argsort(examples.lengths, kind="stable")
     policy.eval()
-    thoughts = np.zeros((len(examples), length), np.int32)
-    distance = torch.zeros(length + 1, dtype=torch.float64, device=device)
-    with progress_bar(title, len(examples), "sequences") as bar, autocast(device):
-        for rows in ranks().mine(list(_rows(examples, batch))):
-            history = torch.from_numpy(examples.histories(rows)).to(device)
-            targets = torch.from_numpy(examples.targets[rows]).to(device)
-            found = infer(policy, policy.encode(history), targets, length, mode)
-            thoughts[rows] = found.tokens.cpu().numpy()
-            target, states = found.target[:, None], found.states.float()
-            if mode == "normalised":
-                target, states = F.normalize(target, dim=-1), F.normalize(states, dim=-1)
-            distance += (target - states).norm(dim=-1).double().sum(0)
-            bar.advance(len(rows) * ranks().count)
-    thoughts, distance = ranks().sum(thoughts), ranks().sum(distance.cpu().numpy())
-    low, high = policy.tokens.think_range
-    report = describe(thoughts - low, high - low, examples.targets)
-    report["distance"] = [float(value) for value in distance / max(len(examples), 1)]
-    return thoughts, report
-
-
-def perplexity(tokens: np.ndarray, vocabulary: int) -> float:
-    """exp of the entropy of the tokens' frequencies: how many are in effective use."""
-    share = np.bincount(tokens.ravel(), minlength=vocabulary) / max(tokens.size, 1)
-    used = share[share > 0]
-    return float(np.exp(-(used * np.log(used)).sum()))
-
-
-def describe(thoughts: np.ndarray, vocabulary: int, targets: np.ndarray) -> dict[str, Any]:
-    """How varied labels are: thoughts int (E, l) counted from 0, targets (E,)."""
-    report = {
-        "examples": len(thoughts),
-        "vocabulary": vocabulary,
-        "distinct_targets": len(np.unique(targets)),
-        "distinct_chains": len(np.unique(thoughts, axis=0)),
-        "perplexity": perplexity(thoughts, vocabulary),
-        "perplexity_by_step": [perplexity(step, vocabulary) for step in thoughts.T],
-    }
-    return report | {"collapsed": collapsed(report)}
-
-
-def collapsed(report: dict[str, Any]) -> bool:
-    """Whether labels say too little to be reasons for anything.
-
-    They have collapsed when fewer than a twentieth of the think tokens are in effective use
-    (perplexity), or when there are fewer distinct chains than a tenth of the distinct targets:
-    most targets then share their whole trace with ten others, so that it cannot lead to them.
-    """
-    few_tokens = report["perplexity"] < LOWEST_PERPLEXITY * report["vocabulary"]
-    few_chains = report["distinct_chains"] < FEWEST_CHAINS * report["distinct_targets"]
-    return few_tokens or few_chains
-
-
-def announce(report: dict[str, Any], title: str) -> None:
-    """Say how varied the labels are; loudly and in red when they have collapsed."""
-    text = (
-        f"{title}: {report['distinct_chains']:,} distinct chains for "
-        f"{report['distinct_targets']:,} targets, perplexity {report['perplexity']:.0f} of "
-        f"{report['vocabulary']}, distance to the target "
-        + " -> ".join(f"{value:.2f}" for value in report["distance"])
+    with autocast(policy.device):
+        for index in ranks().mine(np.array_split(order, max(1, -(-len(order) // batch)))):
+            history = torch.from_numpy(examples.histories(index)).to(policy.device)
+            targets = torch.from_numpy(examples.targets[index]).to(policy.device)
+            found = weigh(policy, gathered(index))
+            steps = infer(policy, policy.encode(history), found, targets, length)
+            labels[index] = steps.places.cpu().numpy()
+            chosen = found.items.gather(1, steps.places.clamp(min=0))
+            hit = ((chosen == targets[:, None]) & (steps.places >= 0)).any(1)
+            known = (found.items == targets[:, None]).any(1)
+            counts += [int(hit.sum()), int(known.sum())]
+    hit, known = (ranks().sum(counts) / max(len(examples), 1)).tolist()
+    say(
+        f"annotate: the target is among {known:.0%} of the users' evidence and labelled for "
+        f"{hit:.0%}"
     )
-    say(text)
-    if report["collapsed"]:
-        console.print(
-            f"COLLAPSED: {title}'s think labels say almost nothing about their targets. "
-            "Thinking trained on them cannot help; try --set annotate.mode=normalised, another "
-            "annotate.fit_epochs, or a longer pretraining.",
-            style="bold red",
-        )
+    return ranks().sum(labels), {
+        "examples": len(examples),
+        "targets_in_evidence": known,
+        "targets_chosen": hit,
+        "collapsed": False,
+    }
 
 
 def check_strict(stage: Stage, strict: bool) -> Stage:
@@ -212,19 +142,6 @@ def check_strict(stage: Stage, strict: bool) -> Stage:
     return stage
 
 
-def heads_loss(policy: Policy, batch: Batch, config: AnnotateConfig) -> tuple[torch.Tensor, dict]:
-    """Eqs. 14 and 15 for the heads alone, on thoughts that are made on the way."""
-    with torch.no_grad():
-        encoded = policy.encode(batch.history)
-    found = infer(policy, encoded, batch.target, config.length, config.mode)
-    low = policy.tokens.think_range[0]
-    vectors = think_vectors(policy, config.mode)[found.tokens - low]
-    targets = policy.item_vectors(batch.targets).float()
-    state = state_target_loss(found.states, targets, batch.targets, first=batch.share.first)
-    quant = quantization_loss(found.residuals, vectors)
-    return state + quant, {"state": state, "quant": quant}
-
-
 def annotate(
     run: RunDir,
     config: AnnotateConfig,
@@ -233,11 +150,12 @@ def annotate(
     force: bool = False,
     strict: bool = False,
 ) -> Stage:
-    """Label every training example with l think tokens.
+    """Label the training examples that SFT learns from with l think tokens.
 
     The heads begin as the identity, so labels exist before anything is trained; `fit_epochs` first
     fits them on the frozen backbone. Writes thoughts.npy (E, l) int32, thinker.safetensors (the
-    heads) and report.json.
+    heads) and report.json; with evidence thoughts are places among the pieces, and rows.npy (E,)
+    int64 has the examples, each user's last.
 
     Raises:
         StreamctlError: under `strict`, labels that have collapsed (the stage is written first).
@@ -250,54 +168,26 @@ def annotate(
         where = resolve_device(device)
         material = Material.load(run)
         policy = material.starting_policy(run, config.start, where).requires_grad_(False)
+        policy.thinker.requires_grad_(True)
+        train = material.split.train
         if policy.config.thoughts == "evidence":
-            stage.publish(**_inside_evidence(stage, policy, material, config, where))
-            return run.stage("annotate")
+            rows = last_positions(train, config.positions)
+            stage.save_array("rows.npy", rows)
+            gathered = Gathered(material.evidence, train.subset(rows))
+            train = gathered.examples
+            loss = partial(heads_loss, policy, gathered=gathered, config=config)
+            label = partial(label_all, policy, gathered)
+        else:
+            loss = partial(letter.heads_loss, policy, config=config)
+            label = partial(letter.label_all, policy, train, mode=config.mode)
         if config.fit_epochs:
-            policy.thinker.requires_grad_(True)
             fit(
-                stage, policy.thinker, config,
-                loss=lambda batch: heads_loss(policy, batch, config),
-                examples=material.split.train, epochs=config.fit_epochs, validate=None,
-                device=where, title="annotate: heads",
+                stage, policy.thinker, config, loss=loss, examples=train, epochs=config.fit_epochs,
+                validate=None, device=where, title="annotate: heads",
             )  # fmt: skip
-        thoughts, report = label_all(
-            policy, material.split.train, config.length, config.mode, config.batch
-        )
-        announce(report, "annotate")
+        thoughts, report = label(length=config.length, batch=config.batch)
         stage.save_array("thoughts.npy", thoughts)
         stage.save_tensors("thinker.safetensors", policy.thinker.state_dict())
         stage.save_json("report.json", report)
         stage.publish(**report)
     return check_strict(run.stage("annotate"), strict)
-
-
-def _inside_evidence(
-    stage: StageWriter,
-    policy: Policy,
-    material: Material,
-    config: AnnotateConfig,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Labels of each user's last training examples: thoughts.npy (E', l) int32, places among the
-    pieces of example rows.npy (E',) int64."""
-    rows = last_positions(material.split.train, config.positions)
-    gathered = Gathered(material.evidence, material.split.train.subset(rows))
-    if config.fit_epochs:
-        policy.thinker.requires_grad_(True)
-        fit(
-            stage, policy.thinker, config,
-            loss=lambda batch: thinking.heads_loss(policy, batch, gathered, config),
-            examples=gathered.examples, epochs=config.fit_epochs, validate=None, device=device,
-            title="annotate: heads",
-        )  # fmt: skip
-    labels, report = thinking.label_all(policy, gathered, config.length, config.batch)
-    say(
-        f"annotate: the target is among {report['targets_in_evidence']:.0%} of the users' evidence "
-        f"and labelled for {report['targets_chosen']:.0%}"
-    )
-    stage.save_array("thoughts.npy", labels)
-    stage.save_array("rows.npy", rows)
-    stage.save_tensors("thinker.safetensors", policy.thinker.state_dict())
-    stage.save_json("report.json", report)
-    return report

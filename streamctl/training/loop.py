@@ -57,6 +57,7 @@ class Batch:
 
 
 Loss = Callable[[Batch], tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]]
+Schedule = Callable[[int, int, float, float], float]  # as `learning_rate`
 Safe = Callable[[Mapping[str, float], Mapping[str, float]], bool]
 
 
@@ -143,6 +144,11 @@ def learning_rate(step: int, steps: int, lr: float, warmup: float) -> float:
     if step < ramp:
         return lr * (step + 1) / ramp
     return 0.5 * lr * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+
+
+def constant(step: int, steps: int, lr: float, warmup: float) -> float:
+    """The same rate at every step."""
+    return lr
 
 
 class _Trainer:
@@ -257,6 +263,7 @@ def fit(
     patience: int | None = None,
     start: bool = False,
     safe: Safe | None = None,
+    schedule: Schedule = learning_rate,
     device: str | torch.device = "auto",
     bf16: bool = True,
     title: str = "training",
@@ -289,6 +296,7 @@ def fit(
             `config.patience`; 0 never stops early.
         start: what the module is now is a candidate, too: it ends no worse than it began.
         safe: `(metrics, those of the start) -> whether these weights may be kept`.
+        schedule: of the learning rate; `constant` for one that stays.
         before_epoch: called with the number (from 0) of an epoch about to start or continue.
 
     Raises:
@@ -334,7 +342,7 @@ def fit(
             module.train()
             for data in _load(examples, order, range(state.step, end), device):
                 warmup = getattr(config, "warmup", 0.05)
-                rate = learning_rate(state.step, steps, config.lr, warmup)
+                rate = schedule(state.step, steps, config.lr, warmup)
                 for update in range(repeats):
                     again = replace(data, update=update)
                     due = _step(state, again, loss, rate, config.batch, device, bf16)

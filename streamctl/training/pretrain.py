@@ -14,17 +14,16 @@ from streamctl.device import derive_seed, resolve_device
 from streamctl.model.policy import Encoded, Policy, PolicyConfig
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage
-from streamctl.training.loop import Batch, fit
-from streamctl.training.losses import answer_loss, sequence_loss
-from streamctl.training.material import Material, save_policy
-from streamctl.training.thinking import (
+from streamctl.training.gathered import (
     first_pieces,
     last_positions,
     standardise,
     suitable_hops,
-    validate,
 )
-from streamctl.training.validation import Validator
+from streamctl.training.loop import Batch, fit
+from streamctl.training.losses import answer_loss, sequence_loss
+from streamctl.training.material import Material, save_policy
+from streamctl.training.validation import Validator, validate
 
 
 def retrieved_tokens(

@@ -1,254 +1,135 @@
-"""Stage 2: rounds of annotation and training on the annotated thoughts (Eqs. 14-19)."""
+"""Stage 2, supervised fine-tuning: to weigh one's own evidence (Eqs. 14-19 by the letter)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from streamctl.config import SftConfig
-from streamctl.decode.evidence import FULL
-from streamctl.decode.think import beam_thoughts
+from streamctl.decode.evidence import FULL, Weighed, log_odds, mixed, read_thought, weigh
 from streamctl.device import resolve_device
-from streamctl.distributed import Share, ranks
 from streamctl.errors import UsageError
-from streamctl.model.policy import IGNORED, Encoded, Policy
+from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import say
-from streamctl.runs import RunDir, Stage, StageWriter, read_json
-from streamctl.training import thinking
-from streamctl.training.annotate import (
-    Mode,
-    announce,
-    check_strict,
-    label,
-    label_all,
-    think_vectors,
-)
+from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.training.annotate import check_strict
+from streamctl.training.gathered import Gathered, last_positions
+from streamctl.training.letter import sft as letter
+from streamctl.training.letter.annotate import label
 from streamctl.training.loop import Batch, fit
-from streamctl.training.losses import (
-    answer_loss,
-    dpo_loss,
-    quantization_loss,
-    sequence_loss,
-    state_target_loss,
-)
 from streamctl.training.material import Material, save_policy
-from streamctl.training.pretrain import direct_loss
-from streamctl.training.thinking import Gathered, last_positions, only_thinking
-from streamctl.training.validation import Validator
+from streamctl.training.validation import Validator, calibrate, validate
 
 TWIN = "baselines/no_thinking"
-
-
-def total_loss(terms: dict[str, torch.Tensor], config: SftConfig) -> torch.Tensor:
-    """L_SFT + lambda L_DPO + mu L_Quant + delta L_State (Eq. 19)."""
-    return (
-        terms["sft"]
-        + config.dpo_weight * terms["dpo"]
-        + config.quant_weight * terms["quant"]
-        + config.state_weight * terms["state"]
-    )
-
-
-def corrupt(
-    thoughts: torch.Tensor,
-    probability: float,
-    low: int,
-    high: int,
-    generator: torch.Generator,
-    share: Share | None = None,
-) -> torch.Tensor:
-    """Thoughts (B, l) with each token replaced, with the probability, by a random one.
-
-    Labels have seen the target and the model's own thoughts have not: an answer that leans on
-    every think token would be lost without its teacher.
-    """
-    share = share or Share.whole(len(thoughts))
-    whole = (share.total, thoughts.shape[1])
-    chance = share.of(torch.rand(whole, generator=generator))
-    others = share.of(torch.randint(low, high, whole, generator=generator))
-    return torch.where((chance < probability).to(thoughts.device), others.to(thoughts), thoughts)
-
-
-@contextmanager
-def without_dropout(policy: Policy) -> Iterator[Policy]:
-    """The policy in evaluation mode, and afterwards in the mode that it was in."""
-    training = policy.training
-    policy.eval()
-    try:
-        yield policy
-    finally:
-        policy.train(training)
+BUDGETS = (1, 2, 4, 8, 16, 32, 64)  # a batch draws one, so that one model serves every length
 
 
 @dataclass
 class Tuner:
-    """The loss of one SFT stage.
+    """The loss of SFT with evidence.
 
     Attributes:
-        policy: in training.
-        reference: the pretrained policy, frozen: pi_ref is its direct decoder on its own encoder,
-            so that the reference does not move with the encoder that both decoders share.
-        look_alikes: (N, 50) text neighbours, from which y- is drawn.
-        mode: of the annotation.
+        gathered: evidence of the examples. labels: (E, l) places from annotate.
+        held: (E,) bool, examples whose targets pretraining has not seen: there the codes are as
+            unsure as in serving, so that only these teach how far to trust them.
     """
 
     policy: Policy
-    reference: Policy
-    look_alikes: torch.Tensor
+    gathered: Gathered
+    labels: torch.Tensor
+    held: torch.Tensor
     config: SftConfig
-    mode: Mode
-    thoughts: torch.Tensor | None = None  # (E, l) labels of the round, on the CPU
+
+    def __post_init__(self) -> None:
+        # Means over all examples, not over a batch's: several processes have the loss of one.
+        self._held = float(self.held.double().mean())
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Eq. 19, plus the direct decoder's own cross-entropy."""
-        policy, config = self.policy, self.config
-        device = batch.target.device
-        labels = self.thoughts[batch.index.cpu()].to(device)
-        low, high = policy.tokens.think_range
-        generator = batch.generator("corrupt")
-        given = corrupt(labels, config.corrupt, low, high, generator, batch.share)
-        own = self._own(batch)
-        given = self._with_own(batch, own, given)
-        encoded = policy.encode(batch.history)
-        inputs, _ = policy.target_inputs(batch.target, given)
-        hidden = policy.decode(encoded, inputs)
-        length, m = labels.shape[1], policy.tokens.levels
-        chosen = policy.answer_logprobs(hidden[:, -m:], batch.target).sum(-1)
-        wanted = labels.masked_fill(own[:, None], IGNORED)
-        think = sequence_loss(policy.logits(hidden[:, :length]), wanted)
-        # A label says what comes next after the labels before it, and after nothing else.
-        right = (given == labels).roll(1, 1)
-        right[:, 0] = True
-        right = right.cumprod(1).bool()
+        """-log P(target) under the policy's own thought, cross-entropy of the weights, labels.
+
+        The thought has a length drawn for the batch; its order is that of the weights.
+        """
+        policy, config, index = self.policy, self.config, batch.index.cpu()
+        # Only the weighing is trained: the codes are as sure as in serving.
+        policy.eval().weighing.train()
+        found = weigh(policy, self.gathered(index.numpy()))
         terms = {
-            "sft": think - chosen.mean(),
-            "dpo": self._dpo(batch, given),
-            **self._state_terms(batch, encoded, hidden[:, 1 : length + 1], labels, right),
+            "weigh": weighing_loss(found, batch.target) / self.gathered.known,
+            "label": label_loss(found, self.labels[index].to(batch.target.device)),
         }
-        value = total_loss(terms, config)
-        terms |= {"think": think, "target": -chosen.mean()}
-        terms["direct"] = direct_loss(policy, batch, encoded)
-        return value + config.direct_weight * terms["direct"], terms
-
-    def _own(self, batch: Batch) -> torch.Tensor:
-        """(B,) bool: the rows that are answered after the policy's own thought, as in serving."""
-        chance = torch.rand(batch.share.total, generator=batch.generator("own"))
-        return batch.share.of(chance < self.config.own).to(batch.target.device)
-
-    @torch.no_grad()
-    def _with_own(self, batch: Batch, own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """`given` (B, l) with the policy's greedy thoughts in the rows `own`."""
-        if not bool(own.any()):
-            return given
-        with without_dropout(self.policy) as policy:
-            encoded = policy.encode(batch.history[own])
-            thought = beam_thoughts(policy, encoded, given.shape[1], 1, "slow").tokens[:, 0]
-        return given.masked_scatter(own[:, None], thought)
-
-    def _dpo(self, batch: Batch, given: torch.Tensor) -> torch.Tensor:
-        """Eqs. 16-18; think tokens are conditioned on and not scored.
-
-        Dropout is off in policy and reference alike: what they differ by is what was learned.
-        """
-        if not self.config.dpo_weight:
-            return torch.zeros((), device=batch.target.device)
-        generator = batch.generator("look-alike")
-        size = (batch.share.total,)
-        pick = batch.share.of(torch.randint(self.look_alikes.shape[1], size, generator=generator))
-        rejected = self.look_alikes[batch.target, pick.to(batch.target.device)]
-        pair = torch.stack([batch.target, rejected], 1)
-        with torch.no_grad():
-            seen = self.reference.encode(batch.history)
-            reference = self.reference.target_logprob(seen, pair, decoder="direct")
-        with without_dropout(self.policy) as policy:
-            found = policy.target_logprob(policy.encode(batch.history), pair, given)
-        return dpo_loss(*found.unbind(1), *reference.unbind(1), self.config.dpo_beta)
-
-    def _state_terms(
-        self,
-        batch: Batch,
-        encoded: Encoded,
-        hidden: torch.Tensor,
-        labels: torch.Tensor,
-        right: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """Eqs. 14 and 15. Targets carry no gradient (Sec. 2.3.1); the tokens of Eq. 15 do.
-
-        right: (B, l) bool, steps whose residual is of the prefix that the label was made for.
-        """
-        policy, config = self.policy, self.config
-        targets = policy.item_vectors(batch.targets).detach().float()
-        target = batch.share.of(targets)
-        states = policy.states(encoded, hidden).float()
-        normalise = self.mode == "normalised"
-        residuals = policy.thinker.residual(target[:, None], states[:, :-1], normalise=normalise)
-        vectors = think_vectors(policy, self.mode)[labels - policy.tokens.think_range[0]]
-        return {
-            "state": state_target_loss(
-                states, targets, batch.targets, config.state_temperature, batch.share.first
-            ),
-            "quant": quantization_loss(residuals, vectors, config.quant_beta, right),
-        }
-
-    def twin_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The same decoders without thoughts: plain cross-entropy of both."""
-        encoded = self.policy.encode(batch.history)
-        inputs, _ = self.policy.target_inputs(batch.target)
-        target = answer_loss(self.policy, self.policy.decode(encoded, inputs), batch.target)
-        direct = direct_loss(self.policy, batch, encoded)
-        return target + self.config.direct_weight * direct, {"target": target, "direct": direct}
+        held = self.held[index].to(batch.target.device)
+        terms["target"] = found.logits.new_zeros(())
+        if bool(held.any()):
+            generator = batch.generator("budget")
+            budget = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
+            rows = held.nonzero()[:, 0]
+            some = Weighed(found.items[rows], found.hops[rows], found.logits[rows])
+            with torch.no_grad():
+                encoded = policy.encode(batch.history[rows])
+            chance = target_logprob(policy, encoded, some.heaviest(budget), batch.target[rows])
+            terms["target"] = -chance.sum() / (len(batch) * self._held)
+        value = terms["target"] + config.weigh_weight * terms["weigh"]
+        return value + config.label_weight * terms["label"], terms
 
 
-class Rounds:
-    """The labels of each round; called by the loop before each epoch.
+def weighing_loss(found: Weighed, target: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the weights, 0 for users whose target is not among their evidence."""
+    hit = found.items == target[:, None]
+    known = hit.any(1)
+    logits = found.logits.masked_fill(torch.isinf(found.logits), -1e9)
+    loss = F.cross_entropy(logits, hit.int().argmax(1), reduction="none")
+    return (loss * known).mean()
 
-    Round 0 has the annotate stage's; each later round's are made by the model as it is when the
-    round begins, and kept in thoughts-ROUND.npy and .json, where a resumed run finds them.
+
+def label_loss(found: Weighed, labels: torch.Tensor) -> torch.Tensor:
+    """-log of the chance to choose the labelled pieces one after the other, a step (Eq. 19's L_SFT
+    inside the evidence). labels: (B, l) int64 places, -1 for none."""
+    return -choice_logprobs(found.logits, labels).mean()
+
+
+def choice_logprobs(logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """log-probability of each choice without replacement.
+
+    Args:
+        logits: (..., C), -inf for no piece. places: (..., l) int64, -1 where nothing was chosen.
+
+    Returns:
+        (..., l) float32, 0 where nothing was chosen.
     """
+    logits = logits.masked_fill(torch.isinf(logits), -1e9)
+    chosen = []
+    for step in range(places.shape[-1]):
+        place = places[..., step : step + 1]
+        there = place >= 0
+        place = place.clamp(min=0)
+        share = torch.log_softmax(logits, -1).gather(-1, place)
+        chosen.append(torch.where(there, share, 0.0))
+        logits = logits.scatter(-1, place, -1e9)
+    return torch.cat(chosen, -1)
 
-    def __init__(self, stage: StageWriter, tuner: Tuner, material: Material, first: Stage):
-        self.stage, self.tuner, self.material = stage, tuner, material
-        self.first = first.array("thoughts.npy")
-        self.batch = first.manifest["config"]["batch"]
-        self.reports = [first.json("report.json")]
 
-    def __call__(self, epoch: int) -> None:
-        number = epoch // self.tuner.config.epochs
-        if number and len(self.reports) <= number:
-            self._label(number)
-        thoughts = self.first if number == 0 else np.load(self._file(number, "npy"))
-        self.tuner.thoughts = torch.from_numpy(thoughts.astype(np.int64))
+def target_logprob(
+    policy: Policy, encoded: Encoded, thought: Weighed, target: torch.Tensor
+) -> torch.Tensor:
+    """log P(target | history, thought) (B,): codes, which carry no gradient, and weights mixed."""
+    with torch.no_grad():
+        hidden, past = read_thought(policy, encoded, thought)
+        chance = policy.items_logprob(encoded, target[:, None], hidden, past).float()
+    odds = log_odds(policy, thought, hidden[:, -1])
+    return mixed(odds, chance, thought.logprob(target[:, None]))[:, 0]
 
-    def _file(self, number: int, kind: str) -> Path:
-        return self.stage.path / f"thoughts-{number}.{kind}"
 
-    def _label(self, number: int) -> None:
-        for earlier in range(len(self.reports), number):  # rounds before an interruption
-            self._adopt(earlier)
-        if self._file(number, "npy").is_file():
-            self._adopt(number)
-            return
-        thoughts, report = label_all(
-            self.tuner.policy, self.material.split.train, self.first.shape[1], self.tuner.mode,
-            self.batch, f"sft: labels of round {number + 1}",
-        )  # fmt: skip
-        announce(report, f"sft round {number + 1}")
-        self.reports.append(report)
-        self.stage.save_json(self._file(number, "json").name, report)
-        self.stage.save_array(self._file(number, "npy").name, thoughts)
-        ranks().agree()  # the others read what the main process has written
-
-    def _adopt(self, number: int) -> None:
-        for kind in ("json", "npy"):
-            self.stage.adopt(self._file(number, kind).name)
-        self.reports.append(read_json(self._file(number, "json")))
+def only_thinking(policy: Policy) -> Policy:
+    """The policy with gradients for the weighing alone."""
+    policy.requires_grad_(False)
+    policy.weighing.requires_grad_(True)
+    policy.weighing.hop.requires_grad_(False)  # read by the decoder, which stays
+    return policy
 
 
 def sft(
@@ -260,11 +141,12 @@ def sft(
     twin: bool = False,
     strict: bool = False,
 ) -> Stage:
-    """Rounds of annotation and training until validation ndcg@10 stops rising.
+    """Train on the annotated examples; the epoch that ranks best on validation users is kept.
 
-    The epoch whose own greedy thoughts rank best on validation is kept. The direct decoder goes on
-    training on the shared encoder, so that it still fits it; DPO's reference is the pretrained
-    pair, frozen. Writes the policy, report.json and the labels of each later round.
+    With evidence the weighing alone is trained, every example answers under the policy's own
+    thought, and the start is a candidate. By the letter labels are made anew each round, and the
+    direct decoder goes on training on the encoder that it shares; DPO's reference is the
+    pretrained pair, frozen. Writes the policy, report.json and the labels of each later round.
 
     Args:
         twin: train the l = 0 control instead (stage baselines/no_thinking): the same start, steps,
@@ -274,7 +156,7 @@ def sft(
     Raises:
         StreamctlError: under `strict`, labels that have collapsed.
     """
-    thoughts = _thoughts(run)
+    thoughts = run.require("pretrain").manifest["config"]["thoughts"]
     config = config.settled(thoughts)
     if twin and thoughts == "evidence":
         raise UsageError(
@@ -290,64 +172,22 @@ def sft(
         where = resolve_device(device)
         material = Material.load(run)
         if thoughts == "evidence":
-            _with_evidence(run, stage, config, material, where)
-            return run.stage(name)
-        settings = run.stage("annotate").manifest["config"]
-        policy = material.starting_policy(run, settings["start"], where, config.dropout)
-        reference = material.policy(run.stage("pretrain"), where).requires_grad_(False)
-        look_alikes = material.look_alikes(where)
-        tuner = Tuner(policy, reference, look_alikes, config, "normalised")
-        validator = Validator(policy, material, config.seed)
-        length, before = 0, None
-        if not twin:
-            annotation = run.stage("annotate")
-            length, tuner.mode = settings["length"], settings["mode"]
-            policy.thinker.load_state_dict(load_file(annotation.file("thinker.safetensors")))
-            before = Rounds(stage, tuner, material, annotation)
-        result = fit(
-            stage, policy, config, loss=tuner.twin_loss if twin else tuner.loss,
-            examples=material.split.train, epochs=config.rounds * config.epochs,
-            patience=config.patience * config.epochs,
-            validate=lambda: validator(think=length), start=True, device=where,
-            title=name, before_epoch=before,
-        )  # fmt: skip
-        report: dict[str, Any] = {
-            "epochs": result.epochs,
-            "best_epoch": result.best_epoch,
-            "valid": {"self": result.best, "direct": validator(decoder="direct")},
-        }
-        if before is not None:
-            before(
-                max(result.epochs, 1) - 1
-            )  # resumed after the last epoch, it was called for none
-            report["valid"]["oracle"] = validator(
-                think=length,
-                thoughts=lambda history, target: label(policy, history, target, length, tuner.mode),
-            )
-            report["labels"] = before.reports
-            report["collapsed"] = any(each["collapsed"] for each in before.reports)
+            policy, report = _weigh(run, stage, config, material, where)
+        else:
+            policy, report = _by_letter(run, stage, config, material, where, twin)
         save_policy(stage, policy)
         stage.save_json("report.json", report)
         stage.publish(**report)
+        masked = "masked " if thoughts == "evidence" else ""
         shown = (f"{key} {value['ndcg@10']:.4f}" for key, value in report["valid"].items())
-        say(f"{name}: ndcg@10 on validation users: " + ", ".join(shown))
+        say(f"{name}: {masked}ndcg@10 on validation users: " + ", ".join(shown))
     return run.stage(name) if twin else check_strict(run.stage(name), strict)
 
 
-def _thoughts(run: RunDir) -> str:
-    """What the run's thoughts are made of."""
-    stage = run.require("pretrain")
-    return stage.manifest["config"]["thoughts"]
-
-
-def _with_evidence(
+def _weigh(
     run: RunDir, stage: StageWriter, config: SftConfig, material: Material, device: torch.device
-) -> None:
-    """Learn to weigh and order one's own evidence; the decoders stay as pretraining left them.
-
-    Every example answers under the policy's own thought. The epoch of the best masked ndcg@10 on
-    validation users is kept, the start among the candidates.
-    """
+) -> tuple[Policy, dict[str, Any]]:
+    """The trained policy, and the stage's report, with evidence."""
     annotation = run.stage("annotate")
     rows = annotation.array("rows.npy")
     train = material.split.train
@@ -357,24 +197,60 @@ def _with_evidence(
     gathered = Gathered(material.evidence, train.subset(rows))
     labels = torch.from_numpy(annotation.array("thoughts.npy").astype(np.int64))
     unseen = torch.from_numpy(np.isin(rows, held))
-    tuner = thinking.Tuner(policy, gathered, labels, unseen, config)
     result = fit(
-        stage, policy, config, loss=tuner.loss, examples=gathered.examples, device=device,
+        stage, policy, config, loss=Tuner(policy, gathered, labels, unseen, config).loss,
+        examples=gathered.examples, device=device,
         # The weights alone pick the epoch: how far codes are trusted is settled afterwards.
-        validate=lambda: thinking.validate(policy, material, config.seed, FULL, mix="weights"),
+        validate=lambda: validate(policy, material, config.seed, FULL, mix="weights"),
         patience=0, start=True, title="sft",
     )  # fmt: skip
-    report = {
+    return policy, {
         "epochs": result.epochs,
         "best_epoch": result.best_epoch,
         "valid": {"start": result.start, "self": result.best},
-        "trust": thinking.calibrate(policy, material, config.seed),
+        "trust": calibrate(policy, material, config.seed),
         "collapsed": False,
     }
-    save_policy(stage, policy)
-    stage.save_json("report.json", report)
-    stage.publish(**report)
-    say(
-        f"sft: masked ndcg@10 {result.start['ndcg@10']:.4f} -> {result.best['ndcg@10']:.4f} on "
-        "validation users"
-    )
+
+
+def _by_letter(
+    run: RunDir,
+    stage: StageWriter,
+    config: SftConfig,
+    material: Material,
+    device: torch.device,
+    twin: bool,
+) -> tuple[Policy, dict[str, Any]]:
+    """The trained policy, and the stage's report, with thoughts of the vocabulary or its twin."""
+    annotation = run.stage("annotate")
+    settings = annotation.manifest["config"]
+    policy = material.starting_policy(run, settings["start"], device, config.dropout)
+    reference = material.policy(run.stage("pretrain"), device).requires_grad_(False)
+    look_alikes = material.look_alikes(device)
+    tuner = letter.Tuner(policy, reference, look_alikes, config, settings["mode"])
+    validator = Validator(policy, material, config.seed)
+    length, before = 0, None
+    if not twin:
+        length = settings["length"]
+        policy.thinker.load_state_dict(load_file(annotation.file("thinker.safetensors")))
+        before = letter.Rounds(stage, tuner, material, annotation)
+    result = fit(
+        stage, policy, config, loss=tuner.twin_loss if twin else tuner.loss,
+        examples=material.split.train, epochs=config.rounds * config.epochs,
+        patience=config.patience * config.epochs, validate=lambda: validator(think=length),
+        start=True, device=device, title=stage.name, before_epoch=before,
+    )  # fmt: skip
+    report: dict[str, Any] = {
+        "epochs": result.epochs,
+        "best_epoch": result.best_epoch,
+        "valid": {"self": result.best, "direct": validator(decoder="direct")},
+    }
+    if before is not None:
+        before(max(result.epochs, 1) - 1)  # resumed after the last epoch, it was called for none
+        report["valid"]["oracle"] = validator(
+            think=length,
+            thoughts=lambda history, target: label(policy, history, target, length, tuner.mode),
+        )
+        report["labels"] = before.reports
+        report["collapsed"] = any(each["collapsed"] for each in before.reports)
+    return policy, report
