@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -87,6 +88,13 @@ def test_no_layer_imports_one_above_it(graph):
 
 def test_no_files_import_one_another_in_a_circle(graph):
     assert not circle(graph)
+
+
+def test_the_page_s_modules_are_a_tree_of_imports():
+    page = {path.name: path.read_text() for path in (ROOT / "streamctl/serving/page").glob("*.js")}
+    graph = {name: {*re.findall(r"""from ["']\./(.+?)["']""", text)} for name, text in page.items()}
+    assert {name for names in graph.values() for name in names} <= set(page)
+    assert graph["main.js"] and not circle(graph)
 
 
 def test_a_wrong_import_would_be_seen():

@@ -234,17 +234,26 @@ def test_what_is_held_out_reaches_no_evidence():
     same(*gathered)
 
 
-def test_what_is_appended_is_counted_as_training_counts_it():
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_is_appended_is_counted_as_training_counts_it(at_once):
     items, offsets = shop()
     whole = made((items, offsets))
     lengths = np.diff(offsets)
     cut = np.minimum(lengths - 1, 4)
     first = np.concatenate([items[a : a + n] for a, n in zip(offsets, cut, strict=False)])
     grown = made((first, np.concatenate([[0], np.cumsum(cut)])))
-    for user in range(USERS):
-        rest = items[offsets[user] + cut[user] : offsets[user + 1]]
-        for item in rest:
-            grown.append(user, [int(item)])
+    taken = [
+        (user, [int(item)])
+        for user in range(USERS)
+        for item in items[offsets[user] + cut[user] : offsets[user + 1]]
+    ]
+    if at_once:
+        grown.append(*taken[0])  # what has been appended before is counted, too
+        grown.append_all(taken[1:])
+        assert not grown._live
+    else:
+        for user, one in taken:
+            grown.append(user, one)
     grown.memory.idf = whole.memory.idf
     for item in range(ITEMS):
         for one, other in ((whole.transitions.followers, grown.transitions.followers),):

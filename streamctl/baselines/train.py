@@ -135,7 +135,7 @@ def _train(
 
 
 def _validated(model: Baseline, split: Split, seed: int) -> dict[str, float]:
-    """recall@10 and ndcg@10 on a sample of validation users, seen items left out, as methods are judged."""
+    """recall@10 and ndcg@10 on a sample of validation users, seen items left out."""
     sample = sample_users(split.valid, VALIDATION_USERS, seed)
     found = evaluate(model, sample, n_items=split.n_items, masked=True).metrics
     return {key: found[key] for key in ("recall@10", "ndcg@10")}

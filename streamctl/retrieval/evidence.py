@@ -17,6 +17,7 @@ HOPS = ("next", "alike", "next of next", "next of alike", "others", "own")
 SIZES = (32, 32, 32, 16, 32, 0)  # the most pieces that each hop brings; 0 leaves it out
 _TOGETHER = 32  # histories that one thread takes at a time
 _TEXT = 3
+_AT_ONCE = 20  # interactions are counted at once in the time that one is appended in
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,20 @@ class Evidence:
             sequences: items int32 (T,) and offsets int64 (U + 1,), `Split.training_sequences()`.
             vectors: (N, D) float32, the items' text. neighbours: (N, K) int, each item's nearest.
         """
-        items, self._offsets = sequences
-        self._items, n_items = items, len(vectors)
+        self._items, self._offsets = sequences
         self.sizes, self.nearest = tuple(sizes), nearest
         self.vectors = unit(vectors)
         self.neighbours = np.ascontiguousarray(neighbours, np.int32)
-        self.transitions = Transitions.count(items, self._offsets, n_items)
-        self.memory = Memory.index(items, self._offsets, n_items)
-        self.popularity = np.bincount(items, minlength=n_items)
+        self._count()
         self._live: dict[int, np.ndarray] = {}  # sequences that have grown since
         self._live_rows: dict[int, list[int]] = {}
         self._scratch: list[tuple[np.ndarray, ...]] = []
+
+    def _count(self, idf: np.ndarray | None = None) -> None:
+        items, offsets, count = self._items, self._offsets, len(self.vectors)
+        self.transitions = Transitions.count(items, offsets, count)
+        self.memory = Memory.index(items, offsets, count, idf=idf)
+        self.popularity = np.bincount(items, minlength=count)
 
     @property
     def n_items(self) -> int:
@@ -214,6 +218,28 @@ class Evidence:
                     self.memory.followed(row, step, int(item))
             sequence = np.append(sequence, np.int32(item))
         self._live[user] = sequence
+
+    def append_all(self, taken: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """As `append` of each in turn; where they are many, everything is counted anew."""
+        if sum(len(items) for _, items in taken) * _AT_ONCE < len(self._items):
+            for user, items in taken:
+                self.append(user, items)
+            return
+        later: dict[int, list[int]] = {}
+        for user, items in taken:
+            later.setdefault(user, self.sequence(user).tolist()).extend(items)
+        grown = self._live | {user: np.array(row, np.int32) for user, row in later.items()}
+        changed = np.array(sorted(grown))
+        owners = np.repeat(np.arange(len(self._offsets) - 1), np.diff(self._offsets))
+        same = ~np.isin(owners, changed)
+        lengths = [len(grown[user]) for user in changed.tolist()]
+        owners = np.concatenate([owners[same], np.repeat(changed, lengths)])
+        items = np.concatenate([self._items[same], *(grown[user] for user in changed.tolist())])
+        sizes = np.bincount(owners, minlength=len(self._offsets) - 1)
+        self._items = items[np.argsort(owners, kind="stable")]
+        self._offsets = np.concatenate([[0], np.cumsum(sizes)])
+        self._live, self._live_rows = {}, {}
+        self._count(self.memory.idf)
 
     def _rows(self, user: int) -> list[int]:
         """The memory's rows of a user, oldest first; those of training lie user by user."""

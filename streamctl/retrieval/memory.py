@@ -37,21 +37,24 @@ class Memory:
 
     @classmethod
     def index(
-        cls, items: np.ndarray, offsets: np.ndarray, n_items: int, keep: int = 2048
-    ) -> Memory:
+        cls, items: np.ndarray, offsets: np.ndarray, n_items: int, keep: int = 2048,
+        idf: np.ndarray | None = None,
+    ) -> Memory:  # fmt: skip
         """Index every prefix of every sequence, user by user.
 
         Args:
             items: int32 (T,) all sequences, one after the other, oldest first.
             offsets: int64 (U + 1,) where each begins.
             keep: the most rows kept of one item, the last ones.
+            idf: (N,) float32; None: of these sequences.
         """
         lengths = np.diff(offsets)
         owner = np.repeat(np.arange(len(lengths)), lengths)
         ends = np.flatnonzero(np.arange(len(items)) > np.repeat(offsets[:-1], lengths))
         owner = owner[ends]
-        popularity = np.bincount(items, minlength=n_items)
-        idf = np.log1p(len(lengths) / (1.0 + popularity)).astype(np.float32)
+        if idf is None:
+            popularity = np.bincount(items, minlength=n_items)
+            idf = np.log1p(len(lengths) / (1.0 + popularity)).astype(np.float32)
 
         position = ends[:, None] - 1 - np.arange(WIDTH)
         inside = position >= offsets[owner][:, None]

@@ -37,7 +37,8 @@ class LiveCatalog:
         self.removed = np.empty(0, np.int64)
         self._counts = np.bincount(split.log.items, minlength=store.base)
         self._log = split.log
-        self._newcomers: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}  # of users who took something or were forgotten
+        self._newcomers = 0
         self._parts: list[Any] = []  # methods, and those inside them
         self._evidence: list[Evidence] = []
         self._seen = {"version": None, "number": 0, "removed": 0, "taken": 0, "forgotten": 0}
@@ -73,8 +74,10 @@ class LiveCatalog:
 
     def owner(self, user_id: str | None) -> int:
         """Under which number a user's own rows and counts are known; -1: under none."""
-        known = None if user_id is None else self.store.number_in_log(user_id)
-        return self._newcomers.get(user_id, -1) if known is None else known
+        if user_id is None or user_id in self._numbers:
+            return self._numbers.get(user_id, -1)
+        known = self.store.number_in_log(user_id)
+        return -1 if known is None else known
 
     def follow(self) -> None:
         """Take over what was written to the store, by whichever process."""
@@ -140,14 +143,16 @@ class LiveCatalog:
     ) -> None:
         for user in forgotten:
             evidence.forget(self._number(user))
-        for user, items in taken:
-            evidence.append(self._number(user), items)
+        evidence.append_all([(self._number(user), items) for user, items in taken])
 
     def _number(self, user: str) -> int:
         """Under which number a user's interactions are counted."""
-        if (known := self.store.number_in_log(user)) is not None:
-            return known
-        return self._newcomers.setdefault(user, self._log.n_users + len(self._newcomers))
+        if user not in self._numbers:
+            known = self.store.number_in_log(user)
+            if known is None:
+                known, self._newcomers = self._log.n_users + self._newcomers, self._newcomers + 1
+            self._numbers[user] = known
+        return self._numbers[user]
 
     def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """int64 (n, learned levels) codes and float32 (n, dim) unit vectors of new texts.

@@ -538,9 +538,12 @@ class Store:
         """(user, items) of the interactions after one, and the last one's number."""
         sql = "SELECT seq, user, items FROM interactions WHERE seq > ? AND data = ? ORDER BY seq"
         rows = self._all(sql, seq, self.data)
+        lists = [json.loads(items) for _, _, items in rows]
+        ids = list(dict.fromkeys(id_ for taken in lists for id_ in taken))
+        known = dict(zip(ids, self.indexes(ids), strict=True))
         found = [
-            (user, [item for item in self.indexes(json.loads(items)) if item is not None])
-            for _, user, items in rows
+            (user, [known[id_] for id_ in taken if known[id_] is not None])
+            for (_, user, _), taken in zip(rows, lists, strict=True)
         ]
         return found, rows[-1][0] if rows else seq
 
