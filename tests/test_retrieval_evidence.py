@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -200,6 +202,74 @@ def test_a_user_s_own_pairs_and_rows_are_as_if_they_had_never_been_counted():
         )
 
 
+def test_an_event_s_weight_is_that_of_every_pair_and_vote_that_ends_in_it():
+    items, offsets = sequences = shop()
+    worth = np.random.default_rng(2).choice(np.float32([0.25, 1, 3]), len(items))
+    evidence = made(sequences, weights=worth)
+    counts, pairs = np.zeros((ITEMS, ITEMS), np.int64), pair_weights()
+    votes = []
+    for first, last in itertools.pairwise(offsets):
+        for place in range(first, last):
+            for distance in range(1, min(len(pairs), last - place)):
+                later = place + distance
+                exact = pairs[distance] * worth[later]
+                counts[items[place], items[later]] += int(np.floor(exact + 0.5))
+        votes += [worth[end : min(end + 4, last)].tolist() for end in range(first + 1, last)]
+    np.testing.assert_array_equal(evidence.transitions.totals, counts.sum(1))
+    for item in range(ITEMS):
+        others, values = evidence.transitions.followers.row(item)
+        np.testing.assert_array_equal(values, counts[item, others])
+    for row, vote in zip(evidence.memory.worth, votes, strict=True):
+        np.testing.assert_array_equal(row[: len(vote)], vote)
+    np.testing.assert_allclose(evidence.popularity, np.bincount(items, worth, ITEMS))
+
+    histories, users = prefixes(sequences)
+    for user in users[:8]:  # nothing of a user's own is left, in any hop
+        kept = worth.copy()
+        kept[offsets[user] : offsets[user + 1]] = 1e-9
+        alone = made(sequences, weights=kept)
+        same(*(one.gather(histories[[user]], [user]) for one in (evidence, alone)))
+    ones = made(sequences, weights=np.ones(len(items), np.float32)).gather(histories, users)
+    plain = made(sequences).gather(histories, users)
+    for field in ("items", "hops", "strengths", "ranks", "sums", "popularity"):
+        np.testing.assert_array_equal(getattr(ones, field), getattr(plain, field))
+
+
+def test_the_weights_of_a_split_reach_evidence_and_collaborative_vectors():
+    from streamctl.data.log import InteractionLog
+    from streamctl.data.split import Split
+    from streamctl.tokenizer.collaborative import taken_together
+    from streamctl.training.material import Material
+
+    items, offsets = shop()
+    names = [str(user) for user in range(USERS)]
+    weights = np.where(items % 2, 0.25, 2).astype(np.float32)
+    found, together = [], []
+    for worth in (None, np.ones_like(weights), weights):
+        split = Split(InteractionLog(items, offsets, names, weights=worth), n_items=ITEMS)
+        plain = made(split.training_sequences())
+        material = Material(split, None, plain.neighbours, plain.vectors)
+        found.append(material.evidence.popularity)
+        np.testing.assert_array_equal(found[-1], split.popularity())
+        together.append(taken_together(split, 0))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[2], found[0] * np.where(np.arange(ITEMS) % 2, 0.25, 2))
+    np.testing.assert_array_equal(together[0], together[1])
+    assert np.abs(together[2] - together[0]).max() > 0.01
+
+
+def test_a_weighed_user_can_grow_and_be_forgotten():
+    sequences = shop()
+    weights = np.random.default_rng(3).choice(np.float32([0.5, 2]), len(sequences[0]))
+    evidence = made(sequences, weights=weights)
+    evidence.append(4, [1, 2])
+    evidence.append(USERS + 1, [7, 8])
+    for user in range(USERS + 2):
+        evidence.forget(user)
+    assert not evidence.transitions.totals.any() and not evidence.popularity.any()
+    assert not any(evidence.transitions.followers.row(item)[1].any() for item in range(ITEMS))
+
+
 def test_a_target_that_only_its_own_user_took_is_never_found_for_them():
     """The leak that would make training evidence stronger than any serving can have."""
     items, offsets = shop()
@@ -264,7 +334,7 @@ def test_what_is_appended_is_counted_as_training_counts_it(at_once):
     np.testing.assert_array_equal(whole.popularity, grown.popularity)
 
     def rows(evidence):
-        _, _, _, _, owners, following, _ = evidence.memory.arrays
+        _, _, _, _, owners, following, _, _ = evidence.memory.arrays
         count = len(evidence.memory)
         return sorted(map(tuple, np.c_[owners, following][:count].tolist()))
 

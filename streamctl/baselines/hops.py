@@ -21,7 +21,10 @@ def run_evidence(run: RunDir, **options: Any) -> Evidence:
     """The evidence of a run's training interactions; `options` are `Evidence`'s."""
     split = load_data(run)[1]
     neighbours = run.stage("tokenizer").array("neighbours.npy")
-    return Evidence(split.training_sequences(), vectors(run), neighbours, **options)
+    weights = split.training_weights()
+    return Evidence(
+        split.training_sequences(), vectors(run), neighbours, weights=weights, **options
+    )
 
 
 class HopBaseline(Baseline):

@@ -10,7 +10,7 @@ import numpy as np
 from streamctl.kernels import threads
 from streamctl.retrieval import gathering
 from streamctl.retrieval.memory import Memory
-from streamctl.retrieval.transitions import NEXT, Transitions, pair_weights
+from streamctl.retrieval.transitions import NEXT, UNIT, Transitions, pair_weights
 from streamctl.tokenizer.neighbours import earlier_neighbours, unit
 
 HOPS = ("next", "alike", "next of next", "next of alike", "others", "own")
@@ -94,6 +94,7 @@ class Evidence:
     Attributes:
         sizes: (6,) the most pieces of each hop.
         nearest: rows of the memory that vote.
+        popularity: (N,) float64, how often each item was taken, by what each time is worth.
     """
 
     def __init__(
@@ -104,39 +105,47 @@ class Evidence:
         *,
         sizes: Sequence[int] = SIZES,
         nearest: int = 100,
+        weights: np.ndarray | None = None,
     ):
         """Count and index the training sequences.
 
         Args:
             sequences: items int32 (T,) and offsets int64 (U + 1,), `Split.training_sequences()`.
             vectors: (N, D) float32, the items' text. neighbours: (N, K) int, each item's nearest.
+            weights: float32 (T,), what each interaction is worth as an event, counted in whole
+                1/1024; by default 1, as is all that comes later.
         """
         self._items, self._offsets = sequences
         self.sizes, self.nearest = tuple(sizes), nearest
         self.vectors = unit(vectors)
         self.neighbours = np.ascontiguousarray(neighbours, np.int32)
+        self._worth = None if weights is None else np.round(weights * UNIT).astype(np.int64)
         self._count()
-        self._live: dict[int, np.ndarray] = {}  # sequences that have grown since
+        self._live: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # what has grown since
         self._live_rows: dict[int, list[int]] = {}
         self._scratch: list[tuple[np.ndarray, ...]] = []
 
     def _count(self, idf: np.ndarray | None = None) -> None:
         items, offsets, count = self._items, self._offsets, len(self.vectors)
-        self.transitions = Transitions.count(items, offsets, count)
-        self.memory = Memory.index(items, offsets, count, idf=idf)
-        self.popularity = np.bincount(items, minlength=count)
+        self.transitions = Transitions.count(items, offsets, count, worth=self._worth)
+        self.memory = Memory.index(items, offsets, count, idf=idf, worth=self._worth)
+        # Sums of whole units, so that what is taken out again leaves nothing behind.
+        units = np.bincount(items, self._worth, count).astype(np.float64)
+        self.popularity = units if self._worth is None else units / UNIT
 
     @property
     def n_items(self) -> int:
         return len(self.popularity)
 
-    def sequence(self, user: int) -> np.ndarray:
-        """int32: what was counted of a user, oldest first; nothing for a stranger."""
+    def _taken(self, user: int) -> tuple[np.ndarray, np.ndarray]:
+        """What was counted of a user: int32 items, oldest first, and int64 units each is worth;
+        nothing of a stranger."""
         if user in self._live:
             return self._live[user]
-        if 0 <= user < len(self._offsets) - 1:
-            return self._items[self._offsets[user] : self._offsets[user + 1]]
-        return self._items[:0]
+        known = 0 <= user < len(self._offsets) - 1
+        part = slice(*self._offsets[user : user + 2]) if known else slice(0)
+        items = np.ascontiguousarray(self._items[part], np.int32)
+        return items, np.full(len(items), UNIT) if self._worth is None else self._worth[part]
 
     def gather(self, histories: np.ndarray, users: np.ndarray | None = None) -> Pieces:
         """What each history brings to mind.
@@ -149,7 +158,7 @@ class Evidence:
         histories = np.ascontiguousarray(histories, np.int64)
         batch, most, hops = len(histories), sum(self.sizes), len(HOPS)
         users = np.full(batch, -1) if users is None else np.asarray(users)
-        mine = [np.ascontiguousarray(self.sequence(int(user)), np.int32) for user in users]
+        mine = [self._taken(int(user)) for user in users]
         found = (
             np.full((batch, most), -1, np.int32),
             np.full((batch, most), -1, np.int8),
@@ -167,7 +176,7 @@ class Evidence:
             scratch = self._take()
             for row in range(first, last):
                 gathering.gather_one(
-                    histories[row], users[row], mine[row], *arguments, *scratch,
+                    histories[row], users[row], *mine[row], *arguments, *scratch,
                     *(array[row] for array in found),
                 )  # fmt: skip
             self._scratch.append(scratch)
@@ -176,8 +185,10 @@ class Evidence:
         last = histories[np.arange(batch), np.maximum((histories >= 0).sum(1) - 1, 0)]
         known = np.concatenate([found[0], last[:, None]], 1)
         counts = self.popularity[known]
-        for row, sequence in enumerate(mine):  # what this user took is no sign that others did
-            counts[row] -= (known[row][:, None] == sequence).sum(1)
+        for row, (items, worth) in enumerate(
+            mine
+        ):  # what this user took is no sign that others did
+            counts[row] -= (known[row][:, None] == items) @ (worth / UNIT)
         popularity = np.where(known >= 0, np.log1p(np.maximum(counts, 0)), 0)
         return Pieces(*found, popularity.astype(np.float32))
 
@@ -207,7 +218,7 @@ class Evidence:
         Args:
             user: 0 or more; numbers of training's users are theirs, others are new.
         """
-        sequence = self.sequence(user)
+        sequence, worth = self._taken(user)
         rows = self._rows(user)
         for item in items:
             self.popularity[item] += 1
@@ -217,7 +228,7 @@ class Evidence:
                 for step, row in enumerate(rows[-2 : -len(NEXT) - 1 : -1], 1):
                     self.memory.followed(row, step, int(item))
             sequence = np.append(sequence, np.int32(item))
-        self._live[user] = sequence
+        self._live[user] = sequence, np.append(worth, np.full(len(items), UNIT))
 
     def append_all(self, taken: Sequence[tuple[int, Sequence[int]]]) -> None:
         """As `append` of each in turn; where they are many, everything is counted anew."""
@@ -227,23 +238,29 @@ class Evidence:
             return
         later: dict[int, list[int]] = {}
         for user, items in taken:
-            later.setdefault(user, self.sequence(user).tolist()).extend(items)
-        grown = self._live | {user: np.array(row, np.int32) for user, row in later.items()}
+            later.setdefault(user, []).extend(items)
+        grown = dict(self._live)
+        for user, new in later.items():
+            sequence, worth = self._taken(user)
+            more = np.array(new, np.int32), np.full(len(new), UNIT)
+            grown[user] = np.append(sequence, more[0]), np.append(worth, more[1])
         changed = np.array(sorted(grown))
         owners = np.repeat(np.arange(len(self._offsets) - 1), np.diff(self._offsets))
         same = ~np.isin(owners, changed)
-        lengths = [len(grown[user]) for user in changed.tolist()]
-        owners = np.concatenate([owners[same], np.repeat(changed, lengths)])
-        items = np.concatenate([self._items[same], *(grown[user] for user in changed.tolist())])
+        rows, worth = zip(*(grown[user] for user in changed.tolist()), strict=True)
+        owners = np.concatenate([owners[same], np.repeat(changed, [len(row) for row in rows])])
+        order = np.argsort(owners, kind="stable")
         sizes = np.bincount(owners, minlength=len(self._offsets) - 1)
-        self._items = items[np.argsort(owners, kind="stable")]
+        self._items = np.concatenate([self._items[same], *rows])[order]
+        if self._worth is not None:
+            self._worth = np.concatenate([self._worth[same], *worth])[order]
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
         self._live, self._live_rows = {}, {}
         self._count(self.memory.idf)
 
     def _rows(self, user: int) -> list[int]:
         """The memory's rows of a user, oldest first; those of training lie user by user."""
-        rows, sequence = self._live_rows.setdefault(user, []), self.sequence(user)
+        rows, sequence = self._live_rows.setdefault(user, []), self._taken(user)[0]
         if not rows and 0 <= user < len(self._offsets) - 1 and len(sequence):
             first = int(self._offsets[user]) - self._users_before(user)  # one less than items each
             rows.extend(range(first, first + len(sequence) - 1))
@@ -251,12 +268,12 @@ class Evidence:
 
     def forget(self, user: int) -> None:
         """Take out a user's pairs and rows; what the user takes from now on counts again."""
-        sequence = self.sequence(user)
-        for place, item in enumerate(sequence.tolist()):
-            self.transitions.remove(sequence[:place], item)
-            self.popularity[item] -= 1
+        sequence, worth = self._taken(user)
+        for place, (item, units) in enumerate(zip(sequence.tolist(), worth.tolist(), strict=True)):
+            self.transitions.remove(sequence[:place], item, units)
+            self.popularity[item] -= units / UNIT
         self.memory.forget(self._rows(user))
-        self._live[user], self._live_rows[user] = sequence[:0], []
+        self._live[user], self._live_rows[user] = (sequence[:0], worth[:0]), []
 
     def _users_before(self, user: int) -> int:
         """Users before this one who have rows: those with a sequence."""
@@ -273,7 +290,7 @@ class Evidence:
         """
         first, count = self.n_items, len(vectors)
         self.vectors = np.concatenate([self.vectors, unit(vectors)])
-        self.popularity = np.concatenate([self.popularity, np.zeros(count, np.int64)])
+        self.popularity = np.concatenate([self.popularity, np.zeros(count)])
         self.transitions.add_items(count)
         self.memory.add_items(count)
         near = earlier_neighbours(self.vectors, first, self.neighbours.shape[1])

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 
 from streamctl.retrieval.memory import WIDTH
-from streamctl.retrieval.transitions import NEXT, RECENCY
+from streamctl.retrieval.transitions import NEXT, RECENCY, paid
 
 BACK = 0.6  # weight of a history item against the one after it, in hop 1
 LAST = 5  # items whose text counts
@@ -20,9 +20,9 @@ NEXT_, ALIKE, NEXT_NEXT, NEXT_ALIKE, OTHERS, OWN = range(6)
 
 @numba.njit(cache=True, nogil=True)
 def gather_one(
-    history, user, mine, sizes, pair_weights,
+    history, user, mine, mine_worth, sizes, pair_weights,
     starts, counted, followers, counts, totals,
-    row_starts, row_sizes, row_ids, row_weights, owners, following, idf,
+    row_starts, row_sizes, row_ids, row_weights, owners, following, worth, idf,
     vectors, neighbours,
     score, touched, own, mark, row_score, row_touched, row_mark, best, near,
     out_items, out_hops, out_strengths, out_ranks, out_text, out_sums,
@@ -42,8 +42,8 @@ def gather_one(
     weight = 1.0
     for place in range(length - 1, -1, -1):
         reached[NEXT_] = follow(
-            history[place], weight, 0.5, mine, pair_weights, starts, counted, followers, counts,
-            totals, own, mark, score[NEXT_], touched[NEXT_], reached[NEXT_],
+            history[place], weight, 0.5, mine, mine_worth, pair_weights, starts, counted,
+            followers, counts, totals, own, mark, score[NEXT_], touched[NEXT_], reached[NEXT_],
         )  # fmt: skip
         weight *= BACK
 
@@ -80,15 +80,15 @@ def gather_one(
         for place in range(size):
             item = best[place]
             reached[hop] = follow(
-                item, score[start, item], 1.0, mine, pair_weights, starts, counted, followers,
-                counts, totals, own, mark, score[hop], touched[hop], reached[hop],
+                item, score[start, item], 1.0, mine, mine_worth, pair_weights, starts, counted,
+                followers, counts, totals, own, mark, score[hop], touched[hop], reached[hop],
             )  # fmt: skip
 
     # 5 others: the next items of the rows nearest to the history
     if sizes[OTHERS] > 0:
         reached[OTHERS] = vote(
             history, length, user, row_starts, row_sizes, row_ids, row_weights, owners, following,
-            idf, row_score, row_touched, row_mark, near, score[OTHERS], touched[OTHERS],
+            worth, idf, row_score, row_touched, row_mark, near, score[OTHERS], touched[OTHERS],
         )  # fmt: skip
 
     # 6 own: what the user had before
@@ -152,8 +152,8 @@ def gather_one(
 
 @numba.njit(cache=True, nogil=True)
 def follow(
-    item, weight, power, mine, pair_weights, starts, counted, followers, counts, totals, own,
-    mark, score, touched, reached,
+    item, weight, power, mine, mine_worth, pair_weights, starts, counted, followers, counts,
+    totals, own, mark, score, touched, reached,
 ):  # fmt: skip
     """Add weight * C[item, y] / (sum C[item])^power to score[y], without the user's own pairs."""
     total = totals[item]
@@ -163,8 +163,9 @@ def follow(
         for place in range(len(mine)):
             if mine[place] == item:
                 for distance in range(1, min(reach, len(mine) - 1 - place) + 1):
-                    own[mine[place + distance]] += pair_weights[distance]
-                    total -= pair_weights[distance]
+                    pair = paid(pair_weights[distance], mine_worth[place + distance])
+                    own[mine[place + distance]] += pair
+                    total -= pair
     if total > 0:
         scale = np.float32(weight / total**power)
         for entry in range(starts[item], starts[item] + counted[item]):
@@ -185,10 +186,10 @@ def follow(
 
 @numba.njit(cache=True, nogil=True)
 def vote(
-    history, length, user, starts, sizes, rows, weights, owners, following, idf, row_score,
-    row_touched, row_mark, best, score, touched,
+    history, length, user, starts, sizes, rows, weights, owners, following, worth, idf,
+    row_score, row_touched, row_mark, best, score, touched,
 ):  # fmt: skip
-    """Add cosine^2 * NEXT of the nearest rows' next items to score; returns how many items."""
+    """Add cosine^2 * NEXT (* worth) of the nearest rows' next items; returns how many items."""
     latest = min(WIDTH, length)
     norm = 0.0
     for age in range(latest):
@@ -216,7 +217,10 @@ def vote(
             if score[other] == 0:
                 touched[reached] = other
                 reached += 1
-            score[other] += np.float32(cosine * cosine * NEXT[step])
+            vote = cosine * cosine * NEXT[step]
+            if len(worth):
+                vote *= worth[best[place], step]
+            score[other] += np.float32(vote)
     for place in range(count):
         row_score[row_touched[place]] = 0
     return reached

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from streamctl.retrieval.ragged import Ragged
-from streamctl.retrieval.transitions import NEXT, RECENCY
+from streamctl.retrieval.transitions import NEXT, RECENCY, UNIT
 
 WIDTH = 10  # latest items of a prefix that count: the tenth weighs 1/512 of the last
 
@@ -22,6 +22,8 @@ class Memory:
         owners: (R,) int32, the user of each row.
         following: (R, 4) int32, what the user took next, -1 past the end.
         idf: (N,) float32. keep: the most rows of one item.
+        worth: (R, 4) float32, what each of `following` is worth as an event, or (0, 4): all the
+            same.
     """
 
     def __init__(
@@ -31,14 +33,15 @@ class Memory:
         following: np.ndarray,
         idf: np.ndarray,
         keep: int,
+        worth: np.ndarray,
     ):
-        self.postings, self.idf, self.keep = postings, idf, keep
+        self.postings, self.idf, self.keep, self.worth = postings, idf, keep, worth
         self._owners, self._following, self._size = owners, following, len(owners)
 
     @classmethod
     def index(
         cls, items: np.ndarray, offsets: np.ndarray, n_items: int, keep: int = 2048,
-        idf: np.ndarray | None = None,
+        idf: np.ndarray | None = None, worth: np.ndarray | None = None,
     ) -> Memory:  # fmt: skip
         """Index every prefix of every sequence, user by user.
 
@@ -47,6 +50,7 @@ class Memory:
             offsets: int64 (U + 1,) where each begins.
             keep: the most rows kept of one item, the last ones.
             idf: (N,) float32; None: of these sequences.
+            worth: int64 (T,) units that a vote for each event is worth; by default one.
         """
         lengths = np.diff(offsets)
         owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -69,16 +73,20 @@ class Memory:
 
         later = ends[:, None] + np.arange(len(NEXT))
         within = later < offsets[owner + 1][:, None]
-        following = np.where(within, items[np.minimum(later, len(items) - 1)], -1)
-        return cls(postings, owner.astype(np.int32), following.astype(np.int32), idf, keep)
+        later = np.minimum(later, len(items) - 1)
+        following = np.where(within, items[later], -1).astype(np.int32)
+        votes = np.empty((0, len(NEXT)), np.float32)
+        if worth is not None:
+            votes = np.where(within, worth[later] / UNIT, 1).astype(np.float32)
+        return cls(postings, owner.astype(np.int32), following, idf, keep, votes)
 
     def __len__(self) -> int:
         return self._size
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """The postings, owners, following and idf, as compiled code takes them."""
-        return *self.postings.arrays, self._owners, self._following, self.idf
+        """The postings, owners, following, worth and idf, as compiled code takes them."""
+        return *self.postings.arrays, self._owners, self._following, self.worth, self.idf
 
     @property
     def room(self) -> int:
@@ -98,6 +106,8 @@ class Memory:
             self._owners = np.concatenate([self._owners, np.full(more, -1, np.int32)])
             empty = np.full((more, len(NEXT)), -1, np.int32)
             self._following = np.concatenate([self._following, empty])
+            if len(self.worth):
+                self.worth = np.concatenate([self.worth, np.ones(empty.shape, np.float32)])
         row = self._size
         self._owners[row], self._following[row, 0] = owner, item
         self._size += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from numba.extending import register_jitable
 
 from streamctl.retrieval.ragged import Ragged
 
@@ -29,6 +30,16 @@ def pair_weights() -> np.ndarray:
     return np.round(weights * UNIT).astype(np.int64)
 
 
+@register_jitable
+def paid(weight, worth):
+    """A pair's weight where its later event is worth `worth` units: whole numbers in and out.
+
+    The later one, because it is the answer that the pair speaks for: a purchase after a view is
+    a purchase, and a view after a purchase a view.
+    """
+    return (weight * worth + UNIT // 2) // UNIT
+
+
 class Transitions:
     """Counts of ordered pairs, the strongest of each item.
 
@@ -43,7 +54,12 @@ class Transitions:
 
     @classmethod
     def count(
-        cls, items: np.ndarray, offsets: np.ndarray, n_items: int, keep: int = 1024
+        cls,
+        items: np.ndarray,
+        offsets: np.ndarray,
+        n_items: int,
+        keep: int = 1024,
+        worth: np.ndarray | None = None,
     ) -> Transitions:
         """Count the pairs of every sequence.
 
@@ -51,8 +67,10 @@ class Transitions:
             items: int32 (T,) all sequences, one after the other, oldest first.
             offsets: int64 (U + 1,) where each begins.
             keep: the most pairs kept of one first item, the strongest.
+            worth: int64 (T,) units that each event is worth; by default one count each.
         """
-        first, second, counts = _sum(*_pairs(items, offsets, pair_weights()), n_items)
+        worth = np.empty(0, np.int64) if worth is None else worth
+        first, second, counts = _sum(*_pairs(items, offsets, pair_weights(), worth), n_items)
         totals = np.bincount(first, counts, n_items).astype(np.int64)
         order = np.lexsort((second, -counts, first))
         first, second, counts = first[order], second[order], counts[order]
@@ -66,15 +84,15 @@ class Transitions:
         self.followers.add_rows(count)
         self.totals = np.concatenate([self.totals, np.zeros(count, np.int64)])
 
-    def add(self, before: np.ndarray, item: int) -> None:
-        """A user who had `before` (oldest first) took `item`."""
-        weights = pair_weights()
+    def add(self, before: np.ndarray, item: int, worth: int = UNIT) -> None:
+        """A user who had `before` (oldest first) took `item`, which is worth so many units."""
+        weights = paid(pair_weights(), worth)
         for distance in range(1, min(len(before), REACH) + 1):
             self._add(int(before[-distance]), item, int(weights[distance]))
 
-    def remove(self, before: np.ndarray, item: int) -> None:
+    def remove(self, before: np.ndarray, item: int, worth: int = UNIT) -> None:
         """Take out what `add` counted."""
-        weights = pair_weights()
+        weights = paid(pair_weights(), worth)
         for distance in range(1, min(len(before), REACH) + 1):
             first, weight = int(before[-distance]), int(weights[distance])
             self.totals[first] -= weight
@@ -105,7 +123,7 @@ def _sum(first, second, weight, n_items):
 
 
 @numba.njit(cache=True, nogil=True)
-def _pairs(items, offsets, weights):
+def _pairs(items, offsets, weights, worth):
     """All pairs within reach: first, second int32 (P,), weight int64 (P,)."""
     reach = len(weights) - 1
     count = 0
@@ -123,5 +141,7 @@ def _pairs(items, offsets, weights):
                 first[count] = items[place]
                 second[count] = items[place + distance]
                 weight[count] = weights[distance]
+                if len(worth):
+                    weight[count] = paid(weights[distance], worth[place + distance])
                 count += 1
     return first, second, weight

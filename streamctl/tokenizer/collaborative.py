@@ -19,17 +19,20 @@ _SMOOTHING = 0.75
 def taken_together(split: Split, seed: int) -> np.ndarray:
     """(N, at most 64) float32: rows of length one about their mean, 0 for items without company.
 
-    Training interactions alone are counted, a pair d steps apart as 1/d.
+    Training interactions alone are counted, a pair d steps apart as 1/d, times what its later
+    event is worth where kinds of events have weights.
     """
     count = split.n_items
     items, offsets = split.training_sequences()
     items, user = items.astype(np.int64), np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    weights = split.training_weights()
+    weights = np.ones(len(items)) if weights is None else weights.astype(np.float64)
     pairs = scipy.sparse.csr_matrix((count, count))
     for step in range(1, _STEPS + 1):
         same = user[step:] == user[:-step]
         before, after = items[:-step][same], items[step:][same]
-        ones = np.full(len(before), 1 / step)
-        pairs = pairs + scipy.sparse.csr_matrix((ones, (before, after)), shape=pairs.shape)
+        counts = weights[step:][same] / step
+        pairs = pairs + scipy.sparse.csr_matrix((counts, (before, after)), shape=pairs.shape)
     pairs = (pairs + pairs.T).tocoo()
     vectors = np.zeros((count, min(WIDTH, count - 1)), np.float32)
     if not pairs.nnz:

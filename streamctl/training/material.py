@@ -51,8 +51,8 @@ class Material:
     @cached_property
     def evidence(self) -> Evidence:
         """What the hops read, counted when first asked for."""
-        sequences = self.split.training_sequences()
-        return Evidence(sequences, self.vectors, self.neighbours, sizes=self.hops)
+        sequences, weights = self.split.training_sequences(), self.split.training_weights()
+        return Evidence(sequences, self.vectors, self.neighbours, sizes=self.hops, weights=weights)
 
     @cached_property
     def item_tokens(self) -> torch.Tensor:
