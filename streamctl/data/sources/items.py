@@ -201,13 +201,15 @@ def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 def id_text(value: object) -> str:
     """An id, time or number as text, "" if it is none: in every file and question the same.
 
-    Texts stay as they are. A float that is whole, as pandas makes of whole numbers with gaps, is
-    written as a whole number.
+    Texts stay as they are. A float or a decimal that is whole, as pandas makes of whole numbers
+    with gaps, is written as a whole number.
     """
     if value is None or isinstance(value, dict | list) or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, Decimal) and "." in (text := f"{value:f}"):
+        return text.rstrip("0").rstrip(".")
     return writable(str(value))
 
 
