@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # One thread a test worker: two workers with two threads each fight for two cores.
 WORKERS ?= 2
-# Those that need a GPU (gpu.py) or a run (pipeline.py, search.py) are started by hand.
+# Those that need a GPU (gpu.py) or a run (pipeline.py) are started by hand.
 BENCHMARKS ?= kernels decode train prepare serve scale ranks throughput kills
 
 .PHONY: demo test lint bench

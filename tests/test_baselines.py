@@ -217,6 +217,14 @@ class TestBERT4Rec(BaselineContract):
 class TestCaser(BaselineContract):
     name = "caser"
 
+    def test_a_user_who_trains_nothing_has_the_zero_vector(self):
+        items, offsets = np.arange(12, dtype=np.int32) % 5, np.array([0, 4, 8, 12])
+        cuts = np.array([[0, 1], [5, 6], [11, 12]])
+        split = Split(InteractionLog(items, offsets, ["a", "b", "c"], cuts=cuts), n_items=5)
+        config = BaselineConfig(name="caser", dim=4, dropout=0.0, loss="ce", repeat=False)
+        model = baseline_class("caser")(config, split)
+        assert (model.users.weight != 0).any(1).tolist() == [False, False, True]
+
 
 class TestTiger(BaselineContract):
     name = "tiger"

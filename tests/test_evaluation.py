@@ -162,6 +162,22 @@ def test_the_95_percent_interval_covers_the_truth_about_95_percent_of_the_time()
     assert 0.89 <= covered / 200 <= 0.99
 
 
+def test_the_targets_of_one_user_are_drawn_together():
+    """A hundred copies of each value tell no more than one."""
+    values = np.random.default_rng(0).random(60)
+    users = np.repeat(np.arange(60), 100)
+    alone = bootstrap_mean(values, seed=3)
+    together = bootstrap_mean(values.repeat(100), users=users, seed=3)
+    assert (together.low, together.high) == pytest.approx((alone.low, alone.high))
+    apart = bootstrap_mean(values.repeat(100), seed=3)
+    assert apart.high - apart.low < 0.2 * (together.high - together.low)
+    assert bootstrap_mean(values, users=np.arange(60), seed=3) == alone
+    few = np.r_[np.zeros(50, int), 1]  # whoever has more targets counts for more
+    assert bootstrap_mean(np.r_[np.ones(50), 0], users=few).mean == pytest.approx(50 / 51)
+    ranks = np.arange(6000, dtype=np.int32) % 11
+    assert paired_difference(ranks, ranks, users=users).high == 0
+
+
 def test_the_bootstrap_is_a_function_of_its_seed():
     values = np.random.default_rng(0).random(100)
     first = bootstrap_mean(values, seed=1)

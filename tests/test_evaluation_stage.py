@@ -15,13 +15,14 @@ from test_baselines import N_ITEMS, N_USERS, write_cycle
 from streamctl.config import (
     AnnotateConfig,
     BaselineConfig,
+    DataConfig,
     EvalConfig,
     PretrainConfig,
     RlConfig,
     SftConfig,
     TokenizeConfig,
 )
-from streamctl.data import load_data
+from streamctl.data import Split, load_data, prepare
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import curve
 from streamctl.evaluation import stage as stage_module
@@ -30,7 +31,7 @@ from streamctl.evaluation.report import SAME, plot_all, table
 from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.ranking import evaluate
 from streamctl.runs import RunDir
-from streamctl.training.annotate import annotate
+from streamctl.training.annotate import annotate, label
 from streamctl.training.material import Material, save_policy
 from streamctl.training.pretrain import pretrain
 from streamctl.training.rl import rl
@@ -217,8 +218,44 @@ def test_oracle_thoughts_depend_on_the_target(models):
     history = torch.from_numpy(examples.histories(users))
     thoughts = recommender.thoughts(history, users)
     assert thoughts.shape == (40, 2)
-    other = Models(models.run, CONFIG, load_data(models.run)[1].valid, "cpu").oracle("sft")
+    items = examples.items.copy()
+    items[examples.end] = (items[examples.end] + 3) % N_ITEMS
+    changed = replace(examples, items=items)
+    np.testing.assert_array_equal(changed.histories(users), examples.histories(users))
+    other = Models(models.run, CONFIG, changed, "cpu").oracle("sft")
     assert not torch.equal(thoughts, other.thoughts(history, users))
+
+
+def test_the_oracle_knows_each_of_a_user_s_targets(models):
+    log = load_data(models.run)[1].log
+    cuts = log.offsets[:-1, None] + np.array([2, 3])
+    examples = Split(replace(log, cuts=cuts), n_items=N_ITEMS).test
+    assert len(examples) > 1.5 * log.n_users
+    models = Models(models.run, CONFIG, examples, "cpu")
+    rows = np.arange(len(examples))[::-1]
+    history = torch.from_numpy(examples.histories(rows))
+    given = models.oracle("sft").thoughts(history, examples.users[rows])
+    targets, how = torch.from_numpy(examples.targets[rows]), models.annotation
+    expected = label(models.policy("sft"), history, targets, how["length"], how["mode"])
+    assert torch.equal(given, expected)
+
+
+def test_users_and_targets_are_counted_apart_where_there_are_several(tmp_path):
+    rows = [(f"u{u}", f"i{(u * 3 + k) % 7}", 10 * k + u) for u in range(10) for k in range(10)]
+    lines = ["user_id,item_id,timestamp", *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    run = RunDir(tmp_path / "run")
+    prepare(run, DataConfig(source=str(tmp_path / "log.csv"), split="60%,80%"))
+    found = read_result(
+        evaluate_run(run, EvalConfig(methods=("popularity",), bootstrap=50), device="cpu")
+    )
+    assert (found["users"], found["targets"]) == (10, len(load_data(run)[1].test))
+    assert found["targets"] >= 15
+    assert "10 users with " in str(table(found).title)
+
+
+def test_a_target_of_one_user_is_no_news_to_the_table(result):
+    assert result["users"] == result["targets"] and "targets" not in str(table(result).title)
 
 
 def test_the_best_on_validation_answers_and_not_what_was_trained_last(run, tmp_path, capsys):

@@ -19,6 +19,7 @@ from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.evaluation.update import update
 from streamctl.ranking import evaluate, gains
 from streamctl.rerank import features
+from streamctl.rerank.fit import FOLDS, folds
 from streamctl.rerank.lambdarank import Groups, LambdaRank
 from streamctl.retrieval.transitions import pair_weights
 from streamctl.runs import RunDir
@@ -114,6 +115,14 @@ def test_nobody_judges_a_ranker_that_they_taught(run, reranked):
     in_sample = evaluate(method, split.valid, **options).metrics["ndcg@10"]
     assert in_sample > by_folds + 0.02
     assert abs(evaluate(method, split.test, **options).metrics["ndcg@10"] - by_folds) < 0.06
+
+
+def test_a_user_with_several_targets_is_in_one_fold():
+    users = np.random.default_rng(0).integers(0, 50, 300)
+    found = folds(users, seed=1)
+    for user in np.unique(users):
+        assert len(set(found[users == user].tolist())) == 1
+    assert set(found.tolist()) == set(range(FOLDS))
 
 
 def test_the_winner_may_be_a_reranked_method_by_its_folds(run, result):

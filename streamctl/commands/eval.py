@@ -50,8 +50,8 @@ def command(
 ) -> None:
     """Rank the whole catalogue by every method and control in the run, and compare them.
 
-    recall@k is also known as HR@k: each user has one target. Figures with seen items left in and
-    masked are both given. Redone by itself when a stage it reads has changed.
+    recall@k is also known as HR@k: each target is looked for alone. Figures with seen items left
+    in and masked are both given. Redone by itself when a stage it reads has changed.
 
     `--decode exact` instead compares beams of 20 and 50 with best-first search of the whole
     catalogue, and `--think-curve` measures thoughts of 0, 1, 2, 4, ... and their

@@ -42,8 +42,7 @@ class Models:
     Args:
         run: every stage that a row names is complete.
         config: beam and seed.
-        examples: the users to evaluate, one row each; oracle thoughts see their targets. None where
-            nobody is evaluated.
+        examples: what is evaluated; oracle thoughts see the targets. None where nothing is.
         device: where the models go.
     """
 
@@ -116,11 +115,21 @@ class Models:
     def oracle(self, stage: str) -> PolicyRecommender:
         """A thinking policy given the thoughts that annotation derives from the target itself."""
         policy, how = self.policy(stage), self.annotation
-        targets = np.zeros(self.split.log.n_users, dtype=np.int64)
-        targets[self.examples.users] = self.examples.targets
+        examples = self.examples
+        histories = examples.histories(np.arange(len(examples)))
+        # A user may have several targets, each with a history of its own.
+        target_of = {
+            (user, *history[:length]): target
+            for user, history, length, target in zip(
+                examples.users.tolist(), histories.tolist(), examples.lengths.tolist(),
+                examples.targets.tolist(), strict=True,
+            )
+        }  # fmt: skip
 
         def thoughts(history: torch.Tensor, users: np.ndarray) -> torch.Tensor:
-            target = torch.from_numpy(targets[users]).to(history.device)
+            asked = zip(users.tolist(), history.tolist(), strict=True)
+            targets = [target_of[user, *(i for i in items if i >= 0)] for user, items in asked]
+            target = torch.tensor(targets, device=history.device)
             return label(policy, history, target, how["length"], how["mode"])
 
         return self.generative(stage, thoughts=thoughts)

@@ -32,15 +32,17 @@ TITLES = {
     "random_thinking_rl": "random thoughts, RL",
     "oracle_thinking": "oracle thoughts",
 }
-SAME = "HR@k = recall@k: each user has one target."
+SAME = "HR@k = recall@k: each target is looked for alone."
 _COLUMNS = ("recall@10", "ndcg@10")  # what fits 80 characters; --json has the rest
 _INK, _MUTED, _BLUE, _GREY = "#1f2933", "#52606d", "#2f6fb0", "#9aa5b1"
 
 
 def table(result: Mapping[str, Any]) -> Table:
     """Methods above controls, one row each; the interval is of the difference to TIGER."""
+    several = result["targets"] > result["users"]
+    targets = f" with {result['targets']:,} targets" if several else ""
     shown = Table(
-        title=f"{result['split']} split, {result['users']:,} users, whole catalogue of "
+        title=f"{result['split']} split, {result['users']:,} users{targets}, whole catalogue of "
         f"{result['items']:,} items, ties {result['ties']}",
         title_justify="left",
         caption="over TIGER: paired 95% interval, over users, of the difference of ndcg@10.\n"

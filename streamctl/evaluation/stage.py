@@ -86,15 +86,15 @@ def evaluate_run(
         examples = sample_users(getattr(split, config.split), config.users, 0)
         tokenized = run.stage("tokenizer").complete
         facts = ItemFacts(split.popularity(), item_vectors(run) if tokenized else None)
-        table = _Table(stage, config, examples, split.n_items, facts)
-        models = Models(run, config, examples, device)
         deciders = sample_users(split.valid, DECIDERS, 0)
+        table = _Table(stage, config, examples, deciders, split.n_items, facts)
+        models = Models(run, config, examples, device)
         for name, row_before in known.items():
             table.keep(name, *row_before)
         for row in rows:
             if row.name not in table.entries:
-                table.add(row.name, row.make(models), deciders if _decided(row) else None)
-        _judge_reranked(run, rows, table, deciders)
+                table.add(row.name, row.make(models), _decided(row))
+        _judge_reranked(run, rows, table)
         _publish(run, stage, config, rows, table)
     return run.stage("eval")
 
@@ -144,11 +144,12 @@ class _Table:
         stage: StageWriter,
         config: EvalConfig,
         examples: Examples,
+        deciders: Examples,
         n_items: int,
         facts: ItemFacts,
     ):
-        self.stage, self.config, self.examples, self.n_items = stage, config, examples, n_items
-        self.facts = facts
+        self.stage, self.config, self.n_items, self.facts = stage, config, n_items, facts
+        self.examples, self.deciders = examples, deciders  # to test on, and to choose by
         loaded = stage.load_checkpoint()
         tensors, meta = loaded if loaded else ({}, {"entries": {}, "latency": {}})
         self.ranks = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -180,20 +181,22 @@ class _Table:
 
     def bootstrap(self, ranks: np.ndarray) -> Interval:
         """Interval of a row's own ndcg@10."""
-        config = self.config
-        return bootstrap_mean(gains(ranks, 10), resamples=config.bootstrap, seed=config.seed)
+        return bootstrap_mean(
+            gains(ranks, 10), users=self.examples.users, resamples=self.config.bootstrap,
+            seed=self.config.seed,
+        )  # fmt: skip
 
-    def add(self, name: str, recommender: Recommender, deciders: Examples | None) -> None:
+    def add(self, name: str, recommender: Recommender, decided: bool) -> None:
         """Evaluate one row and keep it, so that an interruption does not lose it.
 
         Args:
-            deciders: validation users, for methods that might win.
+            decided: whether it might win, so that validation users judge it.
         """
         self.entries[name] = self.run(name, recommender)
-        if deciders is not None:
+        if decided:
             found = evaluate(
-                recommender, deciders, n_items=self.n_items, masked=True, batch=self.config.batch,
-                title=f"choose {name}",
+                recommender, self.deciders, n_items=self.n_items, masked=True,
+                batch=self.config.batch, title=f"choose {name}",
             )  # fmt: skip
             self.ranks[CHOICE + name] = found.ranks
         tensors = {name: torch.from_numpy(ranks) for name, ranks in self.ranks.items()}
@@ -218,6 +221,7 @@ class _Table:
         if len(order) > 1:
             pair = self.ranks[CHOICE + best], self.ranks[CHOICE + order[1]]
             options = {"resamples": self.config.bootstrap, "seed": self.config.seed}
+            options["users"] = self.deciders.users
             interval = paired_difference(*pair, **options).as_dict()
             found["next"] = {"method": order[1], **interval}
         return found
@@ -226,6 +230,7 @@ class _Table:
         """Paired differences of a row to those it is measured by, where they are present."""
         found = {}
         options = {"resamples": self.config.bootstrap, "seed": self.config.seed}
+        options["users"] = self.examples.users
         for other in ("tiger", *AGAINST.get(name, ())):
             if other == name or other not in self.ranks:
                 continue
@@ -242,12 +247,12 @@ def _decided(row: Row) -> bool:
     return row.eligible and not row.control and not row.name.endswith(RERANKED)
 
 
-def _judge_reranked(run: RunDir, rows: list[Row], table: _Table, deciders: Examples) -> None:
+def _judge_reranked(run: RunDir, rows: list[Row], table: _Table) -> None:
     """Take over how validation users judged the rankers that they did not teach."""
     for row in rows:
         if row.eligible and row.name.endswith(RERANKED):
             found = ranks_by_folds(run.stage(row.stages[-1]))
-            if np.array_equal(found["users"].numpy(), deciders.users):
+            if np.array_equal(found["users"].numpy(), table.deciders.users):
                 table.ranks[CHOICE + row.name] = found["after"].numpy()
 
 
@@ -268,7 +273,8 @@ def _publish(
     labels = _labels(run, stage.parents)
     result = {
         "split": config.split,
-        "users": len(table.examples),
+        "users": len(np.unique(table.examples.users)),
+        "targets": len(table.examples),
         "items": table.n_items,
         "ties": TIES[data.manifest["config"]["ties"]],
         "beam": config.beam,

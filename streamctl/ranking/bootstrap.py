@@ -24,20 +24,29 @@ class Interval:
         return {"difference": self.mean, "low": self.low, "high": self.high}
 
 
-def bootstrap_mean(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Interval:
+def bootstrap_mean(
+    values: np.ndarray, *, users: np.ndarray | None = None, resamples: int = 2000, seed: int = 0
+) -> Interval:
     """95% percentile interval of the mean of `values` (float64 (E,)) over users drawn with return.
 
     The same seed and number of users draw the same users, so that intervals of several methods
     over the same users are paired too.
+
+    Args:
+        users: int (E,), whose values they are; a user comes with all of theirs, which are not
+            independent. By default each is another user's.
     """
-    n = len(values)
+    who = np.arange(len(values)) if users is None else np.unique(users, return_inverse=True)[1]
+    sums, counts = np.bincount(who, values), np.bincount(who)
+    n = len(sums)
     rng = np.random.default_rng(derive_seed(seed, "bootstrap", n))
     means = np.empty(resamples)
     step = max(1, _CHUNK // n)
     for begin in range(0, resamples, step):
         size = min(step, resamples - begin)
         draws = rng.integers(0, n, size=(size, n), dtype=np.int32)
-        means[begin : begin + size] = values[draws].mean(axis=1)
+        taken = n if n == len(values) else counts[draws].sum(axis=1)
+        means[begin : begin + size] = sums[draws].sum(axis=1) / taken
     tail = (1 - 0.95) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
     return Interval(float(values.mean()), float(low), float(high))
@@ -62,16 +71,24 @@ def bootstrap_seeds(values: np.ndarray, *, resamples: int = 2000, seed: int = 0)
 
 
 def paired_difference(
-    ranks: np.ndarray, others: np.ndarray, *, k: int = 10, resamples: int = 2000, seed: int = 0
+    ranks: np.ndarray,
+    others: np.ndarray,
+    *,
+    users: np.ndarray | None = None,
+    k: int = 10,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
     """ndcg@k of one method less that of another, with its 95% interval.
 
     Args:
-        ranks, others: int32 (E,) zero-based ranks of the same users' targets, in the same order.
+        ranks, others: int32 (E,) zero-based ranks of the same targets, in the same order.
+        users: int (E,), whose targets they are; by default each is another user's.
 
     Raises:
         ValueError: they are not of the same users.
     """
     if ranks.shape != others.shape:
         raise ValueError(f"ranks of {ranks.shape} and {others.shape} users cannot be paired")
-    return bootstrap_mean(gains(ranks, k) - gains(others, k), resamples=resamples, seed=seed)
+    difference = gains(ranks, k) - gains(others, k)
+    return bootstrap_mean(difference, users=users, resamples=resamples, seed=seed)

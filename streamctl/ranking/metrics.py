@@ -1,4 +1,4 @@
-"""Ranking metrics from the rank of each user's one target in the full catalogue."""
+"""Ranking metrics from the rank of each target in the full catalogue."""
 
 from __future__ import annotations
 

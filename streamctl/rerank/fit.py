@@ -31,7 +31,7 @@ class Fit:
 
     Attributes:
         ranker: trained on all users.
-        before, after: int32 (E,) masked ranks of the users' targets by the first method alone and
+        before, after: int32 (E,) masked ranks of the targets by the first method alone and
             re-ranked by a ranker that did not see the user.
         gain: of masked ndcg@10, its paired 95% interval over users.
     """
@@ -62,6 +62,13 @@ class Fit:
         }
 
 
+def folds(users: np.ndarray, seed: int) -> np.ndarray:
+    """int64 (E,): the fold of each example by whose it is (E,); all of a user's are in one, so
+    that nobody is judged by a ranker that they taught."""
+    people, who = np.unique(users, return_inverse=True)
+    return np.random.default_rng(derive_seed(seed, "folds")).integers(0, FOLDS, len(people))[who]
+
+
 def fit_reranker(
     methods: Sequence[Recommender], evidence: Evidence, examples: Examples, config: RerankConfig
 ) -> Fit:
@@ -73,9 +80,7 @@ def fit_reranker(
     Raises:
         StreamctlError: no candidate is anybody's target, or LightGBM is missing.
     """
-    fold = np.random.default_rng(derive_seed(config.seed, "folds")).integers(
-        0, FOLDS, len(examples)
-    )
+    fold = folds(examples.users, config.seed)
     items: list[np.ndarray] = [np.empty(0)] * len(examples)
     features: list[np.ndarray] = [np.empty(0)] * len(examples)
     before = np.empty(len(examples), np.int32)
@@ -120,4 +125,5 @@ def fit_reranker(
     final = LambdaRank.fit(
         groups(np.arange(len(examples))), trees=max(1, round(np.mean(trees))), **options
     )
-    return Fit(final, before, after, paired_difference(after, before, seed=config.seed))
+    gain = paired_difference(after, before, users=examples.users, seed=config.seed)
+    return Fit(final, before, after, gain)
