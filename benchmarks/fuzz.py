@@ -2,9 +2,9 @@
 
 python benchmarks/fuzz.py --json [--save] [--inputs 20000] [--seed 0]
 
-Two sources of inputs: a corpus of broken files (broken_files.py), and logs that Hypothesis
+Two sources of inputs: a corpus of broken files (tests/broken_files.py), and logs that Hypothesis
 generates in every format with odd ids and times, damage to the bytes, and truncated compression
-(odd_logs.py). Each goes through the reader, the filters and the numbering; one in ten goes through
+(tests/odd_logs.py). Each goes through the reader, the filters and the numbering; one in ten through
 the whole `data prepare`, `data doctor` or `data export` as the command line runs it (in this
 process, for speed), and a sample through a process of its own. Counted are tracebacks (any other
 exception, or more than one line), hangs (more than 60 s), and stages left half-written; the exit
@@ -35,8 +35,10 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.broken_files import CORPUS, put
-from benchmarks.odd_logs import sources
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
+from broken_files import CORPUS, put
+from odd_logs import sources
+
 from streamctl import cli
 from streamctl.config import DataConfig
 from streamctl.data.prepare import build

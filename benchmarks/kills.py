@@ -26,7 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.forks import SETTINGS, SHOP, Commands, hashes
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
+from forks import SETTINGS, SHOP, Commands, hashes
+
 from streamctl.files import atomic_file, read_json
 from streamctl.runs import RunDir, provenance
 

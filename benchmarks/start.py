@@ -25,7 +25,9 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.forks import SETTINGS
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
+from forks import SETTINGS
+
 from streamctl.data import load_data
 from streamctl.runs import RunDir, provenance
 

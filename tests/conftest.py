@@ -55,7 +55,7 @@ def streamctl():
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory):
     """Console commands in forks of a process that has imported everything."""
-    from benchmarks.forks import Commands
+    from forks import Commands
 
     return Commands(tmp_path_factory.mktemp("output"))
 

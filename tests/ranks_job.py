@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.forks import Answer, Commands
+from forks import Answer, Commands
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from broken_files import CORPUS
 
-from benchmarks.broken_files import CORPUS
 from benchmarks.fuzz import Campaign, generated
 from streamctl.data import columns
 from streamctl.data.columns import Column

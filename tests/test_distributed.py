@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from forks import SETTINGS, SHOP, Commands
 from ranks_job import job
 from safetensors.torch import load_file
 
-from benchmarks.forks import SETTINGS, SHOP, Commands
 from streamctl.device import resolve_device
 from streamctl.distributed import Ranks, Share
 from streamctl.runs import RunDir

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import until
+from forks import SETTINGS, SHOP, Commands, hashes
 
-from benchmarks.forks import SETTINGS, SHOP, Commands, hashes
 from streamctl.runs import RunDir
 
 STAGES = {

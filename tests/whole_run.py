@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.forks import SETTINGS, SHOP, Answer, Commands
+from forks import SETTINGS, SHOP, Answer, Commands
 
 STAGES = {
     "data": SHOP,

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from benchmarks.odd_logs import HEAD, ODD_IDS
+from odd_logs import HEAD, ODD_IDS
 
 GOOD = "".join(f"u{u},i{i},{1000 + 7 * u + i}\n" for u in range(6) for i in range(6))
 
