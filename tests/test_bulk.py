@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -96,6 +97,26 @@ def test_histories_may_be_given_and_count_before_users(run, tmp_path):
     assert not set(rows[1]["items"]) & set(items[5:100])
     assert "unheard-of" in rows[3]["problem"]
     assert (summary["problems"], summary["popular"], summary["answered"]) == (1, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "kind"),
+    [
+        ("1", 1.0, pa.float64()),
+        ("12345670000", 12345670000.0, pa.float64()),
+        ("12345670000", Decimal("12345670000.000"), pa.decimal128(20, 3)),
+        ("1.5", Decimal("1.500"), pa.decimal128(20, 3)),
+        ("1" * 33, Decimal("1" * 33), pa.decimal128(38, 3)),
+        ("7", 7, pa.int32()),
+        ("007", "007", pa.string()),
+        (" a b ", " a b ", pa.large_string()),
+    ],
+)
+def test_ids_of_any_type_are_read_as_in_every_file(run, tmp_path, written, value, kind):
+    path, output = tmp_path / "users.parquet", tmp_path / "recs.parquet"
+    pq.write_table(pa.table({"history": pa.array([[value]], pa.list_(kind))}), path)
+    recommend_files(run, path, output, **QUESTION)
+    assert f"'{written}'" in rows_of(output)[0]["problem"]
 
 
 def test_rows_with_nulls_are_told_what_is_missing(run, tmp_path):

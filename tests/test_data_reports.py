@@ -182,6 +182,12 @@ def test_ids_of_parquet_are_what_a_person_would_write(tmp_path, ids, texts):
     assert sorted(raw.names("users")) == sorted(raw.names("items")) == sorted(texts)
 
 
+def test_a_decimal_is_written_as_the_reader_writes_it():
+    values = ["1.00", "20.00", "1.50", "0.000", "1" * 33, "12345670000.0"]
+    texts = [id_text(decimal.Decimal(value)) for value in values]
+    assert texts == ["1", "20", "1.5", "0", "1" * 33, "12345670000"]
+
+
 @pytest.mark.parametrize("value", [*NUMBERS, 7, "007", " 7", "1e3", 1.5, 2**63, "é", True])
 def test_an_id_is_written_the_same_in_every_door(tmp_path, value):
     """The log, the catalogue, json and what a question asks for: one function writes them all."""
