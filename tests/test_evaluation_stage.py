@@ -31,7 +31,8 @@ from streamctl.evaluation.report import SAME, plot_all, table
 from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.ranking import evaluate
 from streamctl.runs import RunDir
-from streamctl.training.annotate import annotate, label
+from streamctl.training.annotate import annotate
+from streamctl.training.letter.annotate import label
 from streamctl.training.material import Material, save_policy
 from streamctl.training.pretrain import pretrain
 from streamctl.training.rl import rl

@@ -304,14 +304,18 @@ def test_what_is_held_out_reaches_no_evidence():
     same(*gathered)
 
 
+@pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("at_once", [False, True])
-def test_what_is_appended_is_counted_as_training_counts_it(at_once):
+def test_what_is_appended_is_counted_as_training_counts_it(at_once, weighed):
     items, offsets = shop()
-    whole = made((items, offsets))
     lengths = np.diff(offsets)
     cut = np.minimum(lengths - 1, 4)
-    first = np.concatenate([items[a : a + n] for a, n in zip(offsets, cut, strict=False)])
-    grown = made((first, np.concatenate([[0], np.cumsum(cut)])))
+    early = np.concatenate([np.arange(a, a + n) for a, n in zip(offsets, cut, strict=False)])
+    weights = np.ones(len(items), np.float32)
+    weights[early[::2]] = 0.25  # what comes later is worth 1
+    whole = made((items, offsets), weights=weights if weighed else None)
+    first = items[early], np.concatenate([[0], np.cumsum(cut)])
+    grown = made(first, weights=weights[early] if weighed else None)
     taken = [
         (user, [int(item)])
         for user in range(USERS)
@@ -334,9 +338,9 @@ def test_what_is_appended_is_counted_as_training_counts_it(at_once):
     np.testing.assert_array_equal(whole.popularity, grown.popularity)
 
     def rows(evidence):
-        _, _, _, _, owners, following, _, _ = evidence.memory.arrays
-        count = len(evidence.memory)
-        return sorted(map(tuple, np.c_[owners, following][:count].tolist()))
+        _, _, _, _, owners, following, worth, _ = evidence.memory.arrays
+        known = np.c_[owners, following, worth] if weighed else np.c_[owners, following]
+        return sorted(map(tuple, known[: len(evidence.memory)].tolist()))
 
     assert rows(whole) == rows(grown)
     histories, users = prefixes((items, offsets))
