@@ -1,5 +1,7 @@
 """Checks shared by the ops: each failure names the argument, what it must be and what it is."""
 
+import math
+
 import torch
 
 from .dispatch import KernelError
@@ -38,7 +40,9 @@ def codewords(name, value, shape, device):
     value = tensor(name, value, shape, FLOATS, device)
     if value.shape[-2] < 1 or value.shape[-1] < 1:
         raise KernelError(f"{name} needs at least one codeword, got shape {tuple(value.shape)}")
-    if not torch.isfinite(value).all():
+    # In one pass: torch.isfinite(value).all() takes half as long as a small search.
+    ends = torch.aminmax(value) if value.numel() else ()
+    if not all(math.isfinite(float(end)) for end in ends):
         raise KernelError(f"{name} must be finite, got NaN or Inf")
     return value
 

@@ -45,6 +45,16 @@ def _pack_row(row, centre, rounded, packed, norms, width, bf16):
     return norm, math.sqrt(np.float64(norms[1])) * loose + tiny + 2.0**-24 * norm
 
 
+@numba.njit(fastmath=_REORDER, **OPTIONS)
+def squared_distance(row, codeword):
+    """Float64, summed in any order."""
+    total = 0.0
+    for d in range(row.shape[0]):
+        difference = np.float64(row[d]) - np.float64(codeword[d])
+        total += difference * difference
+    return total
+
+
 @numba.njit(**OPTIONS)
 def pack_codebook(exact, width, centre, bf16, words, bias):
     """Lay one codebook out for `simd`; return bounds of max ||c'|| and max ||c' - packed c'||.
@@ -67,11 +77,7 @@ def pack_codebook(exact, width, centre, bf16, words, bias):
         )
         for s in range(steps):
             words[k // TILE, s, k % TILE] = packed[s]
-        square = 0.0
-        for d in range(width):
-            value = np.float64(exact[k, d]) - np.float64(centre[d])
-            square += value * value
-        bias[k] = -0.5 * square
+        bias[k] = -0.5 * squared_distance(exact[k], centre)
         longest, slipped = max(longest, norm), max(slipped, slip)
     return longest, slipped
 
@@ -88,16 +94,6 @@ def _margin(norm, slip, longest, slipped, width, tag_bits):
     delta += (width + 4) * 2.0**-50 * (norm + longest) ** 2  # the reference's own rounding
     delta += (width + 4) * 2.0**-124 * (1.0 + norm + longest)  # flushed subnormals
     return 2.0 * delta * (1 + 1e-6)
-
-
-@numba.njit(fastmath=_REORDER, **OPTIONS)
-def squared_distance(row, codeword):
-    """Float64, summed in any order."""
-    total = 0.0
-    for d in range(row.shape[0]):
-        difference = np.float64(row[d]) - np.float64(codeword[d])
-        total += difference * difference
-    return total
 
 
 @numba.njit(**OPTIONS)

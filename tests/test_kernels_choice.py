@@ -9,8 +9,10 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
-from streamctl.kernels import KernelError, choice, compiled
+from streamctl.kernels import KernelError, choice, compiled, nearest_codeword
+from streamctl.kernels.nearest_codeword.cases import random_case
 
 
 @pytest.fixture
@@ -72,6 +74,24 @@ def test_an_unknown_mode_of_compiling_is_refused(monkeypatch):
     monkeypatch.setenv("STREAMCTL_COMPILE", "later")
     with pytest.raises(KernelError, match="known: wait, background, never"):
         compiled.mode()
+
+
+@pytest.mark.parametrize(("rows", "width", "codewords"), [(256, 256, 1024), (4096, 32, 256)])
+def test_the_nearest_codeword_takes_no_longer_than_plain_torch(rows, width, codewords):
+    """At annotation's shape (the first) and the tokenizer's, noise and another machine allowed."""
+    x, codebooks, _ = random_case(rows, width, 1, codewords)
+    codebook = codebooks[0]
+
+    def plain():
+        bias = codebook.square().sum(1)
+        return torch.addmm(bias, x, codebook.T, alpha=-2).argmin(1)
+
+    ways = {"ours": lambda: nearest_codeword(x, codebook), "plain torch": plain}
+    for _ in range(3):  # what else the machine does passes
+        times = choice.times(ways)
+        if times["ours"] <= 1.15 * times["plain torch"]:
+            return
+    pytest.fail(f"slower than plain torch: {times}")
 
 
 PROGRAM = """
