@@ -95,7 +95,7 @@ class Beams:
         return self.theirs(history, logits_processor=[self.processor])
 
     def ours(self, history: torch.Tensor, **more):
-        return recommend(self.policy, self.trie, history, BEAM, beam=BEAM, **more)[0]
+        return recommend(self.policy, self.trie, history, BEAM, beam=BEAM, **more)
 
     def check(self, history: torch.Tensor) -> None:
         """fp32: the same items with the same scores, for the vectorised processor and for us.

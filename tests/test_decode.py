@@ -64,7 +64,7 @@ def test_beam_gives_the_items_and_scores_of_transformers_generate(tmp_path, hist
     )
     leaves = [trie.walk(row[1:].tolist()) for row in answer.sequences]
     theirs = torch.tensor([trie.items_at(leaf)[0] for leaf in leaves]).view(3, beam)
-    ranking, _ = recommend(policy, trie, past, beam, beam=beam, exact=True)
+    ranking = recommend(policy, trie, past, beam, beam=beam, exact=True)
     assert torch.equal(ranking.items, theirs)
     torch.testing.assert_close(
         ranking.scores, answer.sequences_scores.view(3, beam), atol=1e-4, rtol=1e-4
@@ -79,7 +79,7 @@ def test_wide_beam_ranks_the_whole_catalogue_as_brute_force(decoder, softmax):
         parameter.data.mul_(1.1)
     past = histories(len(policy.item_tokens), [5, 3])
     count = len(policy.item_tokens)
-    ranking, _ = recommend(
+    ranking = recommend(
         policy, catalogue(policy), past, count, beam=count, decoder=decoder, exact=True
     )
     expected, items = all_scores(policy, past, decoder=decoder).sort(descending=True)
@@ -113,18 +113,18 @@ def test_a_denied_item_changes_no_other_score(softmax):
     policy = distinct_policy(softmax=softmax)
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [5])
     count = len(policy.item_tokens)
-    whole, _ = recommend(policy, trie, past, count, beam=count, exact=True)
+    whole = recommend(policy, trie, past, count, beam=count, exact=True)
     denied = whole.items[0, [0, 3]].numpy()
-    left, _ = recommend(policy, trie, past, count, beam=count, exact=True, exclude=[denied])
+    left = recommend(policy, trie, past, count, beam=count, exact=True, exclude=[denied])
     kept = ~torch.isin(whole.items[0], torch.from_numpy(denied))
     assert torch.equal(left.items[0, : count - 2], whole.items[0][kept])
     torch.testing.assert_close(left.scores[0, : count - 2], whole.scores[0][kept])
 
 
-def test_greedy_thought_is_followed_and_reported():
+def test_the_greedy_thought_is_followed():
     policy = distinct_policy(think_codebook=4)
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3, 4])
-    ranking, trace = recommend(policy, trie, past, 5, think=3, beam=200, exact=True)
+    ranking = recommend(policy, trie, past, 5, think=3, beam=200, exact=True)
     low, high = policy.tokens.think_range
     encoded = policy.encode(past)
     tokens = torch.full((3, 1), Tokens.THINK)
@@ -133,77 +133,27 @@ def test_greedy_thought_is_followed_and_reported():
             hidden = policy.decode(encoded, tokens)
             best = policy.logits(hidden[:, -1])[:, low:high].argmax(-1) + low
             tokens = torch.cat([tokens, best[:, None]], 1)
-        assert torch.equal(trace.tokens, tokens[:, 1:])
-        states = policy.states(encoded, policy.decode(encoded, tokens)[:, 1:])
-    torch.testing.assert_close(trace.states, states, atol=1e-4, rtol=1e-4)
-    expected, items = all_scores(policy, past, trace.tokens).topk(5)
+    expected, items = all_scores(policy, past, tokens[:, 1:]).topk(5)
     assert torch.equal(ranking.items, items)
     torch.testing.assert_close(ranking.scores, expected, atol=1e-4, rtol=1e-4)
-    again, followed = recommend(
-        policy, trie, past, 5, think=3, thoughts=trace.tokens, beam=200, exact=True
-    )
+    again = recommend(policy, trie, past, 5, thoughts=tokens[:, 1:], beam=200, exact=True)
     assert torch.equal(again.items, ranking.items)
-    torch.testing.assert_close(followed.states, trace.states, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_joint_mode_sums_over_every_thought_when_the_beam_holds_them_all():
-    policy = distinct_policy(think_codebook=3)
-    policy.item_tokens = policy.item_tokens[:20]
-    trie, past = catalogue(policy), histories(20, [5, 3])
-    ranking, _ = recommend(policy, trie, past, 4, think=2, mode="joint", beam=180, exact=True)
-    low, _ = policy.tokens.think_range
-    encoded = policy.encode(past)
-    parts = []
-    for first in range(3):
-        for second in range(3):
-            think = torch.tensor([[low + first, low + second]]).expand(2, 2)
-            inputs = torch.cat([torch.full((2, 1), Tokens.THINK), think[:, :1]], 1)
-            logits = policy.logits(policy.decode(encoded, inputs))[..., low : low + 3]
-            chosen = torch.log_softmax(logits, -1)[:, torch.arange(2), [first, second]].sum(1)
-            parts.append(all_scores(policy, past, think) + chosen[:, None])
-    expected, items = torch.logsumexp(torch.stack(parts), 0).topk(4)
-    assert torch.equal(ranking.items, items)
-    torch.testing.assert_close(ranking.scores, expected, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_marginal_mode_is_the_mean_over_sampled_thoughts():
-    policy = distinct_policy(think_codebook=3)
-    trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3])
-    count = len(policy.item_tokens)
-    options = {"think": 1, "mode": "marginal", "beam": count, "exact": True, "seed": 5}
-    few, _ = recommend(policy, trie, past, 6, samples=4, **options)
-    again, _ = recommend(policy, trie, past, 6, samples=4, **options)
-    assert torch.equal(few.items, again.items) and torch.equal(few.scores, again.scores)
-    many, _ = recommend(policy, trie, past, 3, samples=400, **options)
-    low, _ = policy.tokens.think_range
-    encoded = policy.encode(past)
-    begin = policy.decode(encoded, torch.full((2, 1), Tokens.THINK))[:, 0]
-    chance = torch.log_softmax(policy.logits(begin)[:, low : low + 3], -1)
-    parts = [
-        all_scores(policy, past, torch.full((2, 1), low + token)) + chance[:, token, None]
-        for token in range(3)
-    ]
-    expected = torch.logsumexp(torch.stack(parts), 0)
-    torch.testing.assert_close(many.scores, expected.gather(1, many.items), atol=0.1, rtol=0.0)
 
 
 def test_users_of_different_lengths_get_what_they_get_alone():
     policy = distinct_policy()
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [9, 1, 4, 9, 2])
-    together, trace = recommend(policy, trie, past, 10, think=2, beam=20, exact=True)
+    together = recommend(policy, trie, past, 10, think=2, beam=20, exact=True)
     for row in range(5):
-        alone, own = recommend(policy, trie, past[row : row + 1], 10, think=2, beam=20, exact=True)
+        alone = recommend(policy, trie, past[row : row + 1], 10, think=2, beam=20, exact=True)
         assert torch.equal(alone.items[0], together.items[row])
         torch.testing.assert_close(alone.scores[0], together.scores[row], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(own.states[0], trace.states[row], atol=1e-4, rtol=1e-4)
 
 
 def test_bf16_moves_scores_little():
     policy = distinct_policy()
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3])
-    fast, _ = recommend(policy, trie, past, 200, beam=200)
+    fast = recommend(policy, trie, past, 200, beam=200)
     exact = all_scores(policy, past).gather(1, fast.items.clamp(min=0))
     found = fast.items >= 0
     assert (fast.scores - exact)[found].abs().max() < 0.15
@@ -212,18 +162,18 @@ def test_bf16_moves_scores_little():
 def test_excluded_and_disallowed_items_never_come():
     policy = distinct_policy()
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3])
-    plain, _ = recommend(policy, trie, past, 10, beam=200, exact=True)
+    plain = recommend(policy, trie, past, 10, beam=200, exact=True)
     exclude = [plain.items[0, :4].numpy(), np.empty(0, np.int64)]
-    ranking, _ = recommend(policy, trie, past, 6, beam=200, exact=True, exclude=exclude)
+    ranking = recommend(policy, trie, past, 6, beam=200, exact=True, exclude=exclude)
     assert torch.equal(ranking.items[0], plain.items[0, 4:10])
     assert torch.equal(ranking.items[1], plain.items[1, :6])
     torch.testing.assert_close(ranking.scores[0], plain.scores[0, 4:10])
     allow = [plain.items[0, [1, 7]].numpy(), None]
-    ranking, _ = recommend(policy, trie, past, 4, beam=200, exact=True, allow=allow)
+    ranking = recommend(policy, trie, past, 4, beam=200, exact=True, allow=allow)
     assert ranking.items[0].tolist() == [*plain.items[0, [1, 7]].tolist(), -1, -1]
     assert ranking.scores[0, 2:].tolist() == [-torch.inf] * 2
     assert torch.equal(ranking.items[1], plain.items[1, :4])
-    ranking, _ = recommend(policy, trie, past, 4, exact=True, allow=allow, exclude=[allow[0]] * 2)
+    ranking = recommend(policy, trie, past, 4, exact=True, allow=allow, exclude=[allow[0]] * 2)
     assert ranking.items[0].tolist() == [-1] * 4
 
 
@@ -231,10 +181,8 @@ def test_narrow_beam_spends_nothing_on_excluded_items():
     """Excluded items are closed inside the trie, so a beam of one still finds an item."""
     policy = distinct_policy()
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [5])
-    best, _ = recommend(policy, trie, past, 1, beam=1, exact=True)
-    ranking, _ = recommend(
-        policy, trie, past, 1, beam=1, exact=True, exclude=[best.items[0].numpy()]
-    )
+    best = recommend(policy, trie, past, 1, beam=1, exact=True)
+    ranking = recommend(policy, trie, past, 1, beam=1, exact=True, exclude=[best.items[0].numpy()])
     assert ranking.items[0, 0] >= 0 and ranking.items[0, 0] != best.items[0, 0]
 
 
@@ -243,10 +191,10 @@ def test_added_items_are_found():
     held = policy.item_tokens[:-1].numpy()
     trie, past = PrefixTrie(held), histories(len(held), [5, 3])
     count = len(policy.item_tokens)
-    before, _ = recommend(policy, trie, past, count, beam=count, exact=True)
+    before = recommend(policy, trie, past, count, beam=count, exact=True)
     assert (before.items != count - 1).all()
     trie.add(count - 1, policy.item_tokens[-1].numpy())
-    after, _ = recommend(policy, trie, past, count, beam=count, exact=True)
+    after = recommend(policy, trie, past, count, beam=count, exact=True)
     _, items = all_scores(policy, past).sort(descending=True)
     assert torch.equal(after.items, items)
 
@@ -257,8 +205,8 @@ def test_items_that_share_codes_all_come_in_a_random_order_fixed_by_the_seed():
     trie, past = catalogue(policy), histories(30, [5])
     orders = set()
     for seed in range(6):
-        ranking, _ = recommend(policy, trie, past, 30, beam=30, exact=True, seed=seed)
-        again, _ = recommend(policy, trie, past, 30, beam=30, exact=True, seed=seed)
+        ranking = recommend(policy, trie, past, 30, beam=30, exact=True, seed=seed)
+        again = recommend(policy, trie, past, 30, beam=30, exact=True, seed=seed)
         assert torch.equal(ranking.items, again.items)
         assert sorted(ranking.items[0].tolist()) == list(range(30))
         same = [item for item in ranking.items[0].tolist() if item == 3 or 10 <= item < 20]
@@ -269,17 +217,14 @@ def test_items_that_share_codes_all_come_in_a_random_order_fixed_by_the_seed():
 
 def test_no_users_give_an_empty_ranking():
     policy = distinct_policy()
-    ranking, trace = recommend(policy, catalogue(policy), torch.empty(0, 3, dtype=torch.int64), 5)
-    assert ranking.items.shape == (0, 5) and trace.states.shape == (0, 1, 24)
+    ranking = recommend(policy, catalogue(policy), torch.empty(0, 3, dtype=torch.int64), 5)
+    assert ranking.items.shape == (0, 5)
 
 
-def test_unknown_mode_and_empty_history_are_refused():
+def test_an_empty_history_is_refused():
     policy = distinct_policy()
-    trie = catalogue(policy)
-    with pytest.raises(UsageError, match="unknown mode"):
-        recommend(policy, trie, histories(20, [3]), 5, mode="fast")
     with pytest.raises(UsageError, match="a history needs an item"):
-        recommend(policy, trie, torch.full((1, 3), -1), 5)
+        recommend(policy, catalogue(policy), torch.full((1, 3), -1), 5)
 
 
 @pytest.mark.parametrize("softmax", ["vocabulary", "catalogue"])
@@ -304,40 +249,18 @@ def test_exact_search_finds_what_a_narrow_beam_loses():
     policy = distinct_policy()
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [4] * 40)
     best, _ = exact_top(policy, trie, past, 5)
-    narrow, _ = recommend(policy, trie, past, 5, beam=5, exact=True)
+    narrow = recommend(policy, trie, past, 5, beam=5, exact=True)
     assert (best.scores >= narrow.scores - 1e-4).all()
     assert not torch.equal(best.items, narrow.items)
-    wide, _ = recommend(policy, trie, past, 5, beam=200, exact=True)
+    wide = recommend(policy, trie, past, 5, beam=200, exact=True)
     assert torch.equal(best.items, wide.items)
 
 
-def test_early_exit_ends_a_thought_that_has_converged_and_no_other():
-    policy = distinct_policy(think_codebook=4)
-    trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3, 9, 5])
-    options = {"think": 4, "beam": 200, "exact": True}
-    whole, trace = recommend(policy, trie, past, 5, **options)
-    never, same = recommend(policy, trie, past, 5, margin=-1.0, **options)
-    assert torch.equal(never.items, whole.items) and torch.equal(same.tokens, trace.tokens)
-    steps = torch.cosine_similarity(trace.states[:, 1:], trace.states[:, :-1], dim=-1)
-    margin = 1 - steps[:, :3].max(1).values.median().item() + 1e-4
-    found, ended = recommend(policy, trie, past, 5, margin=margin, **options)
-    for row in range(4):
-        stops = (steps[row] >= 1 - margin).nonzero()
-        length = int(stops[0]) + 1 if len(stops) else 4
-        assert torch.equal(ended.tokens[row, :length], trace.tokens[row, :length])
-        thought = trace.tokens[row : row + 1, :length]
-        alone, _ = recommend(
-            policy, trie, past[row : row + 1], 5, thoughts=thought, beam=200, exact=True
-        )
-        assert torch.equal(found.items[row], alone.items[0])
-
-
-@pytest.mark.parametrize("mode", ["greedy", "joint", "marginal"])
-def test_as_many_items_come_as_are_asked_for_while_the_catalogue_has_them(mode):
+def test_as_many_items_come_as_are_asked_for_while_the_catalogue_has_them():
     policy = distinct_policy(think_codebook=3)
     policy.item_tokens = policy.item_tokens[:40]
     past, trie = histories(40, [6, 3]), catalogue(policy)
-    some = PolicyRecommender(policy, trie, think=2, mode=mode, beam=5)
+    some = PolicyRecommender(policy, trie, think=2, beam=5)
     for k, barred in ((30, 0), (60, 25)):
         found = some.recommend(past, k, exclude=[np.arange(barred)] * 2)
         for items, scores in zip(found.items.tolist(), found.scores.tolist(), strict=True):
@@ -350,5 +273,5 @@ def test_a_narrow_beam_is_narrow_in_an_evaluation_too():
     policy = distinct_policy()
     past, trie = histories(40, [6, 3]), catalogue(policy)
     found = PolicyRecommender(policy, trie, beam=5, narrow=True).recommend(past, 9)
-    ranking, _ = recommend(policy, trie, past, 5, beam=5)
+    ranking = recommend(policy, trie, past, 5, beam=5)
     assert torch.equal(found.items[:, :5], ranking.items) and (found.items[:, 5:] == -1).all()

@@ -15,7 +15,7 @@ from test_model import histories, small_policy
 
 from streamctl.config import AnnotateConfig, PretrainConfig, RlConfig, SftConfig, TokenizeConfig
 from streamctl.decode import Rollout
-from streamctl.decode.think import beam_thoughts
+from streamctl.decode.think import greedy_thought
 from streamctl.distributed import Ranks, Share
 from streamctl.errors import StreamctlError
 from streamctl.tokenizer.trie import PrefixTrie
@@ -159,7 +159,7 @@ def test_an_own_thought_is_the_policy_s_greedy_one_and_has_no_labels():
     labels = torch.full((3, 2), policy.tokens.think_range[0])
     found = tuner_of(policy, small_policy("items"), labels, own=1.0).loss(batch)[1]
     encoded = policy.encode(batch.history)
-    own = beam_thoughts(policy, encoded, 2, 1, "slow").tokens[:, 0]
+    own = greedy_thought(policy, encoded, 2)
     wanted = -policy.target_logprob(encoded, batch.target, own).mean()
     assert found["think"] == 0
     assert found["target"].item() == pytest.approx(wanted.item(), rel=1e-5)

@@ -4,12 +4,10 @@ from streamctl.decode.beam import recommend
 from streamctl.decode.exact import exact_top
 from streamctl.decode.recommender import PolicyRecommender
 from streamctl.decode.sample import Rollout, rollout, rollout_logprobs
-from streamctl.decode.trace import Trace
 
 __all__ = [
     "PolicyRecommender",
     "Rollout",
-    "Trace",
     "exact_top",
     "recommend",
     "rollout",

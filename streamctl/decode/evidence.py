@@ -145,11 +145,10 @@ class EvidenceRecommender:
         items = torch.full((count, k), -1, dtype=torch.int64)
         scores = torch.full((count, k), -torch.inf)
         if not length:
-            found, _ = codes.recommend(
+            return codes.recommend(
                 self.policy, self.trie, histories.to(device), k, decoder="direct", beam=self.beam,
                 exclude=exclude, allow=allow, seed=self.seed,
             )  # fmt: skip
-            return found
         users = np.full(count, -1) if users is None else np.asarray(users)
         shown = [torch.full((count, length), -1, dtype=torch.int64) for _ in range(2)]
         weights = torch.zeros(count, length)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from streamctl.decode.items import best_items, legal_nodes
-from streamctl.decode.think import beam_thoughts, given_thought, no_thought
+from streamctl.decode.think import greedy_thought
 from streamctl.model.policy import DecoderName, Encoded, Policy
 from streamctl.ranking import Ranking
 from streamctl.tokenizer.trie import PrefixTrie
@@ -107,17 +107,14 @@ def exact_top(
     order = torch.argsort(lengths, stable=True)
     for rows in order.split(CHUNK) if len(order) else ():
         encoded = policy.encode(history[rows, : int(lengths[rows].max())])
-        given = None if thoughts is None else thoughts[rows].to(device)
-        if given is not None:
-            think = given.shape[1]
-        if decoder == "direct" or not think:
-            thought = no_thought(encoded)
-        elif given is not None:
-            thought = given_thought(policy, encoded, given, decoder)
+        if decoder == "direct":
+            thought = None
+        elif thoughts is None:
+            thought = greedy_thought(policy, encoded, think, decoder)
         else:
-            thought = beam_thoughts(policy, encoded, think, 1, decoder)
+            thought = thoughts[rows].to(device)
         legal = legal_nodes(trie, rows, exclude, allow)
-        searches = _run(policy, trie, encoded, thought.tokens[:, 0], k, decoder, legal)
+        searches = _run(policy, trie, encoded, thought, k, decoder, legal)
         width = max(k, *(len(search.leaf) for search in searches))
         leaves = torch.full((len(rows), width), -1, dtype=torch.int64)
         values = torch.full((len(rows), width), -torch.inf)
@@ -137,7 +134,7 @@ def _run(
     policy: Policy,
     trie: PrefixTrie,
     encoded: Encoded,
-    think: torch.Tensor,
+    think: torch.Tensor | None,
     k: int,
     decoder: DecoderName,
     legal: torch.Tensor | None,

@@ -34,8 +34,7 @@ class PolicyRecommender:
         narrow: find no more items than the beam is wide, as an evaluation of a beam must; otherwise
             it is as wide as items are asked for.
         seed: of the random order of items that share their codes.
-        mode, margin, exact: how thoughts are found, when they end early, and the precision, as in
-            `decode.recommend`.
+        exact: fp32 throughout, as in `decode.recommend`.
     """
 
     policy: Policy
@@ -45,8 +44,6 @@ class PolicyRecommender:
     decoder: Literal["slow", "direct"] = "slow"
     beam: int = 50
     seed: int = 0
-    mode: Literal["greedy", "joint", "marginal"] = "greedy"
-    margin: float | None = None
     exact: bool = False
     narrow: bool = False
 
@@ -70,22 +67,11 @@ class PolicyRecommender:
         if self.thoughts is not None:
             given = self.thoughts(histories, users)
             given = given[:, :length] if length or think is not None else given
-        ranking, _ = recommend(
-            self.policy,
-            self.trie,
-            histories,
-            found,
-            think=length,
-            beam=self.beam,
-            decoder=self.decoder,
-            thoughts=given,
-            exclude=exclude,
-            allow=allow,
-            seed=self.seed,
-            mode=self.mode,
-            margin=self.margin,
+        ranking = recommend(
+            self.policy, self.trie, histories, found, think=length, beam=self.beam,
+            decoder=self.decoder, thoughts=given, exclude=exclude, allow=allow, seed=self.seed,
             exact=self.exact,
-        )
+        )  # fmt: skip
         short = 0, k - ranking.items.shape[1]
         items = F.pad(ranking.items, short, value=-1)
         return Ranking(items, F.pad(ranking.scores, short, value=-torch.inf))

@@ -66,16 +66,15 @@ def rollout(
     generator = torch.Generator().manual_seed(seed)
     with autocast(device, bf16):
         encoded = policy.encode(history.to(device))
-        past, thoughts = None, torch.empty(len(history), group, 0, dtype=torch.int64, device=device)
-        logprobs = []
-        if think:
-            thought, steps = sample_thoughts(
-                policy, encoded, think, group, "slow", temperature=temperature,
-                generator=generator, share=share,
-            )  # fmt: skip
-            past, thoughts = thought.past, thought.tokens
-            logprobs.append(steps)
         feed = torch.full((len(history), group, 1), policy.tokens.BOS, device=device)
+        past, thoughts, logprobs = None, feed[..., :0], []
+        if think:
+            thoughts, steps, past = sample_thoughts(
+                policy, encoded, think, group, temperature=temperature, generator=generator,
+                share=share,
+            )  # fmt: skip
+            logprobs.append(steps)
+            feed = torch.cat([thoughts[..., -1:], feed], -1)
         codes, legal = [], []
         node = torch.zeros_like(feed[..., 0])
         for _ in range(policy.tokens.levels):

@@ -158,7 +158,7 @@ def _losses(
                     expansions[index] = count
                 else:
                     beam = int(name.split()[1])
-                    ranking, _ = recommend(
+                    ranking = recommend(
                         policy, trie, history, DEPTH, beam=beam, exact=True, **options
                     )
                 spent[name] += time.perf_counter() - began

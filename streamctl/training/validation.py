@@ -65,7 +65,7 @@ class Validator:
             given = None
             if thoughts is not None:
                 given = thoughts(history, torch.from_numpy(targets).to(device))
-            ranking, _ = recommend(
+            ranking = recommend(
                 self.policy, self.trie, history, depth, think=think, decoder=decoder,
                 thoughts=given, beam=50 if deep else 20, seed=self.seed,
                 exclude=self.examples.seen(rows),

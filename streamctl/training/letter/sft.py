@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from streamctl.config import SftConfig
-from streamctl.decode.think import beam_thoughts
+from streamctl.decode.think import greedy_thought
 from streamctl.distributed import Share, ranks
 from streamctl.model.policy import IGNORED, Encoded, Policy
 from streamctl.runs import Stage, StageWriter, read_json
@@ -131,7 +131,7 @@ class Tuner:
             return given
         with without_dropout(self.policy) as policy:
             encoded = policy.encode(batch.history[own])
-            thought = beam_thoughts(policy, encoded, given.shape[1], 1, "slow").tokens[:, 0]
+            thought = greedy_thought(policy, encoded, given.shape[1])
         return given.masked_scatter(own[:, None], thought)
 
     def _dpo(self, batch: Batch, given: torch.Tensor) -> torch.Tensor:
