@@ -112,7 +112,7 @@ def main():
             "no CUDA device here: run this on a machine with one, or add --interpret to check"
             " the Triton kernels in Triton's interpreter"
         )
-    from timing import provenance
+    from peers import provenance
 
     options.output.mkdir(parents=True, exist_ok=True)
     report = provenance("gpu", "cpu" if options.interpret else "cuda") | {"parts": {}, "failed": {}}

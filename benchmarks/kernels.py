@@ -6,12 +6,12 @@ Everything is timed in one run, contenders taking turns, medians. A backend whos
 from the reference gets no row: the run stops. `rows("cuda")` is what benchmarks/gpu.py runs.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
 import subprocess
 import sys
-from pathlib import Path
 
+import peers
 import torch
 from streamctl.kernels import nearest_codeword, residual_quantize, trie_topk
 from streamctl.kernels.nearest_codeword.cases import TOLERANCE as DISTANCE
@@ -21,9 +21,7 @@ from streamctl.kernels.sweep import assert_equal, to_device
 from streamctl.kernels.trie_topk.cases import TOLERANCE as SCORE
 from streamctl.kernels.trie_topk.cases import random_case as random_beams
 from streamctl.kernels.trie_topk.cases import random_items
-from timing import provenance, row, take_turns
 
-RESULTS = Path(__file__).parent / "results" / "kernels.json"
 BACKEND = {"cpu": "numba", "cuda": "triton"}
 # Rows at which chunked addmm + argmin was fastest of 512 .. 8192 on a CPU; a GPU wants many more.
 CHUNK = {"cpu": 2048, "cuda": 1 << 17}
@@ -48,18 +46,18 @@ def short(n):
     return f"n{n // 1_000_000}m" if n >= 1_000_000 else f"n{n // 1000}k"
 
 
-def search_row(case, contenders, repeats, device):
+def search_row(case, contenders, work, repeats, now):
     """A row of a search: the best exact peer is compared with."""
-    name = BACKEND[device]
-    seconds, first, broken = take_turns(contenders, repeats, device)
-    if name in broken:
-        raise SystemExit(f"{case}: {name} failed: {broken[name]}")
-    ours = seconds.pop(name)
+    broken = {}
+    seconds = peers.take_turns(contenders, repeats, now, broken)
+    if "streamctl" in broken:
+        raise SystemExit(f"{case}: ours failed: {broken['streamctl']}")
     # Peers whose answers differ are listed, never compared with.
-    inexact = {peer: seconds.pop(peer) for peer in list(seconds) if "inexact" in peer}
-    more = {"first_call": first[name]}
-    more |= {"inexact_peers": inexact} if inexact else {}
-    return row(case, ours, seconds, **more, peers_that_failed=broken)
+    inexact = {peer: work / seconds.pop(peer) for peer in list(seconds) if "inexact" in peer}
+    more = {"peers_that_failed": broken, "inexact_peers": inexact}
+    return peers.row(
+        case, seconds, work, "rows/s", **{key: part for key, part in more.items() if part}
+    )
 
 
 def nearest_by_cdist(x, codebook, _):
@@ -119,7 +117,7 @@ def torch_peers(x, codebooks, device):
     }
 
 
-def residual_quantize_row(repeats, device):
+def residual_quantize_row(repeats, device, now):
     n, d, depth, k = QUANTIZE[device]
     name = BACKEND[device]
     x, codebooks, _ = to_device(random_rows(n, d, depth, k), device)
@@ -127,13 +125,13 @@ def residual_quantize_row(repeats, device):
     ours, residual = residual_quantize(x, codebooks, backend=name)
     expected = residual_quantize(x[some], codebooks, backend="reference")
     check((ours[some], residual[some]), expected, RESIDUAL, f"residual_quantize {name}")
-    contenders = {name: lambda: residual_quantize(x, codebooks, backend=name)}
+    contenders = {"streamctl": lambda: residual_quantize(x, codebooks, backend=name)}
     with torch.no_grad():
         contenders |= torch_peers(x, codebooks, device)
         if device == "cpu":
             contenders |= quantizer_libraries(x, depth, k)
         case = f"residual_quantize/{short(n)}-d{d}-l{depth}-k{k}"
-        return search_row(case, contenders, repeats, device)
+        return search_row(case, contenders, n, repeats, now)
 
 
 def quantizer_libraries(x, depth, k):
@@ -151,7 +149,7 @@ def quantizer_libraries(x, depth, k):
     }
 
 
-def nearest_codeword_row(shape, repeats, device):
+def nearest_codeword_row(shape, repeats, device, now):
     n, d, _, k = shape
     name = BACKEND[device]
     x, codebooks, _ = to_device(random_rows(n, d, 1, k), device)
@@ -159,12 +157,12 @@ def nearest_codeword_row(shape, repeats, device):
     index, distance = nearest_codeword(x, codebooks[0], backend=name)
     expected = nearest_codeword(x[some], codebooks[0], backend="reference")
     check((index[some], distance[some]), expected, DISTANCE, f"nearest_codeword {name}")
-    contenders = {name: lambda: nearest_codeword(x, codebooks[0], backend=name)}
+    contenders = {"streamctl": lambda: nearest_codeword(x, codebooks[0], backend=name)}
     contenders |= torch_peers(x, codebooks, device)
     if device == "cpu":
         contenders |= search_libraries(x, codebooks[0])
     case = f"nearest_codeword/{short(n)}-d{d}-k{k}"
-    return search_row(case, contenders, repeats, device)
+    return search_row(case, contenders, n, repeats, now)
 
 
 def search_libraries(x, codebook):
@@ -204,8 +202,10 @@ def memory_row():
     for n in (1_000_000, 10_000_000):
         run = [sys.executable, "-c", MEMORY, str(n)]
         used[n] = float(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
-    more = {"goal": 64.0, "at_1m": used[1_000_000]}
-    return row("memory/n10m", used[10_000_000], {}, "MB beyond inputs and outputs", **more)
+    return {
+        "case": "memory/n10m", "ours": used[10_000_000], "unit": "MB beyond inputs and outputs",
+        "peer_name": None, "peer": None, "ratio": None, "goal": 64.0, "at_1m": used[1_000_000],
+    }  # fmt: skip
 
 
 def dict_trie_step(case, root, prefixes):
@@ -243,8 +243,8 @@ def paths_to(case, items):
     return root, [[paths[n] for n in line] for line in case.nodes.tolist()]
 
 
-def trie_rows(repeats, device):
-    """A step at depth 1 for 32 users x 20 beams; `at_root`: seconds with all beams at the root.
+def trie_rows(repeats, device, now):
+    """A step at depth 1 for 32 users x 20 beams; `at_root`: with all beams at the root.
 
     The root has 256 children in both catalogues: the same number should cost the same.
     """
@@ -260,50 +260,31 @@ def trie_rows(repeats, device):
             check(trie_topk(*these, backend=name), expected, SCORE, f"trie_topk {name}")
         top, prefixes = paths_to(case, items)
         contenders = {
-            name: lambda a=arguments: trie_topk(*a, backend=name),
+            "streamctl": lambda a=arguments: trie_topk(*a, backend=name),
             "at the root": lambda a=root: trie_topk(*a, backend=name),
             "Python dict trie": lambda c=case, r=top, p=prefixes: dict_trie_step(c, r, p),
         }
-        seconds, first, _ = take_turns(contenders, 5 * repeats, device)
-        more = {"at_root": seconds.pop("at the root"), "first_call": first[name]}
+        seconds = peers.take_turns(contenders, 5 * repeats, now)
+        more = {"at_root": 1 / seconds.pop("at the root")}
         more["children"] = case.trie.child_start.diff()[case.nodes].sum().item()
-        yield row(f"trie_topk/{size}", seconds.pop(name), seconds, **more)
+        yield peers.row(f"trie_topk/{size}", seconds, 1, "steps/s", **more)
 
 
-def rows(device="cpu", repeats=7, only=""):
+def rows(device="cpu", repeats=7, only="", clock="wall"):
     """The rows of all cases (those whose name starts with `only`) on a device."""
+    now = peers.clock(clock, device)
     makers = {
-        "residual_quantize": lambda: [residual_quantize_row(repeats, device)],
+        "residual_quantize": lambda: [residual_quantize_row(repeats, device, now)],
         "nearest_codeword": lambda: [
-            nearest_codeword_row(shape, repeats, device) for shape in (NEAREST[device], ANNOTATE)
+            nearest_codeword_row(shape, repeats, device, now)
+            for shape in (NEAREST[device], ANNOTATE)
         ],
-        "trie_topk": lambda: list(trie_rows(repeats, device)),
+        "trie_topk": lambda: list(trie_rows(repeats, device, now)),
     }
     if device == "cpu":
         makers["memory"] = lambda: [memory_row()]
-    found = [row for name, make in makers.items() if name.startswith(only) for row in make()]
-    return {"rows": found}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print the whole receipt as JSON")
-    parser.add_argument("--save", action="store_true", help=f"write it to {RESULTS}")
-    parser.add_argument("--repeats", type=int, default=7, help="timed turns of each contender")
-    parser.add_argument("--only", default="", help="run the cases whose name starts so")
-    options = parser.parse_args()
-    receipt = provenance("kernels") | rows("cpu", options.repeats, options.only)
-    text = json.dumps(receipt, indent=1)
-    if options.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(text + "\n")
-    if options.json:
-        print(text)
-        return
-    for r in receipt["rows"]:
-        ratio = f"{r['ratio']:.1f}x {r['peer_name']}" if r["ratio"] else ""
-        print(f"{r['case']:40} {r['ours']:.4g} {r['unit']}  {ratio}")
+    return [row for name, make in makers.items() if name.startswith(only) for row in make()]
 
 
 if __name__ == "__main__":
-    main()
+    peers.run("kernels", __doc__.splitlines()[0], rows)

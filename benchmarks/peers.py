@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ RESULTS = Path(__file__).parent / "results"
 ITEMS, LEVELS, CODES = 12_101, 4, 256
 LONGEST = 20
 Clock = Callable[[], float]
+PACKAGES = (
+    "torch", "transformers", "numba", "triton", "faiss-cpu", "vector-quantize-pytorch", "rectokens",
+)  # fmt: skip
 
 
 def options(description: str) -> argparse.Namespace:
@@ -110,14 +113,27 @@ def clock(kind: str, device: str) -> Clock:
 
 
 def take_turns(
-    contenders: dict[str, Callable[[], Any]], repeats: int, now: Clock
+    contenders: dict[str, Callable[[], Any]],
+    repeats: int,
+    now: Clock,
+    broken: dict[str, str] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each, the contenders alternating; the first turn warms up."""
+    """Median seconds of each, the contenders alternating; the first turn warms up.
+
+    A contender that raises ends the run, or is left out and noted in `broken`.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
-        for name, function in contenders.items():
+        for name in list(times):
             began = now()
-            function()
+            try:
+                contenders[name]()
+            except Exception as error:
+                if broken is None:
+                    raise
+                broken[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                del times[name]
+                continue
             if turn:
                 times[name].append(now() - began)
     return {name: float(np.median(found)) for name, found in times.items()}
@@ -164,7 +180,8 @@ def run(name: str, description: str, rows: Callable[..., list[dict]]) -> None:
     settings = options(description)
     torch.set_num_threads(settings.threads)
     began = time.time()
-    receipt = provenance(name, settings) | {"lengths": real_lengths()[1]}
+    receipt = provenance(name, settings.device) | {"lengths": real_lengths()[1]}
+    receipt |= {"clock": settings.clock, "repeats": settings.repeats}
     receipt["rows"] = rows(settings.device, settings.repeats, settings.only, settings.clock)
     finish(receipt | {"wall_s": round(time.time() - began, 1)}, settings)
 
@@ -182,23 +199,29 @@ def way(name: str) -> Iterator[None]:
             os.environ["STREAMCTL_DECODE"] = before
 
 
-def provenance(name: str, settings: argparse.Namespace) -> dict[str, Any]:
+def provenance(name: str, device: str = "cpu") -> dict[str, Any]:
+    """A receipt's head: machine, threads, load, versions, revision."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    if settings.device.startswith("cuda"):
+    if device.startswith("cuda"):
         model = torch.cuda.get_device_name()
     return {
         "name": name,
         "machine": f"{model}, {os.cpu_count()} cores, {platform.system()}",
-        "device": settings.device,
-        "threads": settings.threads,
-        "clock": settings.clock,
-        "repeats": settings.repeats,
+        "device": device,
+        "threads": torch.get_num_threads(),
         "load": list(os.getloadavg()),
-        "versions": {package: version(package) for package in ("torch", "transformers", "numba")},
+        "versions": {package: installed(package) for package in PACKAGES},
         "git": git.strip(),
         "seed": 0,
     }
