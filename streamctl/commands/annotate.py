@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from streamctl.commands.options import (
-    Config,
-    Device,
-    Force,
-    Json,
-    Run,
-    Seed,
-    Sets,
-    print_stage,
-)
+from streamctl.commands.options import Job, print_stage, stage_command, switch
 
 
+@stage_command()
 def command(
-    run: Run,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 if the think labels have collapsed.")
-    ] = False,
-    config: Config = None,
-    set_: Sets = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    json_: Json = False,
-    force: Force = False,
+    job: Job,
+    strict: bool = switch("Exit with 1 if the think labels have collapsed.", "--strict"),
 ) -> None:
     """Label what each training example should think of, by iterative inference (Eqs. 12-13).
 
@@ -40,12 +20,10 @@ def command(
     Example: `streamctl annotate --run runs/mine`.
     Next: `streamctl sft --run RUN`.
     """
-    from streamctl.config import AnnotateConfig, resolve
-    from streamctl.runs import RunDir
+    from streamctl.config import AnnotateConfig
     from streamctl.training.annotate import annotate
 
-    settings = resolve(AnnotateConfig, file=config, sets=set_ or (), seed=seed)
-    stage = annotate(RunDir(run), settings, device=device, force=force, strict=strict)
+    stage = job.make(annotate, job.settings(AnnotateConfig), strict=strict)
     report = stage.json("report.json")
     rows = [["examples", f"{report['examples']:,}"]]
     if "vocabulary" in report:
@@ -61,4 +39,4 @@ def command(
             ["target among the user's evidence", f"{report['targets_in_evidence']:.1%}"],
             ["target labelled", f"{report['targets_chosen']:.1%}"],
         ]
-    print_stage(stage, json_, rows)
+    print_stage(stage, job.json, rows)

@@ -7,22 +7,20 @@ from typing import Annotated
 
 import typer
 
-from streamctl.commands.options import Json, Run, print_json
+from streamctl.commands.options import Json, Run, option, print_json
 
 
 def command(
     folder: Annotated[Path, typer.Argument(help="Where the files go; its name names them.")],
     run: Run,
-    format_: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="recbole, lcrec (also LETTER), sequences, table (csv), table-tsv, table-jsonl, "
-            "table-parquet, movielens, movielens-csv, amazon2014, amazon2018, amazon2023, "
-            "amazon2023-csv.",
-        ),
-    ] = "recbole",
-    compress: Annotated[str, typer.Option("--compress", help="none, gz or zst.")] = "none",
+    format_: str = option(
+        "recbole, lcrec (also LETTER), sequences, table (csv), table-tsv, table-jsonl, "
+        "table-parquet, movielens, movielens-csv, amazon2014, amazon2018, amazon2023, "
+        "amazon2023-csv.",
+        "--format",
+        default="recbole",
+    ),
+    compress: str = option("none, gz or zst.", default="none"),
     json_: Json = False,
 ) -> None:
     """Write the filtered log and the catalogue of a run in a format that `data prepare` reads.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from streamctl.commands.options import Json, print_json
+from streamctl.commands.options import Json, option, print_json
 
 
 def command(
@@ -15,14 +15,8 @@ def command(
         str,
         typer.Argument(help="ml-1m, amazon-2014-beauty, Video_Games, ...; none: list them."),
     ] = "",
-    into: Annotated[
-        Optional[Path],  # noqa: UP045 - Typer reads Optional
-        typer.Option("--into", help="The folder that is made.", show_default="data/NAME"),
-    ] = None,
-    mirror: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--mirror", help="http(s) address of a folder that holds the set's files."),
-    ] = None,
+    into: Path | None = option("The folder that is made.", show_default="data/NAME"),
+    mirror: str | None = option("http(s) address of a folder that holds the set's files."),
     json_: Json = False,
 ) -> None:
     """Fetch a public set: MovieLens 100K to 32M, or a 5-core category of Amazon Reviews.

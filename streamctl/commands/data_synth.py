@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from streamctl.commands.options import Force, Json, Run
+from streamctl.commands.options import Force, Json, Run, option
 
 
 def command(
     run: Run,
-    users: Annotated[int, typer.Option("--users", help="Users of the shop.")] = 3000,
-    items: Annotated[int, typer.Option("--items", help="Items of the shop, 20 or more.")] = 600,
-    seed: Annotated[int, typer.Option("--seed", help="Seed: the same one, the same shop.")] = 0,
+    users: int = option("Users of the shop.", default=3000),
+    items: int = option("Items of the shop, 20 or more.", default=600),
+    seed: int = option("Seed: the same one, the same shop.", default=0),
     json_: Json = False,
     force: Force = False,
 ) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from streamctl.commands.options import Device, Json
+from streamctl.commands.options import Device, Json, option
 
 # Small enough for minutes on two cores; the same stages and code as a real run.
 SHOP = {"users": 3000, "items": 600}
@@ -24,8 +21,8 @@ SETTINGS = (
 
 
 def command(
-    run: Annotated[Path, typer.Option("--run", help="The folder to make.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the shop and of training.")] = 0,
+    run: Path = option("The folder to make.", default=Path("runs/demo")),
+    seed: int = option("Seed of the shop and of training.", default=0),
     device: Device = "auto",
     json_: Json = False,
 ) -> None:

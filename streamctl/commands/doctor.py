@@ -8,11 +8,8 @@ import platform
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from streamctl.commands.options import Json, print_json, print_table
+from streamctl.commands.options import Json, print_json, print_table, switch
 
 PACKAGES = (
     "streamctl", "torch", "transformers", "numpy", "numba", "pyarrow", "duckdb", "safetensors",
@@ -23,12 +20,8 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
 def command(
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Do not ask the hub whether the encoder is there.")
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 when something is missing.")
-    ] = False,
+    offline: bool = switch("Do not ask the hub whether the encoder is there.", "--offline"),
+    strict: bool = switch("Exit with 1 when something is missing.", "--strict"),
     json_: Json = False,
 ) -> None:
     """Say what is installed and what works here: paste it into a bug report.

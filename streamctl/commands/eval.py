@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING
 
 import typer
 
-from streamctl.commands.options import Config, Device, Force, Json, Run, Seed, Sets, print_json
+from streamctl.commands.options import Job, option, print_json, stage_command, switch
 
 if TYPE_CHECKING:
     from streamctl.config import EvalConfig
-    from streamctl.runs import RunDir, Stage
+    from streamctl.runs import Stage
 
 
+@stage_command()
 def command(
-    run: Run,
-    split: Annotated[
-        Optional[str],  # noqa: UP045 - Typer reads Optional
-        typer.Option("--split", help="test (default) or valid."),
-    ] = None,
-    methods: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--methods", help="Rows of the table, comma-separated; default: all."),
-    ] = None,
-    beam: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--beam", help="Width of the search over codes; default 50.", min=1),
-    ] = None,
-    users: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--users", help="Evaluate a seeded sample of so many; 0: everyone.", min=0),
-    ] = None,
-    decode: Annotated[
-        str, typer.Option("--decode", help="beam, or exact: what beams lose to the true top-k.")
-    ] = "beam",
-    think_curve: Annotated[
-        bool,
-        typer.Option("--think-curve", help="ndcg@10 against milliseconds by thought and beam."),
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 if the think labels have collapsed.")
-    ] = False,
-    seed: Seed = None,
-    config: Config = None,
-    set_: Sets = None,
-    device: Device = "auto",
-    json_: Json = False,
-    force: Force = False,
+    job: Job,
+    split: str | None = option("test (default) or valid."),
+    methods: str | None = option("Rows of the table, comma-separated; default: all."),
+    beam: int | None = option("Width of the search over codes; default 50.", min=1),
+    users: int | None = option("Evaluate a seeded sample of so many; 0: everyone.", min=0),
+    decode: str = option("beam, or exact: what beams lose to the true top-k.", default="beam"),
+    think_curve: bool = switch("ndcg@10 by milliseconds, thought and beam.", "--think-curve"),
+    strict: bool = switch("Exit with 1 if the think labels have collapsed.", "--strict"),
 ) -> None:
     """Rank the whole catalogue by every method and control in the run, and compare them.
 
@@ -62,31 +38,20 @@ def command(
     Example: `streamctl eval --run runs/mine --methods stream_sft,ranker`.
     Next: `streamctl recommend --run RUN --user ID`.
     """
-    from streamctl.config import EvalConfig, resolve
+    from streamctl.config import EvalConfig
     from streamctl.errors import UsageError
     from streamctl.evaluation.stage import evaluate_run
-    from streamctl.runs import RunDir
 
-    settings = resolve(
-        EvalConfig,
-        file=config,
-        sets=set_ or (),
-        split=split,
-        methods=methods,
-        beam=beam,
-        users=users,
-        seed=seed,
-    )
+    settings = job.settings(EvalConfig, split=split, methods=methods, beam=beam, users=users)
     if decode not in ("beam", "exact"):
         raise UsageError(f"unknown --decode {decode!r}; known: beam, exact")
     if decode == "exact" or think_curve:
-        _measure(RunDir(run), settings, device, json_, think_curve)
-        return
-    stage = evaluate_run(RunDir(run), settings, device=device, force=force)
-    render(stage, json_, strict=strict)
+        _measure(job, settings, think_curve)
+    else:
+        render(job.make(evaluate_run, settings), job.json, strict=strict)
 
 
-def _measure(run: RunDir, settings: EvalConfig, device: str, json_: bool, curve: bool) -> None:
+def _measure(job: Job, settings: EvalConfig, curve: bool) -> None:
     """The think curve, or exact search beside beams."""
     from streamctl.evaluation import curve as curves
 
@@ -95,8 +60,8 @@ def _measure(run: RunDir, settings: EvalConfig, device: str, json_: bool, curve:
         if curve
         else (curves.beam_losses, "losses.json", curves.show_losses)
     )
-    stage = measure(run, settings, device=device)
-    if json_:
+    stage = measure(job.folder, settings, device=job.device)
+    if job.json:
         print_json(stage.json(name))
         return
     show(stage.json(name))

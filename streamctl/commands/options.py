@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from streamctl.runs import RunDir, Stage
+
 NAME_WIDTH = 24  # of the longest name in a table that is kept on one line
 
-Run = Annotated[
-    Path, typer.Option("--run", help="The run's folder, e.g. runs/beauty.", show_default=False)
-]
-Config = Annotated[
-    Optional[Path],  # noqa: UP045 - Typer reads Optional
-    typer.Option("--config", help="A TOML file with a table for each stage it changes."),
-]
-Sets = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", help="key=value or stage.key=value, as in docs/config.md; repeatable."),
-]
-Seed = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--seed", help="Seed of everything random in the stage."),
-]
+
+def option(help: str, *names: str, default: Any = None, **limits: Any) -> Any:
+    """An option of a command, called as its parameter unless names are given."""
+    return typer.Option(default, *names, help=help, **limits)
+
+
+def switch(help: str, name: str) -> Any:
+    """An option that is on where it is given."""
+    return typer.Option(False, name, help=help)
 
 
 def _device(name: str) -> str:
@@ -36,18 +38,97 @@ def _device(name: str) -> str:
     return name
 
 
-Device = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", callback=_device)
+Run = Annotated[
+    Path, typer.Option("--run", help="The run's folder, e.g. runs/beauty.", show_default=False)
 ]
-Size = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--size", help="Model size: tiny, small or paper."),
+Config = Annotated[
+    Path | None, typer.Option(help="A TOML file with a table for each stage it changes.")
 ]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value or stage.key=value, as in docs/config.md; repeatable."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random in the stage.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", callback=_device)]
+Size = Annotated[str | None, typer.Option(help="Model size: tiny, small or paper.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[
     bool,
     typer.Option("--force", help="Redo a complete stage; the old one is kept as NAME.previous."),
 ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every command that makes a stage is told beside its own options."""
+
+    run: Path = Path()
+    config: Path | None = None
+    sets: Sequence[str] = ()
+    seed: int | None = None
+    device: str = "auto"
+    json: bool = False
+    force: bool = False
+
+    @property
+    def folder(self) -> RunDir:
+        from streamctl.runs import RunDir
+
+        return RunDir(self.run)
+
+    def settings(self, cls: type, base: Any = None, **flags: Any) -> Any:
+        """A stage's configuration: defaults < `base` < file < `--set` < flags."""
+        from streamctl.config import resolve
+
+        if "seed" in cls.__dataclass_fields__:
+            flags["seed"] = self.seed
+        return resolve(cls, base=base or {}, file=self.config, sets=self.sets, **flags)
+
+    def make(self, stage: Callable[..., Any], settings: Any, **options: Any) -> Any:
+        """What `stage(run, settings, ...)` makes."""
+        return stage(self.folder, settings, device=self.device, force=self.force, **options)
+
+
+_SHARED = {
+    "run": ("run", Run, inspect.Parameter.empty),
+    "config": ("config", Config, None),
+    "sets": ("set_", Sets, None),
+    "seed": ("seed", Seed, None),
+    "device": ("device", Device, "auto"),
+    "json": ("json_", Json, False),
+    "force": ("force", Force, False),
+}
+
+
+def stage_command(*absent: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `Job`, which it gets as its first argument.
+
+    Args:
+        absent: fields of `Job` that this command has no option for.
+    """
+    shared = [(field, *option) for field, option in _SHARED.items() if field not in absent]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = typing.get_type_hints(function, include_extras=True)
+        own = list(inspect.signature(function).parameters.values())[1:]
+        parameters = [one.replace(annotation=hints[one.name]) for one in own]
+        for _, name, kind, default in shared:
+            one = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default,
+                                    annotation=kind)  # fmt: skip
+            parameters.append(one)
+        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+        parameters.sort(key=lambda one: one.name != "run")  # the others in their order
+
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            told = {field: given.pop(name) for field, name, _, _ in shared}
+            function(Job(**told | {"sets": tuple(told.get("sets") or ())}), **given)
+
+        command.__signature__ = inspect.Signature(parameters)
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return decorate
 
 
 def print_json(value: Any) -> None:
@@ -76,23 +157,22 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     plain_console().print(table)
 
 
-def print_stage(stage: Any, json_: bool, rows: list[list[Any]]) -> None:
-    """A finished training stage: its report as JSON, or `rows` and the time it took as a table."""
+def print_stage(stage: Stage, json_: bool, rows: list[list[Any]], report: Any = None) -> None:
+    """A finished stage: its report as JSON, or `rows` and the time it took as a table."""
     if json_:
-        print_json({"stage": stage.name, **stage.json("report.json")})
+        print_json(report or {"stage": stage.name, **stage.json("report.json")})
         return
     seconds = ["seconds", f"{stage.manifest['wall_s']:.0f}"]
     print_table(f"{stage.path}", ["", "value"], [*rows, seconds])
 
 
-def valid_rows(report: dict[str, Any]) -> list[list[Any]]:
-    """ndcg@10 on validation users, a row for each way of answering in a stage's report."""
-    return [
+def training_rows(report: dict[str, Any]) -> list[list[Any]]:
+    """Of a stage's report: ndcg@10 on validation users for each way of answering, how many epochs
+    (or steps) were trained and, epochs counted from 1, which was kept."""
+    rows: list[list[Any]] = [
         [f"validation ndcg@10, {name}", metrics["ndcg@10"]]
         for name, metrics in report["valid"].items()
     ]
-
-
-def epochs_row(report: dict[str, Any]) -> list[Any]:
-    """How many epochs were trained and, counted from 1, which was kept."""
-    return ["epochs (best)", f"{report['epochs']} ({report['best_epoch'] + 1})"]
+    if "steps" in report:
+        return [*rows, ["steps (best)", f"{report['steps']} ({report['best_step']})"]]
+    return [*rows, ["epochs (best)", f"{report['epochs']} ({report['best_epoch'] + 1})"]]

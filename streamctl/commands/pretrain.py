@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from streamctl.commands.options import (
-    Config,
-    Device,
-    Force,
-    Json,
-    Run,
-    Seed,
-    Sets,
-    Size,
-    epochs_row,
-    print_stage,
-    valid_rows,
-)
+from streamctl.commands.options import Job, Size, print_stage, stage_command, training_rows
 
 
-def command(
-    run: Run,
-    size: Size = None,
-    config: Config = None,
-    set_: Sets = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    json_: Json = False,
-    force: Force = False,
-) -> None:
+@stage_command()
+def command(job: Job, size: Size = None) -> None:
     """Stage 1: train the T5 to write the codes of the next item (Eqs. 9-11).
 
     The shape of the model (`--size`) is decided here and kept by every later stage.
@@ -36,11 +16,8 @@ def command(
     Example: `streamctl pretrain --run runs/mine --size tiny --set epochs=20`.
     Next: `streamctl annotate --run RUN`.
     """
-    from streamctl.config import PretrainConfig, resolve
-    from streamctl.runs import RunDir
+    from streamctl.config import PretrainConfig
     from streamctl.training.pretrain import pretrain
 
-    settings = resolve(PretrainConfig, file=config, sets=set_ or (), size=size, seed=seed)
-    stage = pretrain(RunDir(run), settings, device=device, force=force)
-    report = stage.json("report.json")
-    print_stage(stage, json_, [*valid_rows(report), epochs_row(report)])
+    stage = job.make(pretrain, job.settings(PretrainConfig, size=size))
+    print_stage(stage, job.json, training_rows(stage.json("report.json")))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from streamctl.commands.options import Device, Json, Run, print_json, print_table
+from streamctl.commands.options import Device, Json, Run, option, print_json, print_table, switch
 
 if TYPE_CHECKING:
     from streamctl.recommender import Recommender
@@ -17,46 +15,23 @@ SHOWN = 20  # latest items of a history
 
 def command(
     run: Run,
-    user: Annotated[
-        Optional[str],  # noqa: UP045 - Typer reads Optional
-        typer.Option("--user", help="A user of the log."),
-    ] = None,
-    history: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--history",
-            help="Item ids, oldest first, separated by commas; or the option once an id; or "
-            "@FILE with an id a line.",
-        ),
-    ] = None,
-    k: Annotated[int, typer.Option("-k", "--k", help="Items wanted.", min=1, max=1000)] = 10,
-    think: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--think", help="Think tokens [default: as trained].", min=0, max=64),
-    ] = None,
-    diversity: Annotated[
-        float,
-        typer.Option("--diversity", help="0 to 1: make the list's items less alike.", min=0, max=1),
-    ] = 0.0,
-    method: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--method", help="What answers [default: the best on validation]."),
-    ] = None,
-    keep_seen: Annotated[
-        bool, typer.Option("--keep-seen", help="Recommend items of the history, too.")
-    ] = False,
-    input_: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--input", help="Parquet of users (user_id or history), or a folder of such."),
-    ] = None,
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", help="Parquet of their answers, or a folder of such."),
-    ] = None,
-    on: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--on", help="ray: on a Ray cluster [default: here].", metavar="ray"),
-    ] = None,
+    user: str | None = option("A user of the log."),
+    history: list[str] | None = option(
+        "Item ids, oldest first, separated by commas; or the option once an id; or @FILE with an "
+        "id a line."
+    ),
+    k: int = option("Items wanted.", "-k", "--k", default=10, min=1, max=1000),
+    think: int | None = option("Think tokens [default: as trained].", min=0, max=64),
+    diversity: float = option(
+        "0 to 1: make the list's items less alike.", default=0.0, min=0, max=1
+    ),
+    method: str | None = option("What answers [default: the best on validation]."),
+    keep_seen: bool = switch("Recommend items of the history, too.", "--keep-seen"),
+    input_: Path | None = option(
+        "Parquet of users (user_id or history), or a folder of such.", "--input"
+    ),
+    output: Path | None = option("Parquet of their answers, or a folder of such."),
+    on: str | None = option("ray: on a Ray cluster [default: here].", metavar="ray"),
     device: Device = "auto",
     json_: Json = False,
 ) -> None:

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
-
-import typer
-
-from streamctl.commands.options import (
-    Config,
-    Device,
-    Force,
-    Json,
-    Run,
-    Sets,
-    print_json,
-    print_table,
-)
+from streamctl.commands.options import Job, option, print_stage, stage_command
 
 
+@stage_command("seed")
 def command(
-    run: Run,
-    method: Annotated[
-        Optional[str],  # noqa: UP045 - Typer reads Optional
-        typer.Option("--method", help="Another method than the one that won on validation."),
-    ] = None,
-    config: Config = None,
-    set_: Sets = None,
-    device: Device = "auto",
-    json_: Json = False,
-    force: Force = False,
+    job: Job, method: str | None = option("Another method than the one that won on validation.")
 ) -> None:
     """Make RUN/final: the winner with every interaction, those held out for evaluation included.
 
@@ -41,15 +20,10 @@ def command(
     Example: `streamctl refit --run runs/mine`.
     Next: `streamctl serve --run RUN`.
     """
-    from streamctl.config import RefitConfig, resolve
+    from streamctl.config import RefitConfig
     from streamctl.evaluation.refit import refit
-    from streamctl.runs import RunDir
 
-    settings = resolve(RefitConfig, file=config, sets=set_ or (), method=method)
-    stage = refit(RunDir(run), settings, device=device, force=force)
-    manifest = stage.manifest
-    if json_:
-        print_json({key: manifest[key] for key in ("stage", "method", "stages", "wall_s")})
-        return
-    rows = [["method", manifest["method"]], ["stages", ", ".join(manifest["stages"])]]
-    print_table(f"{stage.path}", ["", "value"], [*rows, ["seconds", f"{manifest['wall_s']:.0f}"]])
+    stage = job.make(refit, job.settings(RefitConfig, method=method))
+    report = {key: stage.manifest[key] for key in ("stage", "method", "stages", "wall_s")}
+    rows = [["method", report["method"]], ["stages", ", ".join(report["stages"])]]
+    print_stage(stage, job.json, rows, report)

@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
-from streamctl.commands.options import Device, Json, Sets, print_json, print_table
+from streamctl.commands.options import Device, Json, Sets, option, print_json, print_table
 
 
 def command(
     target: Annotated[
         str, typer.Argument(help="A run's folder, or NAME for runs/NAME, such as beauty.")
     ],
-    methods: Annotated[
-        Optional[str],  # noqa: UP045 - Typer reads Optional
-        typer.Option(
-            "--methods",
-            help="Comma-separated: popularity, transitions, knn, ranker, caser, gru4rec, bert4rec, "
-            "sasrec_bce, sasrec_ce, tiger, stream, letter; default: all.",
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Seeds 0..N-1 of each.", min=1)] = 1,
-    size: Annotated[
-        str, typer.Option("--size", help="Generative models: tiny, small or paper.")
-    ] = "small",
-    rerank: Annotated[
-        bool, typer.Option("--rerank/--no-rerank", help="Every row re-ranked, too.")
-    ] = True,
-    budget: Annotated[
-        float, typer.Option("--budget", help="Hours after which no stage begins; 0: none.", min=0)
-    ] = 0.0,
-    save: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--save", help="Copy table-NAME.json and NAME/ (receipts) to this folder."),
-    ] = None,
-    check: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--check", help="Make what this receipt describes again, and compare."),
-    ] = None,
+    methods: str | None = option(
+        "Comma-separated: popularity, transitions, knn, ranker, caser, gru4rec, bert4rec, "
+        "sasrec_bce, sasrec_ce, tiger, stream, letter; default: all."
+    ),
+    seeds: int = option("Seeds 0..N-1 of each.", default=1, min=1),
+    size: str = option("Generative models: tiny, small or paper.", default="small"),
+    rerank: bool = option("Every row re-ranked, too.", "--rerank/--no-rerank", default=True),
+    budget: float = option("Hours after which no stage begins; 0: none.", default=0.0, min=0),
+    save: Path | None = option("Copy table-NAME.json and NAME/ (receipts) to this folder."),
+    check: Path | None = option("Make what this receipt describes again, and compare."),
     set_: Sets = None,
     device: Device = "auto",
     json_: Json = False,

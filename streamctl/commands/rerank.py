@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
-
-import typer
-
-from streamctl.commands.options import (
-    Config,
-    Device,
-    Force,
-    Json,
-    Run,
-    Seed,
-    Sets,
-    print_json,
-    print_table,
-)
+from streamctl.commands.options import Job, option, print_json, print_table, stage_command
 
 
+@stage_command()
 def command(
-    run: Run,
-    methods: Annotated[
-        Optional[str],  # noqa: UP045 - Typer reads Optional
-        typer.Option(
-            "--methods",
-            help="Comma-separated: one ranker over the candidates of all these. Default: one each.",
-        ),
-    ] = None,
-    config: Config = None,
-    set_: Sets = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    json_: Json = False,
-    force: Force = False,
+    job: Job,
+    methods: str | None = option(
+        "Comma-separated: one ranker over the candidates of all these. Default: one each."
+    ),
 ) -> None:
     """Rank the candidates of a method, and of the hops, once more by gradient-boosted trees.
 
@@ -46,14 +23,12 @@ def command(
     Example: `streamctl rerank --run runs/mine --methods stream_sft,transitions`.
     Next: `streamctl eval --run RUN`.
     """
-    from streamctl.config import RerankConfig, resolve
+    from streamctl.config import RerankConfig
     from streamctl.evaluation.rerank import rerank
-    from streamctl.runs import RunDir
 
-    settings = resolve(RerankConfig, file=config, sets=set_ or (), methods=methods, seed=seed)
-    stages = rerank(RunDir(run), settings, device=device, force=force)
+    stages = job.make(rerank, job.settings(RerankConfig, methods=methods))
     reports = {stage.name: stage.json("report.json") for stage in stages}
-    if json_:
+    if job.json:
         print_json(reports)
         return
     rows = [

@@ -3,58 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
 
-import typer
-
-from streamctl.commands.options import Device, Run
+from streamctl.commands.options import Device, Run, option, switch
 
 
 def command(
     run: Run,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: a free one.")
-    ] = 8000,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Model processes.")] = 1,
-    keys: Annotated[
-        Optional[Path],  # noqa: UP045 - Typer reads Optional
-        typer.Option("--keys", help="File of API keys: a line `read KEY` or `write KEY` each."),
-    ] = None,
-    open_to_all: Annotated[
-        bool, typer.Option("--open-to-all", help="Answer without keys on a public address.")
-    ] = False,
-    method: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--method", help="What answers [default: the best on validation]."),
-    ] = None,
-    origins: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--cors", help="Origin of web pages that may call the API; repeatable."),
-    ] = None,
-    store: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--store", help="Folder of what changes meanwhile [default: RUN/serving]."),
-    ] = None,
-    max_batch: Annotated[
-        int, typer.Option("--max-batch", min=1, max=1024, help="Most requests computed together.")
-    ] = 32,
-    max_wait_ms: Annotated[
-        float,
-        typer.Option("--max-wait-ms", min=0, help="An idle model waits so long for a batch."),
-    ] = 0.0,
-    queue: Annotated[
-        int, typer.Option("--queue", min=1, help="Most requests waiting; beyond it 429.")
-    ] = 128,
-    deadline_ms: Annotated[
-        int, typer.Option("--deadline-ms", min=1, help="Deadline of requests that name none.")
-    ] = 1000,
-    drain_seconds: Annotated[
-        float, typer.Option("--drain-seconds", min=0, help="Goes on so long after SIGTERM.")
-    ] = 1.0,
-    threads: Annotated[
-        int, typer.Option("--threads", min=1, help="CPU threads a model; more workers do more.")
-    ] = 1,
+    host: str = option("Address to listen on.", default="127.0.0.1"),
+    port: int = option("Port to listen on; 0: a free one.", default=8000, min=0, max=65535),
+    workers: int = option("Model processes.", default=1, min=1),
+    keys: Path | None = option("File of API keys: a line `read KEY` or `write KEY` each."),
+    open_to_all: bool = switch("Answer without keys on a public address.", "--open-to-all"),
+    method: str | None = option("What answers [default: the best on validation]."),
+    origins: list[str] | None = option(
+        "Origin of web pages that may call the API; repeatable.", "--cors"
+    ),
+    store: Path | None = option("Folder of what changes meanwhile [default: RUN/serving]."),
+    max_batch: int = option("Most requests computed together.", default=32, min=1, max=1024),
+    max_wait_ms: float = option("An idle model waits so long for a batch.", default=0.0, min=0),
+    queue: int = option("Most requests waiting; beyond it 429.", default=128, min=1),
+    deadline_ms: int = option("Deadline of requests that name none.", default=1000, min=1),
+    drain_seconds: float = option("Goes on so long after SIGTERM.", default=1.0, min=0),
+    threads: int = option("CPU threads a model; more workers do more.", default=1, min=1),
     device: Device = "auto",
 ) -> None:
     """Serve a trained run: an API under /v1, its description at /docs, a page at /.
@@ -70,23 +40,10 @@ def command(
     from streamctl.serving.server import serve
     from streamctl.serving.service import Settings
 
-    serve(
-        Settings(
-            run=run,
-            host=host,
-            port=port,
-            workers=workers,
-            device=device,
-            method=method,
-            store=store,
-            keys=keys,
-            open_to_all=open_to_all,
-            origins=tuple(origins or ()),
-            max_batch=max_batch,
-            max_wait_ms=max_wait_ms,
-            queue=queue,
-            deadline_ms=deadline_ms,
-            drain_s=drain_seconds,
-            threads=threads,
-        )
-    )
+    settings = Settings(
+        run=run, host=host, port=port, workers=workers, device=device, method=method,
+        store=store, keys=keys, open_to_all=open_to_all, origins=tuple(origins or ()),
+        max_batch=max_batch, max_wait_ms=max_wait_ms, queue=queue, deadline_ms=deadline_ms,
+        drain_s=drain_seconds, threads=threads,
+    )  # fmt: skip
+    serve(settings)
