@@ -96,8 +96,14 @@ def test_parts_can_be_split_anew(tmp_path):
     catalog, log, facts = build(read_source(tmp_path), config)
     assert log.cuts is None and facts["split"] == "leave-one-out"
     assert [catalog.ids[i] for i in log.of(0)] == ["2", "1", "3", "4", "5"]
-    with pytest.raises(UsageError, match="split already"):
-        build(read_source(tmp_path), DataConfig(split="80%"))
+    with open(tmp_path / "test.csv", "a") as handle:
+        handle.write("a,2,3\n")  # in train, too: one row twice in what is one log now
+    config = DataConfig(min_user=2, min_item=1, split="12,13", repeats="drop")
+    catalog, log, facts = build(read_source(tmp_path), config)
+    assert facts["cleaned"] == {"repeats": 1}
+    split = Split(log)
+    assert log.timestamps[split.valid.end].tolist() == [12] * len(split.valid)
+    assert log.timestamps[split.test.end].min() >= 13
 
 
 def test_without_a_part_to_validate_on_the_last_of_training_does(tmp_path):

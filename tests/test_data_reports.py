@@ -423,6 +423,15 @@ def test_bad_lines_up_to_a_share_are_left_out_counted_and_listed(tmp_path, capsy
     prepared(tmp_path, tmp_path / "enough", skip_bad=share)
 
 
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_until_a_day_is_until_its_end(unit):
+    hours = [1_706_659_200 + 3600 * hour for hour in range(0, 72, 6)]  # from 2024-01-31 on
+    for text, kept in (("2024-01-31", 4), ("2024/02/01", 8), ("2024-01-31T12:00", 3)):
+        raw = RawLog.of(["u"] * 12, list("abcdefghijkl"), [hour * unit for hour in hours])
+        log = build(raw, DataConfig(min_user=3, min_item=1, until=text))[1]
+        assert len(log) == kept, text
+
+
 def test_times_and_items_that_are_not_wanted_are_left_out(tmp_path):
     rows = [(f"u{u}", f"i{i}", f"2024-01-{1 + i:02}") for u in range(5) for i in range(9)]
     raw = RawLog.of(*zip(*((u, i, int(t[-2:])) for u, i, t in rows), strict=True))

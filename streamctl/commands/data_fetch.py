@@ -15,8 +15,8 @@ def command(
         str,
         typer.Argument(help="ml-1m, amazon-2014-beauty, Video_Games, ...; none: list them."),
     ] = "",
-    into: Path | None = option("The folder that is made.", show_default="data/NAME"),
-    mirror: str | None = option("http(s) address of a folder that holds the set's files."),
+    into: Path | None = option("Folder to make.", show_default="data/NAME"),
+    mirror: str | None = option("http(s) address of a folder with the set's files."),
     json_: Json = False,
 ) -> None:
     """Fetch a public set: MovieLens 100K to 32M, or a 5-core category of Amazon Reviews.

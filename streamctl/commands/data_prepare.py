@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from streamctl.runs import Stage
 
 Source = Annotated[Path, typer.Argument(help="A folder, or the interactions file.")]
-FORMAT = option("The reader; found out by itself (auto) unless given.", "--format")
+FORMAT = option("Name of the format; detected (auto) unless given.", "--format")
 COLUMNS = option("user=NAME,item=NAME,time=NAME,rating=NAME,event=NAME, if unusual.", default="")
-ITEMS = option("The file that describes the items, if it lies elsewhere.")
+ITEMS = option("File that describes the items, if it is not beside SOURCE.")
 
 
 @stage_command("device")
@@ -32,16 +32,18 @@ def command(
     format_: str | None = FORMAT,
     columns: str = COLUMNS,
     items: Path | None = ITEMS,
-    skip_bad: float | None = option("Share of bad lines that are left out and listed [0]."),
+    skip_bad: float | None = option("Share of bad lines to leave out and list [0]."),
     ids: str | None = option("exact, or number: 7, 7.0, 007 and ' 7' are the same id."),
-    since: str | None = option("Leave out what is before: a date, or the log's own number."),
-    until: str | None = option("Leave out what is after."),
-    min_rating: float | None = option("Leave out lower ratings, and rows without one."),
+    since: str | None = option(
+        "Leave out earlier interactions: a date, or a number in the log's unit."
+    ),
+    until: str | None = option("Leave out later interactions; a day counts to its end."),
+    min_rating: float | None = option("Leave out lower ratings, and rows without a rating."),
     events: str | None = option("Kinds to keep: view,cart,buy or view=0.1,cart=0.3,buy=1."),
-    drop_repeats: bool = switch("One of rows equal in user, item and time.", "--drop-repeats"),
-    one_per_item: str | None = option("first or last: one interaction of each user, item."),
-    described: bool = switch("Only the items that the items file describes.", "--described"),
-    max_per_user: int | None = option("The latest interactions that are kept of a user."),
+    drop_repeats: bool = switch("Keep one of rows equal in user, item and time.", "--drop-repeats"),
+    one_per_item: str | None = option("first or last: keep one interaction of each user and item."),
+    described: bool = switch("Keep only the items that the items file describes.", "--described"),
+    max_per_user: int | None = option("Keep only so many of each user's latest interactions."),
     min_user: int | None = option("Interactions a user needs [5 with times, else 3]."),
     min_item: int | None = option("Interactions an item needs [5 with times, else 1]."),
     split: str | None = option(

@@ -9,7 +9,7 @@ def command(
     run: Run,
     users: int = option("Users of the shop.", default=3000),
     items: int = option("Items of the shop, 20 or more.", default=600),
-    seed: int = option("Seed: the same one, the same shop.", default=0),
+    seed: int = option("Seed; the same seed makes the same shop.", default=0),
     json_: Json = False,
     force: Force = False,
 ) -> None:

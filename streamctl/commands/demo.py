@@ -21,7 +21,7 @@ SETTINGS = (
 
 
 def command(
-    run: Path = option("The folder to make.", default=Path("runs/demo")),
+    run: Path = option("Folder to make.", default=Path("runs/demo")),
     seed: int = option("Seed of the shop and of training.", default=0),
     device: Device = "auto",
     json_: Json = False,

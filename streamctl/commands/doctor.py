@@ -20,7 +20,7 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
 def command(
-    offline: bool = switch("Do not ask the hub whether the encoder is there.", "--offline"),
+    offline: bool = switch("Do not ask the hub for the text encoder.", "--offline"),
     strict: bool = switch("Exit with 1 when something is missing.", "--strict"),
     json_: Json = False,
 ) -> None:

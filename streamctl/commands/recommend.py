@@ -20,8 +20,8 @@ def command(
         "Item ids, oldest first, separated by commas; or the option once an id; or @FILE with an "
         "id a line."
     ),
-    k: int = option("Items wanted.", "-k", "--k", default=10, min=1, max=1000),
-    think: int | None = option("Think tokens [default: as trained].", min=0, max=64),
+    k: int = option("How many items.", "-k", "--k", default=10, min=1, max=1000),
+    think: int | None = option("Length of the thought [default: as trained].", min=0, max=64),
     diversity: float = option(
         "0 to 1: make the list's items less alike.", default=0.0, min=0, max=1
     ),

@@ -18,13 +18,17 @@ def command(
     origins: list[str] | None = option(
         "Origin of web pages that may call the API; repeatable.", "--cors"
     ),
-    store: Path | None = option("Folder of what changes meanwhile [default: RUN/serving]."),
-    max_batch: int = option("Most requests computed together.", default=32, min=1, max=1024),
-    max_wait_ms: float = option("An idle model waits so long for a batch.", default=0.0, min=0),
-    queue: int = option("Most requests waiting; beyond it 429.", default=128, min=1),
-    deadline_ms: int = option("Deadline of requests that name none.", default=1000, min=1),
-    drain_seconds: float = option("Goes on so long after SIGTERM.", default=1.0, min=0),
-    threads: int = option("CPU threads a model; more workers do more.", default=1, min=1),
+    store: Path | None = option(
+        "Folder for items and users added while serving [default: RUN/serving]."
+    ),
+    max_batch: int = option("Most requests in one batch.", default=32, min=1, max=1024),
+    max_wait_ms: float = option(
+        "How long an idle model waits to fill a batch.", default=0.0, min=0
+    ),
+    queue: int = option("Requests that may wait; more are refused (429).", default=128, min=1),
+    deadline_ms: int = option("Deadline of requests that do not set one.", default=1000, min=1),
+    drain_seconds: float = option("How long to go on answering after SIGTERM.", default=1.0, min=0),
+    threads: int = option("CPU threads of each model; more workers help more.", default=1, min=1),
     device: Device = "auto",
 ) -> None:
     """Serve a trained run: an API under /v1, its description at /docs, a page at /.

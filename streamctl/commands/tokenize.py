@@ -15,10 +15,10 @@ def command(
     job: Job,
     encoder: str | None = option("A model's name, a local folder, or tfidf (no download)."),
     method: str | None = option("rqvae or rqkmeans."),
-    levels: int | None = option("Levels that the quantizer learns."),
+    levels: int | None = option("Levels of codes that the quantizer learns."),
     collisions: str | None = option("reassign, or dedup (one more digit)."),
-    vectors: Path | None = option("Item vectors (.npy, .parquet) in the place of texts."),
-    semantic_ids: Path | None = option("LC-Rec's index.json in the place of a quantizer."),
+    vectors: Path | None = option("Item vectors (.npy, .parquet) instead of texts."),
+    semantic_ids: Path | None = option("LC-Rec's index.json instead of a quantizer."),
 ) -> None:
     """Turn every item's text into a vector and a Semantic ID, and find its nearest items by text.
 

@@ -74,5 +74,5 @@ class Catalog:
             columns = pq.read_table(path).to_pydict()
             ids, titles, texts = (columns.pop(name) for name in _OWN)
         except (pa.ArrowException, KeyError) as error:
-            raise StreamctlError("damaged artifact", where=path, run="data prepare") from error
+            raise StreamctlError("damaged artifact", where=path, run=stage.again()) from error
         return cls(ids, titles, texts, columns)

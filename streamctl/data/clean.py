@@ -48,7 +48,9 @@ def clean(raw: RawLog, config: DataConfig) -> dict[str, int]:
 
     if config.since:
         drop("since", "t < ?", moment(raw, config.since, "--since"))
-    if config.until:
+    if config.until and (day := _day_after(config.until)):
+        drop("until", "t >= ?", moment(raw, day, "--until"))
+    elif config.until:
         drop("until", "t > ?", moment(raw, config.until, "--until", up=False))
     if config.min_rating is not None:
         drop("min_rating", "rating IS NULL OR rating < ?", config.min_rating)
@@ -65,9 +67,9 @@ def clean(raw: RawLog, config: DataConfig) -> dict[str, int]:
         raw.con.execute("CREATE TABLE described (name VARCHAR)")
         raw.con.execute("INSERT INTO described SELECT unnest(?)", [raw.catalogue.ids])
         drop("described", "i NOT IN (SELECT i FROM items SEMI JOIN described USING (name))")
-    part = "part, " if "part" in raw.extra else ""
+    part = "part, " if raw.split else ""
     same = {
-        "drop": f"GROUP BY u, i, t, {raw.column('event')}, {raw.column('part')}",
+        "drop": f"GROUP BY {part}u, i, t, {raw.column('event')}",
         "first": "GROUP BY u, i",
         "last": "GROUP BY u, i",
     }.get(config.repeats)
@@ -119,6 +121,15 @@ def moment(raw: RawLog, text: str, option: str, up: bool = True) -> int:
     else:
         rank = "coalesce(max(rank) FILTER (value <= ?), 0)"
     return raw.one(f"SELECT {rank} FROM moments", value)
+
+
+def _day_after(text: str) -> str | None:
+    """The day after a date without a time of day: until that day is until its end."""
+    try:
+        day = datetime.date.fromisoformat(text.strip().replace("/", "-"))
+        return str(day + datetime.timedelta(1)) if not text.strip().isdigit() else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def _seconds(text: str, option: str) -> Decimal:

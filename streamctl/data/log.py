@@ -120,7 +120,7 @@ class InteractionLog:
             users = pq.read_table(stage.file("users.parquet"))
             user_ids = users["user_id"].to_pylist()
         except (pa.ArrowException, KeyError) as error:
-            raise StreamctlError("damaged artifact", where=path, run="data prepare") from error
+            raise StreamctlError("damaged artifact", where=path, run=stage.again()) from error
         counts = np.bincount(table["user"].to_numpy(), minlength=len(user_ids))
         return cls(
             items=table["item"].to_numpy().astype(np.int32, copy=False),

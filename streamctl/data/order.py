@@ -103,8 +103,6 @@ def _moments(raw: RawLog, text: str) -> tuple[int, int]:
     """(where validation begins, where test does), as times of the log."""
     if not raw.timed:
         raise UsageError("--split-at needs a log with times; this one gives the order only")
-    if raw.split:
-        raise UsageError("the source is split already; --split-at is for one that is not")
     words = [word.strip() for word in text.split(",")]
     if len(words) > 2 or not all(words):
         raise UsageError(f"--split-at takes TIME or VALIDATION,TEST, not {text!r}")

@@ -143,10 +143,10 @@ def build(raw: RawLog, config: DataConfig) -> tuple[Catalog, InteractionLog, dic
         raise UsageError(f"data.history is {config.history}; a model needs 1 item or more")
     with database_errors():
         read = raw.sizes
+        if config.split != "auto":
+            raw.split = False  # parts become one log, which is split anew
         taken = clean(raw, config)
         leave_one_out = not raw.split if config.split == "auto" else config.split == "leave-one-out"
-        if leave_one_out:
-            raw.split = False  # of parts one log is made
         removed = find_core(raw, *minimums(raw, config, leave_one_out), cleaned=any(taken.values()))
         log, names = number(raw, config)
     catalog, without_text = _catalog(raw, names)
