@@ -283,22 +283,9 @@ class EvalConfig:
 
 
 STAGES: tuple[type, ...] = (
-    DataConfig,
-    TokenizeConfig,
-    PretrainConfig,
-    AnnotateConfig,
-    SftConfig,
-    RlConfig,
-    BaselineConfig,
-    RerankConfig,
-    EvalConfig,
-    RefitConfig,
-)
-
-
-# What a setting was before there was a setting: how older manifests and receipts are read.
-BEFORE = {"softmax": "vocabulary", "collaborative": 0.0}
-
+    DataConfig, TokenizeConfig, PretrainConfig, AnnotateConfig, SftConfig, RlConfig,
+    BaselineConfig, RerankConfig, EvalConfig, RefitConfig,
+)  # fmt: skip
 
 # Least and most of every number, by the setting's name.
 BOUNDS: dict[str, tuple[float, float]] = {

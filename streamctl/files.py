@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from streamctl.distributed import is_main
 from streamctl.errors import StreamctlError
@@ -85,23 +85,29 @@ def _sync_folder(path: Path) -> None:
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
-def lock(file: TextIO, *, wait: bool = False) -> bool:
-    """Lock an open file until it is closed; False if another process has it (`wait`: until not).
+@contextmanager
+def locked(path: Path, busy: StreamctlError) -> Iterator[None]:
+    """Hold the lock of a file, which is made for it.
 
     On a file system without locks (some network mounts) it warns and goes on.
+
+    Raises:
+        StreamctlError: `busy`, if another process holds it.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        warn(
-            f"{Path(file.name).parent}: this file system has no locks; "
-            "let one command at a time work here"
-        )
-    return True
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            told = "this file system has no locks; let one command at a time work here"
+            warn(f"{path.parent}: {told}")
+        yield
 
 
 def file_hash(path: Path) -> str:

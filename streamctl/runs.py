@@ -17,14 +17,14 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from streamctl.config import BEFORE, as_text, to_dict
+from streamctl.config import as_text, to_dict
 from streamctl.distributed import SINGLE, ranks
 from streamctl.errors import StreamctlError, UsageError
-from streamctl.files import atomic_file, disk_errors, lock, read_json
+from streamctl.files import atomic_file, locked, read_json
 from streamctl.progress import warn
 from streamctl.provenance import provenance
 from streamctl.stage import MANIFEST, Stage, StageWriter, command_for
@@ -164,7 +164,6 @@ class RunDir:
 
     def _check_same(self, stage: Stage, config: Any, hashes: Mapping[str, str]) -> None:
         old, new = stage.manifest["config"], json.loads(json.dumps(to_dict(config)))
-        old = {key: value for key, value in BEFORE.items() if key in new} | old
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         stale = [
             key for key, value in hashes.items() if stage.manifest["parents"].get(key) != value
@@ -205,20 +204,13 @@ class RunDir:
         folder.rename(previous)
         return True
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        path = self.path / f".{name.replace('/', '-')}.lock"
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below
-        with file:
-            if not lock(file):
-                raise StreamctlError(
-                    f"another process works on stage {name}",
-                    where=self.path,
-                    run="wait for it to end, or use another --run",
-                )
-            yield
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        busy = StreamctlError(
+            f"another process works on stage {name}",
+            where=self.path,
+            run="wait for it to end, or use another --run",
+        )
+        return locked(self.path / f".{name.replace('/', '-')}.lock", busy)
 
 
 def _write_config(path: Path, config: Any) -> None:

@@ -104,7 +104,7 @@ def test_rollouts_inside_the_catalogue_are_items_with_renormalised_probabilities
         rows = torch.tensor(codes).expand(1, 1, -1)
         node, legal = trie.root, []
         for token in codes:
-            legal.append(children(trie.csr, torch.tensor([[node]]), policy.tokens.size) >= 0)
+            legal.append(children(trie.on("cpu"), torch.tensor([[node]]), policy.tokens.size) >= 0)
             node = trie.child(node, token)
         one = Rollout(found.think[:1, :1], rows, torch.zeros(1, 1, 5), torch.stack(legal, 2))
         with torch.no_grad():

@@ -151,8 +151,9 @@ def test_any_other_fault_of_a_lock_is_told(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OSError, match="Input/output"), open(tmp_path / "x", "w") as file:
-        files.lock(file)
+    busy = StreamctlError("another process is here")
+    with pytest.raises(OSError, match="Input/output"), files.locked(tmp_path / "x", busy):
+        pass
 
 
 def test_a_folder_that_cannot_be_synced_still_gets_its_file(tmp_path, monkeypatch):

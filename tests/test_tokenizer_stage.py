@@ -65,7 +65,7 @@ def test_the_stage_writes_what_later_stages_read(shop, tmp_path, change):
     ids = SemanticIds.load(stage)
     dedup = bool(change)
     assert ids.codes.shape == (200, 3 + dedup)
-    assert (ids.learned, ids.sizes[:3]) == (3, (8, 8, 8))
+    assert (ids.levels, ids.sizes[:3]) == (3 + ids.dedup, (8, 8, 8))
     assert collision_rate(ids.codes) == 0.0
     assert ids.report() == stage.json("report.json")
     assert ids.report()["quantizer"]["reconstruction_error"] < 1

@@ -21,10 +21,10 @@ def walk_all(trie: PrefixTrie) -> dict:
     seen = {}
 
     def visit(node, prefix):
-        low, high = trie.csr.child_start[node : node + 2].tolist()
-        tokens = trie.csr.child_token[low:high].tolist()
+        low, high = trie.on("cpu").child_start[node : node + 2].tolist()
+        tokens = trie.on("cpu").child_token[low:high].tolist()
         seen[prefix] = (tokens, trie.items_at(node).tolist())
-        for token, child in zip(tokens, trie.csr.child_node[low:high].tolist(), strict=True):
+        for token, child in zip(tokens, trie.on("cpu").child_node[low:high].tolist(), strict=True):
             assert int(trie.parent[child]) == node
             visit(child, (*prefix, token))
 
@@ -96,7 +96,7 @@ def test_the_kernel_walks_the_trie_before_and_after_an_item_is_added():
 
     def best():
         roots = torch.zeros(1, 1, dtype=torch.int64)
-        return trie_topk(logits, roots, torch.zeros(1, 1), trie.csr, 2)[2].tolist()
+        return trie_topk(logits, roots, torch.zeros(1, 1), trie.on("cpu"), 2)[2].tolist()
 
     assert best() == [[3, 5]]
     trie.add(2, np.array([4, 9]))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from streamctl.data.archives import unpack
 from streamctl.data.download import damage, download
 from streamctl.data.public import PublicSet, Remote
 from streamctl.errors import StreamctlError
-from streamctl.files import atomic_file, disk_errors, file_hash, lock, read_json
+from streamctl.files import atomic_file, file_hash, locked, read_json
 from streamctl.progress import say
 
 RECORD = ".fetched.json"  # written last: which files the folder holds, and their hashes
@@ -33,7 +31,10 @@ def fetch(public: PublicSet, folder: Path, mirror: str | None = None) -> list[Pa
         StreamctlError: not reachable, damaged, an unsafe archive, a changed folder, or another
             process fetches into it.
     """
-    with _alone(folder):
+    busy = StreamctlError(
+        "another process fetches into this folder", where=folder, run="wait for it"
+    )
+    with locked(folder / ".lock", busy):
         known = _recorded(public, folder)
         if known is not None:
             say(f"{public.name}: complete already")
@@ -87,16 +88,3 @@ def _recorded(public: PublicSet, folder: Path) -> list[Path] | None:
                 f"the file {state}", where=path, run=f"rm {folder / RECORD} and the same command"
             )
     return [folder / file for file in hashes]
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - closed below
-    with file:
-        if not lock(file):
-            raise StreamctlError(
-                "another process fetches into this folder", where=folder, run="wait for it"
-            )
-        yield

@@ -56,11 +56,6 @@ class SemanticIds:
         """m: codes of an item."""
         return len(self.sizes)
 
-    @property
-    def learned(self) -> int:
-        """Levels that come from a codebook."""
-        return self.levels - self.dedup
-
     def tokens(self, think_codebook: int = 0) -> Tokens:
         """The vocabulary of a model that reads and writes these codes."""
         return Tokens(self.sizes, think_codebook, self.dedup)

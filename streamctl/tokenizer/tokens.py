@@ -48,14 +48,6 @@ class Tokens:
         """Token of one code."""
         return self._starts[level] + code
 
-    def locate(self, token: int) -> tuple[int, int] | None:
-        """(level, code) of an item-code token; None for every other token."""
-        for level in range(self.levels):
-            low, high = self.level_range(level)
-            if low <= token < high:
-                return level, token - low
-        return None
-
     def item_tokens(self, codes: np.ndarray) -> np.ndarray:
         """Codes (..., m) -> tokens (..., m) int64."""
         return np.asarray(codes, np.int64) + np.array(self._starts[:-1], np.int64)

@@ -75,13 +75,9 @@ class PrefixTrie:
     def n_nodes(self) -> int:
         return len(self.parent)
 
-    @property
-    def csr(self) -> CsrTrie:
-        """The arrays for `streamctl.kernels.trie_topk`, on the CPU."""
-        return self.on("cpu")
-
     def on(self, device: str | torch.device) -> CsrTrie:
-        """`csr` on a device: copied there once, and again after items were added."""
+        """The arrays for `streamctl.kernels.trie_topk` on a device: copied there once, and again
+        after items were added."""
         key = str(device)
         if key not in self._placed:
             arrays = (self.child_start, self.child_token, self.child_node)
