@@ -1,10 +1,11 @@
 """What thinking with evidence brings: every stage, part, hop and length, on a run's test users.
 
+    streamctl reproduce runs/beauty --size tiny --seeds 3
     python benchmarks/thinker.py runs/beauty --save beauty
 
-Needs a run with pretrain, annotate, sft and rl; baselines that it has are rows, too. Figures are
-of all test users, with seen items left in and masked; `--users` takes a sample for the rows that
-vary one thing (parts, hops, lengths, orders). One seed a run.
+Rows of methods are those of `reproduce`: means over its seeds, with intervals over users and
+seeds. Rows that change one thing (parts, hops, lengths, orders) are of seed 0 and a sample of
+`--users` test users, with seen items masked.
 """
 
 import argparse
@@ -19,140 +20,79 @@ from timing import provenance
 from streamctl.config import EvalConfig
 from streamctl.decode.evidence import FULL, EvidenceRecommender
 from streamctl.evaluation.methods import Models, known_rows
+from streamctl.files import read_json
 from streamctl.ranking import evaluate, paired_difference, sample_users
 from streamctl.retrieval.evidence import HOPS
 from streamctl.runs import RunDir
 
 LENGTHS = (0, 1, 2, 4, 8, 16, 32, 64)
-MAIN = (
-    "popularity", "transitions", "knn", "ranker", "sasrec_ce", "tiger", "stream_pt", "stream_sft",
-    "stream_rl", "l0", "random_evidence",
-)  # fmt: skip
-NAMES = {"random_evidence": "random"}
-RIVALS = ("transitions", "knn", "ranker", "tiger", "sasrec_ce", "l0", "random")
 PARTS = ("weights_alone", "codes_alone")
+NAMES = {"random_evidence": "random"}
+THINKING = {"stream_sft": FULL, "stream_rl": FULL}  # l of a row, where it thinks as it likes
+STAGES = ("tokenizer", "pretrain", "annotate", "sft", "rl")
 
 
-class Table:
-    """Rows and the ranks that they are paired by."""
+def methods(run):
+    """The rows of `reproduce`, in the names of this receipt."""
+    rows = []
+    for row in read_json(run.path / "reproduce" / "table.json")["rows"]:
+        row = {name.replace("random_evidence", "random"): value for name, value in row.items()}
+        name = NAMES.get(row["method"], row["method"])
+        rows.append(row | {"method": name, "l": THINKING.get(name)})
+    return rows
 
-    def __init__(self, run, examples, some, seed):
-        self.run, self.examples, self.some, self.seed = run, examples, some, seed
-        self.rows, self.ranks = [], {}
 
-    def add(self, name, method, *, l=None, part=False, stage=None):  # noqa: E741
-        """Evaluate a method; `part`: on the sample of users, masked alone."""
-        users = self.some if part else self.examples
+class Changes:
+    """Rows that change one thing about seed 0's SFT; their intervals are less the whole policy."""
+
+    def __init__(self, run, users):
+        self.models = Models(run, EvalConfig(), None, "cpu")
+        split = self.models.split
+        self.users, self.n_items = sample_users(split.test, users, 0), split.n_items
+        self.rows, self.whole = [], None
+
+    def add(self, name, method, l=FULL):  # noqa: E741
         began = time.perf_counter()
-        masked = evaluate(method, users, n_items=self.run.n_items, masked=True)
-        row = {"method": name, "l": l, "seeds": [self.seed], "users": len(users)}
-        row["ndcg@10_masked"] = masked.metrics["ndcg@10"]
-        row["recall@10_masked"] = masked.metrics["recall@10"]
-        row["ms_per_user"] = masked.ms_per_user
-        if not part:
-            plain = evaluate(method, users, n_items=self.run.n_items, masked=False)
-            row |= {key: plain.metrics[key] for key in ("recall@5", "ndcg@5", "recall@10")}
-            row["ndcg@10"] = plain.metrics["ndcg@10"]
-        if stage is not None:
-            row |= stage
-        self.rows.append(row)
-        self.ranks[name, l] = masked.ranks
-        print(
-            f"{name:18} l={l} masked {row['ndcg@10_masked']:.4f} plain {row.get('ndcg@10', 0):.4f} "
-            f"{row['ms_per_user']:.2f} ms, {time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
+        found = evaluate(method, self.users, n_items=self.n_items, masked=True)
+        if self.whole is None:
+            self.whole = found.ranks
+        less = paired_difference(found.ranks, self.whole)
+        self.rows.append(
+            {
+                "method": name, "l": l, "users": len(self.users), "ms_per_user": found.ms_per_user,
+                "ndcg@10_masked": found.metrics["ndcg@10"], "vs_whole": [less.low, less.high],
+            }
+        )  # fmt: skip
+        took = time.perf_counter() - began
+        print(f"{name:18} l={l} {found.metrics['ndcg@10']:.4f}, {took:.0f} s", flush=True)
 
-    def pair(self):
-        """95% intervals of the stages' masked ndcg@10 less their rivals'."""
-        for row in self.rows:
-            mine = self.ranks[row["method"], row["l"]]
-            for rival in RIVALS:
-                other = next((r for (name, _), r in self.ranks.items() if name == rival), None)
-                if (
-                    row["method"].startswith("stream")
-                    and other is not None
-                    and rival != row["method"]
-                ) and len(other) == len(mine):
-                    row[f"vs_{rival}"] = paired_difference(mine, other).as_dict()
-
-
-def trained(run, name):
-    """Prefixes a stage saw and seconds it took."""
-    stages = {
-        "tiger": ("baselines/tiger",), "sasrec_ce": ("baselines/sasrec_ce",),
-        "ranker": ("baselines/ranker",), "transitions": ("baselines/transitions",),
-        "knn": ("baselines/knn",), "stream_pt": ("pretrain",), "l0": ("pretrain",),
-        "stream_sft": ("pretrain", "annotate", "sft"),
-        "stream_rl": ("pretrain", "annotate", "sft", "rl"),
-    }.get(name, ())  # fmt: skip
-    made = [run.stage(stage) for stage in stages if run.stage(stage).complete]
-    return {"train_s": round(sum(stage.manifest["wall_s"] for stage in made), 1)}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--users", type=int, default=6000, help="sample for rows of one change")
-    parser.add_argument("--main-only", action="store_true")
-    parser.add_argument("--save", metavar="NAME", help="results/thinker-NAME.json")
-    args = parser.parse_args()
-    run = RunDir(args.run)
-    models = Models(run, EvalConfig(), None, "cpu")
-    split, known = models.split, known_rows(run)
-    run.n_items = split.n_items
-    seed = run.stage("pretrain").manifest["config"]["seed"]
-    table = Table(run, split.test, sample_users(split.test, args.users, 0), seed)
-    for name in MAIN:
-        if name in known and all(run.stage(stage).complete for stage in known[name].stages):
-            l = {"stream_sft": FULL, "stream_rl": FULL}.get(name)  # noqa: E741
-            table.add(
-                NAMES.get(name, name), known[name].make(models), l=l, stage=trained(run, name)
-            )
-    table.pair()
-    if not args.main_only:
+    def all(self):
+        known = known_rows(self.models.run)
+        thinker = self.models.reasoning("sft")
+        self.add("whole", thinker)
         for name in PARTS:
-            table.add(name, known[name].make(models), l=FULL, part=True)
-        thinker = models.reasoning("sft")
+            self.add(name, known[name].make(self.models))
         for l in LENGTHS:  # noqa: E741
             thinker.think = l
-            table.add("length", thinker, l=l, part=True)
+            self.add("length", thinker, l=l)
+        sizes = self.models.material.hops
         for number, hop in enumerate(HOPS):
-            own = models.reasoning("sft")
-            sizes = list(own.evidence.sizes)
             if sizes[number]:
-                sizes[number] = 0
-                table.add(f"without {hop}", _with(models, sizes), l=FULL, part=True)
-        for count in range(1, 6):
-            sizes = [
-                size if place < count else 0 for place, size in enumerate(models.material.hops)
-            ]
-            table.add(f"first {count} hops", _with(models, sizes), l=FULL, part=True)
+                self.add(f"without {hop}", self.with_hops({**dict(enumerate(sizes)), number: 0}))
+        for count in range(1, sum(size > 0 for size in sizes)):
+            first = {place: size * (place < count) for place, size in enumerate(sizes)}
+            self.add(f"first {count} hops", self.with_hops(first))
         for order in ("strength", "random"):
-            table.add(f"{order} order", Ordered(models.reasoning("sft"), order), l=8, part=True)
-    receipt = {
-        **provenance(f"thinker-{args.save or args.run.name}"),
-        "command": f"python benchmarks/thinker.py RUN --users {args.users}",
-        "protocol": "leave-one-out, full catalogue, no re-ranker; validation: epochs, trust",
-        "config": {
-            stage: run.stage(stage).manifest["config"]
-            for stage in ("tokenizer", "pretrain", "annotate", "sft", "rl")
-        },
-        "data": run.stage("data").manifest.get("files"),
-        "rows": table.rows,
-    }
-    if args.save:
-        path = Path(__file__).parent / "results" / f"thinker-{args.save}.json"
-        path.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+            self.add(f"{order} order", Ordered(self.models.reasoning("sft"), order), l=8)
+        return self.rows
 
-
-def _with(models, sizes):
-    """The thinker of SFT with other hops; trained with all of them."""
-    thinker = models.reasoning("sft")
-    evidence = thinker.evidence
-    changed = object.__new__(type(evidence))
-    changed.__dict__ = {**evidence.__dict__, "sizes": tuple(sizes), "_scratch": []}
-    return EvidenceRecommender(thinker.policy, thinker.trie, changed)
+    def with_hops(self, sizes):
+        """The thinker of SFT with other hops; it was trained with all of them."""
+        thinker = self.models.reasoning("sft")
+        evidence = object.__new__(type(thinker.evidence))
+        sizes = tuple(size for _, size in sorted(sizes.items()))
+        evidence.__dict__ = {**thinker.evidence.__dict__, "sizes": sizes, "_scratch": []}
+        return EvidenceRecommender(thinker.policy, thinker.trie, evidence)
 
 
 class Ordered(EvidenceRecommender):
@@ -170,6 +110,29 @@ class Ordered(EvidenceRecommender):
             place = torch.from_numpy(np.random.default_rng(0).random(found.items.shape)).argsort(1)
         keep = (place < self.think) & (found.items >= 0)
         return type(found)(found.items, found.hops, found.logits.masked_fill(~keep, -torch.inf))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="a run that `streamctl reproduce` has gone through")
+    parser.add_argument("--users", type=int, default=6000, help="sample for rows of one change")
+    parser.add_argument("--save", metavar="NAME", help="results/thinker-NAME.json")
+    args = parser.parse_args()
+    run = RunDir(args.run)
+    table = read_json(run.path / "reproduce" / "table.json")
+    seed = RunDir(run.path / "reproduce" / "seed-0")
+    rows = [row | {"users": table["users"]} for row in methods(run)]
+    receipt = {
+        **provenance(f"thinker-{args.save or args.run.name}"),
+        "command": f"python benchmarks/thinker.py RUN --users {args.users}",
+        "protocol": "leave-one-out, full catalogue; validation picks epochs and the trust in codes",
+        "config": {stage: seed.stage(stage).manifest["config"] for stage in STAGES},
+        "data_hash": table["data_hash"],
+        "rows": rows + Changes(seed, args.users).all(),
+    }
+    if args.save:
+        path = Path(__file__).parent / "results" / f"thinker-{args.save}.json"
+        path.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

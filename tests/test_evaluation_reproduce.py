@@ -156,8 +156,8 @@ def test_the_budget_stops_before_the_next_stage(run, tmp_path, monkeypatch):
 def test_seeds_that_differ_widen_the_interval():
     random = np.random.default_rng(0)
     users = random.normal(size=500)
-    same = bootstrap_seeds(np.stack([users, users, users]))
-    apart = bootstrap_seeds(np.stack([users - 1, users, users + 1]))
+    seeds = [[users, users, users], [users - 1, users, users + 1]]
+    same, apart = bootstrap_seeds(np.array(seeds))
     alone = bootstrap_mean(users)
     assert same.high - same.low == pytest.approx(alone.high - alone.low, rel=0.2)
     assert apart.high - apart.low > 3 * (alone.high - alone.low)

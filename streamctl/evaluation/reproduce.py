@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from streamctl import config as configs
 from streamctl.baselines.registry import BASELINES, applicable
 from streamctl.baselines.train import train_baseline
+from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError, close_matches
 from streamctl.evaluation.methods import RERANKED
 from streamctl.evaluation.rerank import rerank
@@ -73,6 +74,7 @@ REFERENCES = (
 )  # fmt: skip
 LAST = 255  # a rank as it is kept: all that no metric reads are one
 TIMES = ("ms_per_user", "train_s")  # no rerun repeats them
+SPENT = (*TIMES, "prefixes")
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,7 @@ def _write_receipt(run: RunDir, job: RunDir, seed: int) -> None:
         spent = ancestors(job, row["stages"])
         seconds = (spent[name]["wall_s"] for name in spent if name not in ("data", "tokenizer"))
         row["train_s"] = round(sum(seconds), 1)
+        row["prefixes"] = sum(_prefixes(job, name) for name in spent)
     receipt = {
         "seed": seed,
         "rows": {prefix + name: row for name, row in rows.items()},
@@ -261,6 +264,17 @@ def _write_receipt(run: RunDir, job: RunDir, seed: int) -> None:
         np.savez_compressed(file, **ranks)
     with atomic_file(path) as part:
         part.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+
+
+def _prefixes(job: RunDir, name: str) -> int:
+    """How many prefixes of histories a stage's gradient steps saw, repeats counted."""
+    made = job.stage(name).manifest
+    if name == "rl":
+        return made["steps"] * made["config"]["batch"]
+    examples = len(load_data(job)[1].train)
+    if name == "sft":
+        examples = job.stage("annotate").manifest.get("examples", examples)
+    return examples * made.get("epochs", 0)
 
 
 def _is_streams(name: str) -> bool:
@@ -338,14 +352,18 @@ def _table_row(
         inner = [entry["masked"] for entry in rows] if rows else None
         row[f"{prefix}ndcg@10_masked"] = mean(inner, "ndcg@10")
     row["rerank_ndcg@10"] = mean(behind, "ndcg@10")
-    row |= {key: mean(own, key) for key in TIMES}
+    row |= {key: mean(own, key) for key in SPENT}
     row["published"] = dict(zip(COLUMNS, published, strict=True)) if published else None
     for prefix, method in (("", name), ("rerank_", name + RERANKED)):
-        for other in REFERENCES:
-            if method != other and {method, other} <= masked.keys():
-                seeds = min(len(masked[method]), len(masked[other]))
-                pairs = zip(masked[method][:seeds], masked[other][:seeds], strict=True)
-                found = bootstrap_seeds(np.stack([one - two for one, two in pairs]))
+        others = [other for other in REFERENCES if other != method and other in masked]
+        if method not in masked or not others:
+            continue
+        # A method with fewer seeds is compared over those that both have.
+        for seeds in {min(len(masked[method]), len(masked[other])) for other in others}:
+            same = [o for o in others if min(len(masked[method]), len(masked[o])) == seeds]
+            own_gains = np.stack(masked[method][:seeds])
+            pairs = np.stack([own_gains - np.stack(masked[other][:seeds]) for other in same])
+            for other, found in zip(same, bootstrap_seeds(pairs), strict=True):
                 row[f"{prefix}vs_{other}"] = [found.low, found.high]
     return row
 
@@ -422,5 +440,5 @@ def _flat(entry: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
             yield from _flat(value, f"{prefix}{name}/")
         elif isinstance(value, list) and all(isinstance(each, float) for each in value):
             yield from ((f"{prefix}{name}/{number}", each) for number, each in enumerate(value))
-        elif isinstance(value, int | float) and name not in TIMES:
+        elif isinstance(value, int | float) and name not in SPENT:
             yield prefix + name, value

@@ -52,22 +52,32 @@ def bootstrap_mean(
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def bootstrap_seeds(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Interval:
-    """95% percentile interval of the mean over users and seeds, both drawn with return.
+def bootstrap_seeds(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> list[Interval]:
+    """95% percentile intervals of means over users and seeds, both drawn with return.
 
     Args:
-        values: float64 (S, E): of each seed and user.
+        values: float64 (P, S, E): of each pair of methods, seed and user; all pairs see the same
+            draws.
     """
-    seeds, users = values.shape
-    if seeds == 1:
-        return bootstrap_mean(values[0], resamples=resamples, seed=seed)
+    pairs, seeds, users = values.shape
+    flat = np.ascontiguousarray(values.reshape(pairs * seeds, users).T)
     rng = np.random.default_rng(derive_seed(seed, "bootstrap", seeds, users))
-    means = np.empty(resamples)
-    for number in range(resamples):
-        mean = values[rng.integers(0, seeds, seeds)].mean(axis=0)
-        means[number] = mean[rng.integers(0, users, users, dtype=np.int32)].mean()
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(values.mean()), float(low), float(high))
+    means = np.empty((resamples, pairs))
+    step = max(1, _CHUNK // users)
+    for begin in range(0, resamples, step):
+        size = min(step, resamples - begin)
+        draws = rng.integers(0, users, size=(size, users))
+        draws += np.arange(size)[:, None] * users
+        # How often each user was drawn: one matrix product then serves every pair.
+        counts = np.bincount(draws.ravel(), minlength=size * users).reshape(size, users)
+        of_seeds = (counts.astype(np.float64) @ flat / users).reshape(size, pairs, seeds)
+        weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
+        means[begin : begin + size] = np.einsum("rps,rs->rp", of_seeds, weights)
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    return [
+        Interval(float(mean), float(under), float(above))
+        for mean, under, above in zip(values.mean(axis=(1, 2)), low, high, strict=True)
+    ]
 
 
 def paired_difference(
