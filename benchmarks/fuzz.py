@@ -4,11 +4,11 @@ python benchmarks/fuzz.py --json [--save] [--inputs 20000] [--seed 0]
 
 Two sources of inputs: a corpus of broken files (tests/broken_files.py), and logs that Hypothesis
 generates in every format with odd ids and times, damage to the bytes, and truncated compression
-(tests/odd_logs.py). Each goes through the reader, the filters and the numbering; one in ten through
-the whole `data prepare`, `data doctor` or `data export` as the command line runs it (in this
-process, for speed), and a sample through a process of its own. Counted are tracebacks (any other
-exception, or more than one line), hangs (more than 60 s), and stages left half-written; the exit
-code is 1 if there is any.
+(tests/odd_logs.py). Each goes through the reader, the filters and the numbering with one of ten
+settings; one in ten through the whole `data prepare`, `data doctor` or `data export` as the command
+line runs it (in this process, for speed), and a sample through a process of its own. Counted are
+tracebacks (any other exception, or more than one line), hangs (more than 60 s), and stages left
+half-written; the exit code is 1 if there is any.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from odd_logs import sources
 
 from streamctl import cli
 from streamctl.config import DataConfig
-from streamctl.data.prepare import build
+from streamctl.data.prepare import build, reading_of
 from streamctl.data.sinks import SINKS
 from streamctl.data.sources import read_source
 from streamctl.errors import StreamctlError
@@ -79,8 +79,26 @@ class Campaign:
         return f"{end}: {detail}"
 
 
+# How an input is read, cleaned and split; its size chooses.
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"skip_bad": 1.0},
+    {"skip_bad": 1.0, "ids": "number", "repeats": "drop"},
+    {"split": "60%,80%"},
+    {"split": "1012,1020", "min_user": 1},
+    {"split": "leave-one-out", "repeats": "last", "max_per_user": 4},
+    {"since": "1003", "until": "9999-12-31"},
+    {"until": "2020-01-01", "ties": "shuffle", "skip_bad": 0.5},
+    {"min_rating": 5.0, "min_item": 0},
+    {"described": True, "repeats": "first"},
+)
+
+
 def _inside(source: Path, run: Path) -> None:
-    build(read_source(source), DataConfig(min_user=3, min_item=1))
+    size = sum(file.stat().st_size for file in source.iterdir())
+    settings = {"min_user": 3, "min_item": 1, **SETTINGS[size % len(SETTINGS)]}
+    config = DataConfig(**settings)
+    build(read_source(source, reading=reading_of(config, None)), config)
 
 
 def _command(*words: str) -> None:

@@ -16,7 +16,7 @@ from streamctl.data.sources.items import as_number
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.sources.reading import Damage
 from streamctl.data.split import Split
-from streamctl.data.statistics import id_rank, order_fault
+from streamctl.data.statistics import differences, id_rank, order_fault
 
 Level = Literal["good", "note", "warning", "error"]
 _UNITS = ((1e17, "nanoseconds", 1e9), (1e14, "microseconds", 1e6), (1e11, "milliseconds", 1e3))
@@ -357,9 +357,7 @@ def as_published(facts: dict[str, Any]) -> Iterator[Finding]:
     known = facts["published"]
     if known is None:
         return
-    names = [n for n in ("users", "items", "interactions") if known[n] != facts[n]]
-    if names:
-        found = ", ".join(f"{n} {facts[n]:,} (published {known[n]:,})" for n in names)
+    if found := differences(facts):
         yield Finding(
             "published",
             "warning",

@@ -187,11 +187,18 @@ def warn_about(facts: dict[str, Any]) -> None:
     if missing:
         warn(f"{missing:,} of {facts['items']:,} items have no text; they get their id as title")
     known = facts["published"]
-    if known is not None:
-        names = [n for n in ("users", "items", "interactions") if known[n] != facts[n]]
-        if names:
-            found = ", ".join(f"{n} {facts[n]:,} (published {known[n]:,})" for n in names)
-            warn(f"this is not {known['name']} as published in {known['source']}: {found}")
+    if known is not None and (found := differences(facts)):
+        warn(f"this is not {known['name']} as published in {known['source']}: {found}")
+
+
+def differences(facts: dict[str, Any]) -> str:
+    """What is not as published of the known set that this should be; "" if all is."""
+    known = facts["published"]
+    return ", ".join(
+        f"{name} {facts[name]:,} (published {known[name]:,})"
+        for name in ("users", "items", "interactions")
+        if known[name] != facts[name]
+    )
 
 
 def id_rank(ids: list[str]) -> np.ndarray:
