@@ -6,7 +6,9 @@ Each contender gets the same users, trie, beam and number of tokens. transformer
 per-beam `prefix_allowed_tokens_fn` and with a vectorised logits processor, in fp32 and under bf16
 autocast; the ratio is to the fastest of them. Before the clock starts, fp32 items and scores are
 compared; contenders that differ get no figures. A row `.../vs-plain` compares the way that is
-chosen here (STREAMCTL_DECODE=auto) with the same algorithm in plain torch.
+chosen here (STREAMCTL_DECODE=auto) with the same algorithm in plain torch. `thought/...` is an
+answer after 16 pieces of evidence beside one without a thought: `cost` is how many times as long it
+takes, gathering and weighing among it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import peers
 import torch
 
 from streamctl.decode import recommend, rollout
+from streamctl.decode.evidence import EvidenceRecommender
 from streamctl.model import Policy
 from streamctl.tokenizer import PrefixTrie, Tokens
 
@@ -151,6 +154,27 @@ def ways_row(case: str, call, work: float, unit: str, repeats: int, now) -> dict
     return peers.row(case, seconds, work, unit, packed=work / packed)
 
 
+def thought_rows(device: str, repeats: int, only: str, now) -> list[dict]:
+    """An answer at l = 16 beside l = 0, for one user and for 32."""
+    split, evidence = peers.shop()
+    policy = peers.paper_policy(device, "items", softmax="catalogue", thoughts="evidence")
+    thinker = EvidenceRecommender(policy, peers.catalogue(policy), evidence, beam=BEAM)
+    found = []
+    for count in (1, 32):
+        case, users = f"thought/b{count}", np.arange(count)
+        if not case.startswith(only):
+            continue
+        history = torch.from_numpy(split.test.histories(users))
+        turns = {
+            name: partial(thinker.recommend, history, 10, users=users, think=length)
+            for name, length in (("streamctl", 16), ("no thought", 0))
+        }
+        seconds = peers.take_turns(turns, repeats, now)
+        more = {"cost": seconds["streamctl"] / seconds["no thought"], "goal": 1.5}
+        found.append(peers.row(case, seconds, count, "users/s", **more))
+    return found
+
+
 @torch.no_grad()
 def rows(device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wall") -> list[dict]:
     """The receipt's rows; also called by benchmarks/gpu.py."""
@@ -202,7 +226,7 @@ def rows(device: str = "cpu", repeats: int = 5, only: str = "", clock: str = "wa
     if device == "cpu" and "rollout/b64g16/vs-plain".startswith(only):
         line = "rollout/b64g16/vs-plain", ours, tokens, "tokens/s"
         found.append(ways_row(*line, repeats, now))
-    return found
+    return found + thought_rows(device, repeats, only, now)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamctl.data.log import InteractionLog
+from streamctl.data.split import Split
 from streamctl.device import autocast
 from streamctl.model import Policy, PolicyConfig
+from streamctl.retrieval.evidence import Evidence
 from streamctl.tokenizer import PrefixTrie, Tokens
+from streamctl.tokenizer.neighbours import neighbours
 
 RESULTS = Path(__file__).parent / "results"
 ITEMS, LEVELS, CODES = 12_101, 4, 256
@@ -92,6 +96,18 @@ def histories(lengths: np.ndarray, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     table = torch.randint(ITEMS, (len(lengths), int(lengths.max())), generator=generator)
     return table.masked_fill(torch.arange(table.shape[1]) >= torch.from_numpy(lengths)[:, None], -1)
+
+
+def shop(users: int = 2000, seed: int = 4) -> tuple[Split, Evidence]:
+    """Random items in sequences of real lengths, and all that comes to mind of them."""
+    random = np.random.default_rng(seed)
+    longest = random.choice(real_lengths()[0], users) + 4  # a prefix, its target, and the held out
+    items = random.integers(0, ITEMS, longest.sum()).astype(np.int32)
+    offsets = np.concatenate([[0], longest.cumsum()])
+    log = InteractionLog(items, offsets, [str(user) for user in range(users)])
+    split = Split(log, n_items=ITEMS)
+    vectors = random.standard_normal((ITEMS, 64)).astype(np.float32)
+    return split, Evidence(split.training_sequences(), vectors, neighbours(vectors, 50))
 
 
 def encoder_inputs(policy: Policy, history: torch.Tensor) -> dict[str, torch.Tensor]:

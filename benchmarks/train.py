@@ -8,8 +8,11 @@ exact-length batches; `step/bucketed`: both take the same exact-length batches; 
 the same, our codes normalised over the catalogue as is our default, the peer's over the vocabulary
 still. transformers drops out in more places (attention weights, inside the feed-forward): it runs
 as it is and with dropout only where ours is, and the ratio is to the faster. `.../vs-plain` is the
-same step without our fused element-wise loops. `sasrec/epoch` is an epoch of SASRec with full
-cross-entropy beside RecTools' (pip install 'rectools[torch]'), on sequences as long as Beauty's.
+same step without our fused element-wise loops. `step/evidence` is pretraining's step on pieces of
+the users' evidence, `step/weighing` SFT's, each beside a step of the same lengths whose thoughts
+are plain tokens: `cost` is how many times as long ours takes. `sasrec/epoch` is an epoch of SASRec
+with full cross-entropy beside RecTools' (pip install 'rectools[torch]'), on sequences as long as
+Beauty's.
 """
 
 from __future__ import annotations
@@ -24,13 +27,17 @@ import torch
 from torch import nn
 
 from streamctl.baselines.sasrec import SASRec
-from streamctl.config import BaselineConfig
+from streamctl.config import AnnotateConfig, BaselineConfig, PretrainConfig, SftConfig
+from streamctl.distributed import Share
 from streamctl.model import Policy, fused
-from streamctl.training import checkpoint
-from streamctl.training.loop import CLIP_NORM, batches
+from streamctl.training import checkpoint, sft
+from streamctl.training.gathered import Gathered, first_pieces, last_positions
+from streamctl.training.loop import CLIP_NORM, Batch, batches
 from streamctl.training.losses import answer_loss
+from streamctl.training.pretrain import Retrieved, direct_loss, pretrain_loss
 
 BATCH = 256
+EVIDENCE = ("step/evidence", "step/weighing")
 SASREC_USERS = 2048
 SASREC = {"dim": 64, "layers": 2, "heads": 2, "dropout": 0.3, "batch": 128}
 
@@ -45,10 +52,10 @@ def learner(model: nn.Module, loss, device: str):
     """One optimiser step of a model on a batch."""
     optimizer = checkpoint.adamw(model.parameters(), 1e-3, 0.05)
 
-    def step(history: torch.Tensor, target: torch.Tensor) -> None:
+    def step(*batch) -> None:
         optimizer.zero_grad(set_to_none=True)
         with peers.bf16(device):
-            value = loss(history, target)
+            value = loss(*batch)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
@@ -138,6 +145,63 @@ def step_rows(device: str, repeats: int, only: str, now, count: int) -> list[dic
         seconds["streamctl"] *= work / done["exact"]  # per sequence: our batches are others
         line = peers.row(case, seconds, work, "sequences/s", batches=count)
         found.append(line | {"peak_mb": peers.peak_mb(turns)})
+    return found
+
+
+def evidence_rows(device: str, repeats: int, now, count: int, **sizes) -> list[dict]:
+    """`step/evidence` and `step/weighing`; `sizes` are `peers.paper_policy`'s."""
+    split, evidence = peers.shop()
+    config, annotated = PretrainConfig().settled(), AnnotateConfig()
+    rows = last_positions(split.train, annotated.positions)
+    gathered = Gathered(evidence, split.train.subset(rows))
+    examples = gathered.examples
+    gathered(np.arange(1))  # kept in memory, as after the first step of a training
+    retrieved = Retrieved(first_pieces(evidence, examples, config.neighbours))
+    held = torch.from_numpy(np.isin(rows, last_positions(split.train, config.hold)))
+    labels = torch.zeros(len(rows), annotated.length, dtype=torch.int64)
+    policy, plain, thinker = (
+        peers.paper_policy(device, "items", softmax="catalogue", thoughts="evidence", **sizes)
+        for _ in range(3)
+    )
+    tuner = sft.Tuner(sft.only_thinking(thinker), gathered, labels, held, SftConfig())
+
+    def without(batch: Batch) -> torch.Tensor:
+        """Pretraining's step, a token in the place of each piece."""
+        encoded = plain.encode(batch.history)
+        pieces = torch.randint(config.neighbours, (), generator=batch.generator("retrieved")) + 1
+        think = batch.target[:, None].expand(-1, int(pieces)) % plain.tokens.size
+        hidden = plain.decode(encoded, plain.target_inputs(batch.target, think)[0])
+        answer = answer_loss(plain, hidden, batch.target)
+        return answer + direct_loss(plain, batch, encoded)
+
+    def with_pieces(batch: Batch) -> torch.Tensor:
+        return pretrain_loss(policy, batch, retrieved, config)[0]
+
+    order = sorted(batches(examples.lengths, BATCH, 0, 0), key=len)[-count:]
+    data = []
+    for number, index in enumerate(order):
+        history = torch.from_numpy(examples.histories(index)).to(device)
+        user, target = (
+            torch.from_numpy(examples.users[index]),
+            torch.from_numpy(examples.targets[index].astype(np.int64)).to(device),
+        )
+        share = Share.whole(len(index))
+        row = torch.from_numpy(index)
+        data.append(Batch(row, history, target, user, target, share, seed=number, epoch=0))
+    steps = {
+        "step/evidence": learner(policy.train(), with_pieces, device),
+        "step/weighing": learner(thinker, lambda batch: tuner.loss(batch)[0], device),
+        "plain": learner(plain.train(), without, device),
+    }
+    turns = {
+        name: lambda step=step: [step(batch) for batch in data] for name, step in steps.items()
+    }
+    seconds = peers.take_turns(turns, repeats, now)
+    done, found = sum(map(len, data)), []
+    for case in EVIDENCE:
+        both = {"streamctl": seconds[case], "the same lengths without evidence": seconds["plain"]}
+        cost = seconds[case] / seconds["plain"]
+        found.append(peers.row(case, both, done, "sequences/s", cost=cost, goal=1.3))
     return found
 
 
@@ -241,8 +305,10 @@ def rows(
     """The receipt's rows; also called by benchmarks/gpu.py."""
     now = peers.clock(clock, device)
     found = []
-    if "step".startswith(only[:4]):
+    if "step".startswith(only[:4]) and only not in EVIDENCE:
         found += step_rows(device, repeats, only, now, count)
+    if any(case.startswith(only) for case in EVIDENCE):
+        found += evidence_rows(device, repeats, now, count)
     if device == "cpu" and "sasrec/epoch".startswith(only):
         found.append(sasrec_row(min(repeats, 3)))
     return found
