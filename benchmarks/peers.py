@@ -57,10 +57,15 @@ def options(description: str) -> argparse.Namespace:
 
 
 def paper_policy(device: str = "cpu", history: str = "codes", seed: int = 0, **others) -> Policy:
-    """A policy of the paper's size over random, distinct items."""
+    """A policy of the paper's size over random, distinct items.
+
+    Codes are as uneven as Beauty's: two items of five share their first two with another, one of
+    twenty its first three.
+    """
     config = PolicyConfig.of_size("paper", (CODES,) * LEVELS, history=history, **others)
     random = np.random.default_rng(seed)
-    codes = np.unique(random.integers(0, CODES, (2 * ITEMS, LEVELS)), axis=0)
+    drawn = (CODES * random.random((3 * ITEMS, LEVELS)) ** 2.5).astype(np.int64)
+    codes = np.unique(drawn, axis=0)
     codes = codes[random.permutation(len(codes))[:ITEMS]]
     tokens = torch.from_numpy(Tokens(config.sizes).item_tokens(codes))
     return Policy.build(config, tokens, seed).eval().to(device)

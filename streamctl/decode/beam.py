@@ -12,6 +12,7 @@ from streamctl.decode.items import best_items, legal_nodes, together
 from streamctl.decode.think import greedy_thought
 from streamctl.device import autocast
 from streamctl.errors import UsageError
+from streamctl.model.candidates import branches
 from streamctl.model.frozen import Branches
 from streamctl.model.past import Past
 from streamctl.model.policy import DecoderName, Encoded, Policy
@@ -74,7 +75,7 @@ def recommend(
             else:
                 thought = thoughts[rows.to(thoughts.device)].to(device)
             hidden, past = policy.prompt(encoded, thought, decoder)
-            leaves, value = search_after(
+            leaves, value, _ = search_after(
                 policy, trie, hidden[:, -1:], past, encoded, max(beam, k), legal, decoder
             )
         barred = None if exclude is None else [exclude[row] for row in rows.tolist()]
@@ -92,30 +93,55 @@ def search_after(
     beam: int,
     legal: torch.Tensor | None = None,
     decoder: DecoderName = "slow",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    also: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Beam search over the codes that follow BOS.
+
+    Each different prefix is read once. Over the catalogue's softmax an only continuation is
+    certain, so that nothing is read of a prefix that one item alone begins with.
 
     Args:
         hidden: (B, 1, d), the states at BOS. past: what is before the first code, shared.
         legal: (B, nodes) bool, the nodes that lead to a wanted item; None for all.
+        also: (B, K) int64, items that are scored whether or not the beam finds them.
 
     Returns:
-        leaves (B, beam) int64, -1 where fewer, and their scores (B, beam).
+        leaves (B, beam) int64, -1 where fewer, and their scores (B, beam); the scores of `also`
+        (B, K), K = 0 without them.
     """
-    device = hidden.device
-    score = torch.zeros(hidden.shape[:2], device=device)
-    node = torch.full_like(score, trie.root, dtype=torch.int64)
-    feed = node[..., None]  # of the level before; the first follows BOS
-    csr = trie.on(device)
-    normalize = "legal" if policy.config.softmax == "catalogue" else "vocabulary"
+    users, device = len(hidden), hidden.device
+    also = torch.empty(users, 0, dtype=torch.int64, device=device) if also is None else also
+    score = torch.zeros(users, 1, device=device)
+    node = token = row = torch.full_like(score, trie.root, dtype=torch.int64)  # rows of the past
+    codes, paths, own = policy.item_tokens[also], trie.paths(also), torch.zeros_like(also)
+    csr, shared = trie.on(device), trie.shared(device)
+    catalogue = policy.config.softmax == "catalogue"
+    normalize = "legal" if catalogue else "vocabulary"
+    logits = policy.logits(hidden).float()
+    scores = policy.first_logprobs(hidden)[:, 0].gather(1, codes[..., 0])
     for level in range(policy.tokens.levels):
         if level:
-            states, past = policy.extend(encoded, feed, decoder, past)
-            hidden = states[:, :, -1]
-        logits = policy.logits(hidden).float()
+            nodes = torch.cat([node, paths[..., level]], 1)
+            open_ = nodes >= 0
+            if catalogue:
+                open_ &= shared[nodes.clamp(min=0)]
+            branch, one, width = branches(nodes, open_)
+            if width:
+                past = past.reorder(torch.cat([row, own], 1).gather(1, one))
+                feed = torch.cat([token, codes[..., level - 1]], 1).gather(1, one)
+                states, past = policy.extend(encoded, feed[..., None], decoder, past)
+                logits = policy.logits(states[:, :, -1]).float()
+            # A branch that is closed takes any row: what it leads to is certain.
+            row, own = branch.clamp(max=max(width - 1, 0)).split((node.shape[1], also.shape[1]), 1)
+            chance = policy.code_logprobs(_rows(logits, own), also, level)
+            scores = scores + chance.masked_fill(~open_[:, node.shape[1] :], 0.0)
         score, parent, token, node = kernels.trie_topk(
-            logits, node, score, csr, beam, allowed=legal, normalize=normalize
+            _rows(logits, row), node, score, csr, beam, allowed=legal, normalize=normalize
         )
-        past = past.reorder(parent)
-        feed = token[..., None]
-    return node, score
+        row = row.gather(1, parent)
+    return node, score, scores
+
+
+def _rows(logits: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """(B, W, V) and (B, n) int64 -> (B, n, V)."""
+    return logits.gather(1, row[..., None].expand(-1, -1, logits.shape[-1]))

@@ -240,10 +240,10 @@ class EvidenceRecommender:
             if self.mix != "item":
                 odds = torch.full_like(odds, torch.inf if self.mix == "codes" else -torch.inf)
             heavy = thought.items[:, :SCORED].clamp(min=0)
-            known = policy.items_logprob(encoded, heavy, hidden, past).float()
-            leaves, chance = codes.search_after(
-                policy, self.trie, hidden[:, -1:], past, encoded, max(self.beam, k), legal
-            )
+            leaves, chance, known = codes.search_after(
+                policy, self.trie, hidden[:, -1:], past, encoded, max(self.beam, k), legal,
+                also=heavy,
+            )  # fmt: skip
         other, chance = best_items(
             self.trie, leaves, chance, leaves.shape[1], exclude, allow, self.seed
         )

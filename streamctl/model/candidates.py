@@ -40,7 +40,7 @@ def thoughts_logprob(
         open_ = policy.legal.last_choice[items] >= level if catalogue else items >= 0
         prefix = policy.legal.prefix[items, level]
         before, prefixes = branch, width
-        branch, one, width = _branches(prefix, open_)
+        branch, one, width = branches(prefix, open_)
         if not width:
             break
         # Every thought grows the same branches; `one` is an item of each.
@@ -63,7 +63,7 @@ def thoughts_logprob(
     return total
 
 
-def _branches(prefix: torch.Tensor, open_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+def branches(prefix: torch.Tensor, open_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The different open prefixes of each user.
 
     Args:

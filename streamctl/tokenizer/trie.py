@@ -70,6 +70,7 @@ class PrefixTrie:
         for nodes in self._above(leaf):
             self.count += np.bincount(nodes, minlength=first)
         self._placed: dict[str, CsrTrie] = {}
+        self._shared: dict[str, torch.Tensor] = {}
 
     @property
     def n_nodes(self) -> int:
@@ -83,6 +84,25 @@ class PrefixTrie:
             arrays = (self.child_start, self.child_token, self.child_node)
             self._placed[key] = CsrTrie(*(torch.from_numpy(a).to(device) for a in arrays))
         return self._placed[key]
+
+    def shared(self, device: str | torch.device) -> torch.Tensor:
+        """(n_nodes,) bool: nodes that several items lie below. Beneath others all is certain."""
+        key = str(device)
+        if key not in self._shared:
+            self._shared[key] = torch.from_numpy(self.count > 1).to(device)
+        return self._shared[key]
+
+    def paths(self, items: torch.Tensor) -> torch.Tensor:
+        """The nodes that items' codes follow, the root first: (..., m) int64 for items (...).
+
+        -1 for items that are not here.
+        """
+        index, path = items.cpu().numpy(), []
+        node = np.where(index < len(self.leaf), self.leaf[index.clip(max=len(self.leaf) - 1)], -1)
+        for _ in range(self.levels):
+            node = np.where(node < 0, -1, self.parent[node])
+            path.append(node)
+        return torch.from_numpy(np.stack(path[::-1], -1)).to(items.device)
 
     def items_at(self, node: int) -> np.ndarray:
         """Items at a leaf, ascending, int64; none for any other node."""
@@ -156,7 +176,7 @@ class PrefixTrie:
             leaf[row] = node
         self._insert_edges(born)
         self._insert_items(items, leaf)
-        self._placed = {}
+        self._placed, self._shared = {}, {}
 
     def _insert_edges(self, born: dict[tuple[int, int], int]) -> None:
         edges = sorted(born)
