@@ -18,6 +18,7 @@ from streamctl.data import Catalog, prepare
 from streamctl.errors import StreamctlError
 from streamctl.runs import RunDir
 from streamctl.tokenizer import SemanticIds
+from streamctl.tokenizer.inputs import OwnVectors
 from streamctl.tokenizer.neighbours import VectorIndex, unit
 from streamctl.tokenizer.semantic_ids import collision_rate
 from streamctl.tokenizer.stage import complaints, text_report, tokenize
@@ -232,6 +233,32 @@ def test_own_vectors_that_do_not_fit_are_named(own, tmp_path, change, message):
         (tmp_path / "v.ids.txt").write_text("\n".join(names), encoding="utf-8")
     with pytest.raises(StreamctlError, match=message):
         tokenize(run, replace(SMALL, vectors=str(tmp_path / "v.npy")), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut short", "archive", "texts", "text file"])
+def test_a_file_that_holds_no_vectors_is_an_error_of_one_line(tmp_path, kind):
+    file = tmp_path / "v.npy"
+    np.save(file, np.ones((3, 2), np.float32))
+    if kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "cut short":
+        file.write_bytes(file.read_bytes()[:-5])
+    elif kind == "archive":
+        with open(file, "wb") as handle:
+            np.savez(handle, a=np.ones((3, 2)), b=np.ones(2), c=np.ones(2))
+    elif kind == "texts":
+        np.save(file, np.array([["a", "b"]] * 3))
+    else:
+        file.write_text("1,2\n" * 3)
+    with pytest.raises(StreamctlError, match=r"v\.npy: cannot be read as item vectors"):
+        OwnVectors.read(str(file), ["a", "b", "c"])
+
+
+def test_ids_of_vectors_are_read_as_in_every_file(tmp_path):
+    table = {"item_id": [12345670000.0, 7.0, 1.5], "vector": [[1.0], [2.0], [3.0]]}
+    pq.write_table(pa.table(table), tmp_path / "v.parquet")
+    found = OwnVectors.read(str(tmp_path / "v.parquet"), ["7", "1.5", "12345670000"])
+    assert found.rows.tolist() == [[2], [3], [1]]
 
 
 def test_a_parquet_without_ids_and_a_missing_file_are_named(own, tmp_path):

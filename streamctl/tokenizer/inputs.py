@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from streamctl.data.sources.items import id_text
 from streamctl.errors import StreamctlError
 from streamctl.files import file_hash, read_json
 from streamctl.runs import StageWriter
@@ -45,13 +46,13 @@ class OwnVectors:
             raise StreamctlError("no such file of item vectors", where=file)
         try:
             names, rows = _parquet(file) if file.suffix == ".parquet" else _npy(file, len(ids))
-        except (ValueError, OSError, TypeError) as error:  # pyarrow's errors are of these, too
+            rows = np.ascontiguousarray(rows, np.float32)
+        except (ValueError, OSError, TypeError, EOFError, NotImplementedError) as error:
             raise StreamctlError(f"cannot be read as item vectors: {error}", where=file) from error
         if rows.ndim != 2 or not rows.shape[1]:
             raise StreamctlError(f"item vectors are (N, d), not {rows.shape}", where=file)
         if names is not None:
             rows = rows[_places(file, names, ids, "vector")]
-        rows = np.ascontiguousarray(rows, np.float32)
         wrong = np.flatnonzero(~np.isfinite(rows).all(1))
         if len(wrong):
             raise StreamctlError(
@@ -99,7 +100,7 @@ def _parquet(file: Path) -> tuple[list[str], np.ndarray]:
     table = pq.read_table(file)
     if "item_id" not in table.column_names:
         raise ValueError(f"there is no column item_id among {', '.join(table.column_names)}")
-    names = [str(name) for name in table["item_id"].to_pylist()]
+    names = [id_text(name) for name in table["item_id"].to_pylist()]
     rest = table.drop_columns(["item_id"]).combine_chunks()
     lists = [f.name for f in rest.schema if pa.types.is_nested(f.type)]
     if len(lists) == 1:
@@ -130,7 +131,7 @@ def read_semantic_ids(path: str, ids: Sequence[str]) -> np.ndarray:
     for place in order.tolist():
         try:
             row = [int(re.fullmatch(r"(?:<[a-z]+_)?(\d+)>?", str(code))[1]) for code in rows[place]]
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise StreamctlError(
                 f"item {names[place]!r} has {rows[place]!r}; codes look like "
                 '["<a_12>", "<b_3>", ...]',
