@@ -238,6 +238,11 @@ def test_a_moment_by_share():
         ("2100-01-01", "no interactions are left to"),
         ("2020-12-01,2020-11-01", "validation comes before test"),
         ("80%,x%", "takes a share like 80%"),
+        ("nan%", "takes a share like 80%"),
+        ("800%", "takes a share like 80%"),
+        ("nan", "takes a date or a number"),
+        ("-Infinity", "takes a date or a number"),
+        ("1e400", "no interactions are left to"),
         ("1,2,3", "takes TIME or VALIDATION,TEST"),
     ],
 )

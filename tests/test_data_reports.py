@@ -423,6 +423,17 @@ def test_bad_lines_up_to_a_share_are_left_out_counted_and_listed(tmp_path, capsy
     prepared(tmp_path, tmp_path / "enough", skip_bad=share)
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "-sNaN", "1e999999999", "9999-12-31", "0001-01-01"])
+def test_moments_that_no_log_has_are_told_in_one_line(text):
+    for name in ("since", "until"):
+        raw = RawLog.of(["u"] * 4, "abcd", [1, 2, 3, 4])
+        try:
+            left = len(build(raw, DataConfig(min_user=3, min_item=1, **{name: text}))[1])
+            assert left == 4
+        except StreamctlError as error:
+            assert "no usable interactions" in str(error) or "takes a date" in str(error)
+
+
 @pytest.mark.parametrize("unit", [1, 1000])
 def test_until_a_day_is_until_its_end(unit):
     hours = [1_706_659_200 + 3600 * hour for hour in range(0, 72, 6)]  # from 2024-01-31 on

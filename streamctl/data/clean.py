@@ -8,6 +8,7 @@ from decimal import Decimal
 
 from streamctl.config import DataConfig
 from streamctl.data.sources.raw import RawLog
+from streamctl.data.sources.times import LARGEST_TIME
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.progress import warn
 
@@ -105,6 +106,8 @@ def moment(raw: RawLog, text: str, option: str, up: bool = True) -> int:
         value = Decimal(text)
     except ArithmeticError:
         value = None
+    if value is not None and not value.is_finite():
+        raise UsageError(f"{option} takes a date or a number, not {text!r}")
     if value is not None and raw.dates:
         raise UsageError(f"{option} takes a date here, such as 2024-01-31, not {text!r}")
     if value is None:
@@ -114,7 +117,8 @@ def moment(raw: RawLog, text: str, option: str, up: bool = True) -> int:
             while middle >= _SECONDS:
                 value, middle = value * 1000, middle / 1000
     if raw.scale:
-        return (math.ceil if up else math.floor)(value * raw.scale)
+        value = max(-LARGEST_TIME, min(value, LARGEST_TIME)) * raw.scale  # 1e999999999, too
+        return max(-LARGEST_TIME, min((math.ceil if up else math.floor)(value), LARGEST_TIME))
     value = float(value * 10**9 if raw.dates else value)
     if up:
         rank = "coalesce(min(rank) FILTER (value >= ?), max(rank) + 1)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from streamctl.config import DataConfig
@@ -108,20 +110,19 @@ def _moments(raw: RawLog, text: str) -> tuple[int, int]:
         raise UsageError(f"--split-at takes TIME or VALIDATION,TEST, not {text!r}")
 
     def at(share: float) -> int:
-        return raw.one(f"SELECT quantile_disc(t, {min(max(share, 0), 1)}) FROM {LEFT}")
+        return raw.one(f"SELECT quantile_disc(t, {share}) FROM {LEFT}")
 
     found = []
     for word in words:
-        if word.endswith("%"):
-            try:
-                found.append(at(float(word[:-1]) / 100))
-            except ValueError:
-                raise UsageError(f"--split-at takes a share like 80%, not {word!r}") from None
-        else:
+        if not word.endswith("%"):
             found.append(moment(raw, word, "--split-at"))
+        elif re.fullmatch(r"\d{1,2}(\.\d+)?%", word, re.ASCII):
+            found.append(at(float(word[:-1]) / 100))
+        else:
+            raise UsageError(f"--split-at takes a share like 80%, not {word!r}")
     if len(found) == 1:  # validation gets as many interactions as test
         test = raw.one(f"SELECT avg((t >= {found[0]})::INTEGER) FROM {LEFT}")
-        found.insert(0, min(at(1 - 2 * test), found[0]))
+        found.insert(0, min(at(max(0.0, 1 - 2 * test)), found[0]))
     if found[0] > found[1]:
         raise UsageError(f"--split-at {text}: validation comes before test")
     return found[0], found[1]
