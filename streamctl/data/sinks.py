@@ -328,6 +328,15 @@ def _movielens_csv(export: Export) -> list[Path]:
     return [inter, item]
 
 
+def _review(key: str, user: str, item: str, time: int) -> dict[str, Any]:
+    """An interaction as a review of the releases of 2014 and 2018 (key asin), or of 2023."""
+    if key == "asin":
+        rating = float(RATING)
+        return {"reviewerID": user, "asin": item, "overall": rating, "unixReviewTime": time}
+    rating = {"rating": float(RATING), "asin": item, "parent_asin": item}
+    return rating | {"user_id": user, "timestamp": time}
+
+
 def _amazon(export: Export, *, inter: str, meta: str, key: str) -> list[Path]:
     """Amazon Reviews as released in 2014 and 2018 (key asin) or 2023 (parent_asin).
 
@@ -339,29 +348,11 @@ def _amazon(export: Export, *, inter: str, meta: str, key: str) -> list[Path]:
         export.check_ids(inter)
         rows = ((user, item, float(RATING), time) for user, item, time in rows)
         _csv(inter, ["user_id", "parent_asin", "rating", "timestamp"], rows)
-    elif key == "asin":
-        _json_lines(
-            inter,
-            (
-                {"reviewerID": user, "asin": i, "overall": float(RATING), "unixReviewTime": time}
-                for user, i, time in rows
-            ),
-        )
     else:
-        _json_lines(
-            inter,
-            (
-                {"rating": float(RATING), "asin": i, "parent_asin": i, "user_id": u, "timestamp": t}
-                for u, i, t in rows
-            ),
-        )
-    _json_lines(
-        meta,
-        (
-            {key: name, **{k: v for k, v in fields.items() if k.lower() not in ID_NAMES}}
-            for name, fields in export.items()
-        ),
-    )
+        _json_lines(inter, (_review(key, *row) for row in rows))
+    kept = [name for name in export.columns if name.lower() not in ID_NAMES]
+    described = export.items()
+    _json_lines(meta, ({key: i} | {name: row[name] for name in kept} for i, row in described))
     return [inter, meta]
 
 
