@@ -24,8 +24,9 @@ from streamctl.data import load_data, prepare
 from streamctl.data.doctor import examine
 from streamctl.data.prepare import build
 from streamctl.data.sources import read_source
-from streamctl.data.sources.items import id_text
+from streamctl.data.sources.items import as_number, id_text
 from streamctl.data.sources.raw import PREFIX, RawLog
+from streamctl.data.sources.reading import Reading
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
 
@@ -210,6 +211,18 @@ def test_ids_of_a_text_stay_as_they_are(tmp_path):
         csv.writer(handle).writerows([("user_id", "item_id", "timestamp"), *rows])
     raw = read_source(path)
     assert raw.names("users") == raw.names("items") == sorted(ids)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["7", "007", " 7 ", "+7", "-0", "1e3", "1.5", "0001.50", "000" + "1" * 30, "1" * 33, "1e31",
+     "1e32", "NaN", "sNaN", "Infinity", "", "  ", "7.0000001", ".5", "1e400", "abc", "\u0663",
+     "\u3000abc", "\u00a07", "\t7\n", "\tabc", "1,000"],
+)  # fmt: skip
+def test_numbers_are_read_in_the_catalogue_as_in_the_log(text):
+    raw = RawLog(reading=Reading(numbers=True))
+    raw.add({"user": [text], "item": [text], "time": ["1"]})
+    assert raw.finish().names("items") == [as_number(text)]
 
 
 def test_ids_that_are_the_same_number_are_one_id_if_that_is_asked_for(tmp_path):

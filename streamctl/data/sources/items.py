@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ ID_NAMES = ("item_id", "item", "itemid", "parent_asin", "asin", "movieid", "prod
 TITLE_NAMES = ("title", "item_name", "movie_title", "product_name", "name")
 # Columns that name or count something but describe nothing.
 _NOT_TEXT = ("url", "image", "img", "price", "rating", "rank", "date", "_id", "count", "video")
+LARGEST_ID = 10**32  # that is compared as a number
+_SPACES = (0x20, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000)
+BLANKS = "".join(map(chr, _SPACES))  # that DuckDB trims
 VALUE_LENGTH = 1000  # characters that are kept of a value: encoders read no more
 
 
@@ -214,12 +217,17 @@ def id_text(value: object) -> str:
 
 
 def as_number(text: str) -> str:
-    """A whole number, however it is written, as people write it; any other text without blanks."""
+    """A whole number, however it is written, as people write it; any other text without blanks
+    around it: what `raw` makes of ids in SQL."""
+    plain = text.strip(BLANKS)
+    foreign = any(letter.isdecimal() and not letter.isascii() for letter in plain)
     try:
-        value = Decimal(text.strip()).quantize(Decimal("0.000001"))
+        with localcontext(prec=60):
+            value = Decimal(text.strip()).quantize(Decimal("0.000001"))
+            whole = not foreign and abs(value) < LARGEST_ID and value % 1 == 0
     except ArithmeticError:
-        return text.strip()
-    return str(int(value)) if value == int(value) else text.strip()
+        return plain
+    return str(int(value)) if whole else plain
 
 
 def _is_number(text: str) -> bool:
