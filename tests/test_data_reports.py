@@ -360,7 +360,7 @@ def test_kinds_of_events_are_kept_and_weighed(tmp_path):
     np.testing.assert_allclose(split.popularity(), expected)
     with pytest.raises(UsageError, match="the kinds are buy, cart, view"):
         prepared(source, tmp_path / "c", events="purchase")
-    for wrong in ("buy=0", "buy=-1", "buy=x"):
+    for wrong in ("buy=0", "buy=-1", "buy=x", "buy=nan", "buy=1e-9", "buy=inf"):
         with pytest.raises(UsageError, match="--events takes"):
             prepared(source, tmp_path / "d", events=wrong)
 

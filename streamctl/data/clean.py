@@ -20,7 +20,7 @@ def parse_events(text: str) -> dict[str, float]:
     """`view=0.1,buy` -> {"view": 0.1, "buy": 1.0}.
 
     Raises:
-        UsageError: another form, or a weight that is not above 0.
+        UsageError: another form, or a weight that evidence cannot count (in 1/1024).
     """
     weights = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -29,8 +29,8 @@ def parse_events(text: str) -> dict[str, float]:
             weights[name if equals else part] = float(weight) if equals else 1.0
         except ValueError:
             weights[part] = math.nan
-    if not all(0 < weight < math.inf for weight in weights.values()):
-        raise UsageError(f"--events takes view,buy or view=0.1,buy=1 (above 0), not {text!r}")
+    if not all(0.001 <= weight <= 1000 for weight in weights.values()):
+        raise UsageError(f"--events takes view,buy or view=0.1,buy=1 (0.001 to 1000), not {text!r}")
     return weights
 
 
