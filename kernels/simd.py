@@ -287,19 +287,3 @@ def sole_leader(typing, best, second, margin):
         return builder.select(alone, lane, ir.Constant(_I64, -1))
 
     return types.int64(types.intp, types.intp, types.float64), codegen
-
-
-@intrinsic
-def prefetch(typing_context, address):
-    """prefetch(address): ask for the cache line at an integer address, valid or not."""
-
-    def generate(context, builder, signature, args):
-        pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        # A read, to be kept in every level, of data.
-        hints = [ir.Constant(_I32, value) for value in (0, 3, 1)]
-        builder.call(function, [builder.inttoptr(args[0], pointer), *hints])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate

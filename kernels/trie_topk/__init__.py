@@ -16,7 +16,7 @@ class CsrTrie(NamedTuple):
     """A prefix trie as flat arrays: node n's children are edges child_start[n]:child_start[n+1].
 
     child_start: (n_nodes + 1,) int64, rising from 0 to n_edges.
-    child_token: (n_edges,) int64 or int32, sorted within a node: the token of each edge.
+    child_token: (n_edges,) int64, sorted within a node: the token of each edge.
     child_node: (n_edges,) int64: the node each edge leads to.
     """
 
@@ -67,9 +67,7 @@ def trie_topk(
     if not isinstance(trie, CsrTrie):
         raise KernelError(f"trie must be a CsrTrie, got {type(trie).__qualname__}")
     start = checks.tensor("trie.child_start", trie.child_start, ("n + 1",), (torch.int64,), device)
-    token = checks.tensor(
-        "trie.child_token", trie.child_token, ("edges",), (torch.int64, torch.int32), device
-    )
+    token = checks.tensor("trie.child_token", trie.child_token, ("edges",), (torch.int64,), device)
     node = checks.tensor(
         "trie.child_node", trie.child_node, (token.shape[0],), (torch.int64,), device
     )

@@ -96,9 +96,6 @@ def cases(dtype=torch.float32):
         "allowed-by-user": make(2, 4, 1, 21, 5, allowed=some),
         "vocabulary": make(3, 5, 1, 23, 7, normalize="vocabulary"),
         "vocabulary-allowed": make(2, 4, 1, 21, 5, allowed=some, normalize="vocabulary"),
-        "int32-tokens": narrow._replace(
-            trie=narrow.trie._replace(child_token=narrow.trie.child_token.int())
-        ),
         "strided": narrow._replace(
             logits=narrow.logits.transpose(1, 2).contiguous().transpose(1, 2),
             nodes=narrow.nodes.T.contiguous().T,

@@ -8,7 +8,6 @@ import torch
 
 from .. import threads
 from ..compiled import OPTIONS
-from ..simd import prefetch
 from . import bad_edge, bad_node, bad_offsets, bad_score, bad_token
 
 _CHUNK_WORK = 1 << 15  # logits weighed before a second thread is worth waking
@@ -82,39 +81,16 @@ def _children(nodes, child_start):
     return total
 
 
-@numba.njit(**OPTIONS)
-def _fetch(rows, bits, b, w, node, child_start, tokens, tokens32):
-    """Ask for the logits of a node's children: they lie close together, far from other beams'."""
-    if node < 0 or node >= child_start.shape[0] - 1:
-        return
-    start, stop = child_start[node], child_start[node + 1]
-    if start < 0 or stop > max(tokens.shape[0], tokens32.shape[0]) or start >= stop:
-        return
-    if tokens32.shape[0]:
-        low, high = np.int64(tokens32[start]), np.int64(tokens32[stop - 1])
-    else:
-        low, high = tokens[start], tokens[stop - 1]
-    if bits.shape[0]:
-        row, size = bits.ctypes.data + b * bits.strides[0] + w * bits.strides[1], bits.strides[2]
-    else:
-        row, size = rows.ctypes.data + b * rows.strides[0] + w * rows.strides[1], rows.strides[2]
-    # Wrong tokens are found when they are read; until then no more than a row is asked for.
-    high = min(high, low + max(rows.shape[2], bits.shape[2]))
-    for place in range(row + low * size, row + high * size + 64, 64):
-        prefetch(place)
-
-
 @numba.njit(
     numba.types.UniTuple(numba.int64, 2)(
-        # logits as float32 and as bf16 bits, and tokens as int64 and as int32: of each pair one
-        # is empty, so that one compilation serves all
+        # logits as float32 and as bf16 bits: one of them is empty, so that one compilation serves
+        # both
         numba.float32[:, :, :],
         numba.uint16[:, :, :],
         numba.int64[:, :],
         numba.float32[:, :],
         numba.int64[:],
         numba.int64[:],
-        numba.int32[:],
         numba.int64[:],
         numba.bool_[:, :],
         numba.bool_,
@@ -128,7 +104,7 @@ def _fetch(rows, bits, b, w, node, child_start, tokens, tokens32):
     **OPTIONS,
 )
 def _search(
-    logits, logit_bits, nodes, priors, child_start, tokens, tokens32, child_node, allowed,
+    logits, logit_bits, nodes, priors, child_start, tokens, child_node, allowed,
     whole, first, last, scores, parents, out_tokens, out_nodes,
 ):  # fmt: skip
     """Fill the outputs of users [first, last); return (error, offending value)."""
@@ -146,8 +122,6 @@ def _search(
         found = 0
         for w in range(width):
             node = nodes[b, w]
-            if w + 1 < width:
-                _fetch(logits, logit_bits, b, w + 1, nodes[b, w + 1], child_start, tokens, tokens32)
             if node == -1:
                 continue
             if node < 0 or node >= n_nodes:
@@ -163,7 +137,7 @@ def _search(
                 may = not allowed.shape[0] or allowed[b, child]
                 if whole and not may:
                     continue
-                token = np.int64(tokens32[edge]) if tokens32.shape[0] else tokens[edge]
+                token = tokens[edge]
                 if token < 0 or token >= vocabulary:
                     return _BAD_TOKEN, token
                 if half:
@@ -213,7 +187,7 @@ def _search(
                     entry = scores[b, k - 1]
         for i in range(found):
             edge = out_nodes[b, i]
-            out_tokens[b, i] = np.int64(tokens32[edge]) if tokens32.shape[0] else tokens[edge]
+            out_tokens[b, i] = tokens[edge]
             out_nodes[b, i] = child_node[edge]
         for i in range(found, k):
             scores[b, i], parents[b, i] = -np.inf, 0
@@ -225,7 +199,6 @@ _NO_LOGITS = {
     torch.float32: np.empty((0, 0, 0), np.float32),
     torch.bfloat16: np.empty((0, 0, 0), np.uint16),
 }
-_NO_TOKENS = {torch.int64: np.empty(0, np.int64), torch.int32: np.empty(0, np.int32)}
 _NO_MASK = np.empty((0, 0), np.bool_)
 
 
@@ -233,17 +206,14 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
     batch, width, vocabulary = logits.shape
     tables = dict(_NO_LOGITS)
     half = logits.dtype == torch.bfloat16
-    tables[logits.dtype] = (
-        logits.view(torch.int16).numpy().view(np.uint16) if half else (logits.numpy())
-    )
-    tokens = dict(_NO_TOKENS)
-    tokens[trie.child_token.dtype] = trie.child_token.numpy()
+    bits = logits.view(torch.int16).numpy().view(np.uint16) if half else logits.numpy()
+    tables[logits.dtype] = bits
     inputs = (
         *tables.values(),
         nodes.numpy(),
         beam_scores.numpy(),
         trie.child_start.numpy(),
-        *tokens.values(),
+        trie.child_token.numpy(),
         trie.child_node.numpy(),
         _NO_MASK if allowed is None else allowed.numpy(),
         normalize == "vocabulary",
