@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from streamctl.decode import beam as codes
-from streamctl.decode.items import best_items, legal_nodes, together
+from streamctl.decode.items import best_items, denied, legal_nodes, together
 from streamctl.device import autocast, derive_seed
 from streamctl.model.past import Past
 from streamctl.model.policy import Encoded, Policy
@@ -227,12 +227,13 @@ class EvidenceRecommender:
         """What the items of an answer are weighed by; see `Parts`."""
         policy, device = self.policy, self.policy.device
         found = self.weighed(histories, users)
-        barred = _barred(found.items, exclude, allow)
-        found = Weighed(found.items, found.hops, found.logits.masked_fill(barred, -torch.inf))
+        items = found.items.cpu().numpy()
+        rows = np.broadcast_to(np.arange(len(items))[:, None], items.shape)
+        closed = torch.from_numpy(denied(rows, items, exclude, allow)).to(device)
+        found = Weighed(found.items, found.hops, found.logits.masked_fill(closed, -torch.inf))
         thought = found.heaviest(length)
         thought = thought if lengths is None else thought.cut(lengths)
-        legal = legal_nodes(self.trie, torch.arange(len(histories)), exclude, allow)
-        legal = None if legal is None else legal.to(device)
+        legal = legal_nodes(self.trie, torch.arange(len(items), device=device), exclude, allow)
         with autocast(device):
             encoded = policy.encode(histories.to(device))
             hidden, past = read_thought(policy, encoded, thought)
@@ -284,19 +285,3 @@ class Parts:
         ranked = self.items.gather(1, place).masked_fill(best == -torch.inf, -1)
         short = (0, k - ranked.shape[1])
         return Ranking(F.pad(ranked, short, value=-1), F.pad(best, short, value=-torch.inf))
-
-
-def _barred(
-    items: torch.Tensor,
-    exclude: Sequence[np.ndarray] | None,
-    allow: Sequence[np.ndarray | None] | None,
-) -> torch.Tensor:
-    """(B, C) bool: pieces that must not be recommended."""
-    rows = items.cpu().numpy()
-    barred = np.zeros(rows.shape, bool)
-    for row in range(len(rows)):
-        if exclude is not None and len(exclude[row]):
-            barred[row] |= np.isin(rows[row], exclude[row])
-        if allow is not None and allow[row] is not None:
-            barred[row] |= ~np.isin(rows[row], allow[row])
-    return torch.from_numpy(barred).to(items.device)

@@ -45,6 +45,35 @@ def legal_nodes(
     return stacked.to(rows.device)
 
 
+def denied(
+    rows: np.ndarray,
+    items: np.ndarray,
+    exclude: Sequence[np.ndarray] | None,
+    allow: Sequence[np.ndarray | None] | None,
+) -> np.ndarray:
+    """bool: which of the pairs (user's row, item), int64 of one shape, must not be shown."""
+    pairs, out = _pairs(rows, items), np.zeros(items.shape, bool)
+    if exclude is not None:
+        out |= np.isin(pairs, _each(exclude))
+    if allow is not None:
+        limited = np.array([wanted is not None for wanted in allow], bool)
+        wanted = _each([() if wanted is None else wanted for wanted in allow])
+        out |= limited[rows] & ~np.isin(pairs, wanted)
+    return out
+
+
+def _each(lists: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    """The pairs of each row with the items of its list."""
+    rows = np.repeat(np.arange(len(lists)), [len(one) for one in lists])
+    items = [np.asarray(one, np.int64) for one in lists]
+    return _pairs(rows, np.concatenate(items) if items else np.empty(0, np.int64))
+
+
+def _pairs(rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Pairs as single numbers; -1 stands for no item."""
+    return (np.asarray(rows, np.int64) << 32) + items
+
+
 def best_items(
     trie: PrefixTrie,
     leaves: torch.Tensor,
@@ -74,12 +103,7 @@ def best_items(
     place = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
     item = trie.items[np.repeat(first, count) + place]
     row, value = np.repeat(row, count), np.repeat(value, count)
-    keep = np.ones(len(item), bool)
-    for number in range(batch):
-        if exclude is not None and len(exclude[number]):
-            keep &= (row != number) | ~np.isin(item, exclude[number])
-        if allow is not None and allow[number] is not None:
-            keep &= (row != number) | np.isin(item, allow[number])
+    keep = ~denied(row, item, exclude, allow)
     row, value, item = row[keep], value[keep], item[keep]
     order = np.lexsort((_shuffled(seed, len(trie.leaf))[item], -value, row))
     row, value, item = row[order], value[order], item[order]
