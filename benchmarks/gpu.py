@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one call on a machine that has one (torch and triton suffice).
+"""Everything that needs a GPU, in one call on a machine that has one.
 
     python benchmarks/gpu.py [--output FOLDER] [--run runs/beauty] [--minutes 7] [--size paper]
     python benchmarks/gpu.py --interpret     what Triton's interpreter can check without a GPU
