@@ -1,4 +1,4 @@
-"""A folder for what this machine need not find out twice: compiled code, measured choices.
+"""The cache folder of this machine: compiled code, measured choices.
 
 `import streamctl` tells Numba of it before anything is compiled, since Numba's own place is beside
 the installed source, which may be read-only, or in a home, which may not exist.

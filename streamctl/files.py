@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what the disk says when they cannot be."""
+"""Files written whole or not at all, and the disk's errors as one line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file_each(path: Path) -> Iterator[Path]:
-    """The same for a file that is this process's own, whichever of several it is."""
+    """`atomic_file` for a file of this process alone, whichever of several it is."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def atomic_file_each(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """What the disk says while `path` is written, as one line that names the file."""
+    """Turn errors of the disk while `path` is written into one line that names the file."""
     from safetensors import SafetensorError
 
     try:
@@ -87,7 +87,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.E
 
 @contextmanager
 def locked(path: Path, busy: StreamctlError) -> Iterator[None]:
-    """Hold the lock of a file, which is made for it.
+    """Hold a lock on a file, which is created if needed.
 
     On a file system without locks (some network mounts) it warns and goes on.
 
@@ -105,7 +105,7 @@ def locked(path: Path, busy: StreamctlError) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            told = "this file system has no locks; let one command at a time work here"
+            told = "this file system has no locks; run one command at a time here"
             warn(f"{path.parent}: {told}")
         yield
 

@@ -148,10 +148,14 @@ class RunDir:
             begun = writer.resumed and not writer.complete
             kept = self._set_aside(writer.path)
             if begun:
-                end = "is kept as" if kept else "is gone, for a whole stage is kept as"
+                rest = (
+                    f"the unfinished work is kept as {writer.name}.previous"
+                    if kept
+                    else f"{writer.name}.previous still holds the last complete stage"
+                )
                 warn(
-                    f"{writer.name} was begun with other settings or parents: it begins anew, and "
-                    f"what was done {end} {writer.name}.previous"
+                    f"{writer.name} starts again, for its settings or parents have changed since "
+                    f"it was started; {rest}"
                 )
             _write_config(writer.path / "config.toml", config)
             with atomic_file(progress / "state.json") as path:
@@ -186,7 +190,7 @@ class RunDir:
         )
 
     def _set_aside(self, folder: Path) -> bool:
-        """Keep the folder as NAME.previous; but never half a stage in the place of a whole one.
+        """Keep the folder as NAME.previous, but never replace a complete stage by a part of one.
 
         Returns:
             whether it was kept.
@@ -206,7 +210,7 @@ class RunDir:
 
     def _lock(self, name: str) -> AbstractContextManager[None]:
         busy = StreamctlError(
-            f"another process works on stage {name}",
+            f"another process is working on stage {name}",
             where=self.path,
             run="wait for it to end, or use another --run",
         )

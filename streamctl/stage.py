@@ -97,13 +97,13 @@ class Stage:
             )
         if manifest.get("schema") != SCHEMA:
             raise StreamctlError(
-                "this stage was made by another edition of streamctl",
+                "this stage was made by another version of streamctl",
                 where=self.path,
                 run=self.again(),
             )
         if "seal" in manifest and manifest["seal"] != _seal(manifest):
             raise StreamctlError(
-                "the manifest is damaged (its seal differs from what it says)",
+                "the manifest is damaged (its checksum does not match)",
                 where=path,
                 run=self.again(),
             )

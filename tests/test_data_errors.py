@@ -157,8 +157,8 @@ def test_nothing_left_after_filtering_says_what_each_filter_took(source, tmp_pat
     folder = source({"interactions.csv": GOOD + "u9,i9,1\n"})
     config = DataConfig(source=str(folder), min_user=7)
     message = (
-        r"no usable interactions are left of 37: users with fewer than 7 took 37, items with "
-        r"fewer than 5 took 0.*--min-user 3 --min-item 1"
+        r"no usable interactions are left of 37: 37 are of users with fewer than 7, 0 of items "
+        r"with fewer than 5.*--min-user 3 --min-item 1"
     )
     with pytest.raises(StreamctlError, match=message):
         prepare(RunDir(tmp_path / "run"), config)

@@ -286,7 +286,7 @@ def test_two_runs_of_everything_at_once_end_in_one_and_a_refusal(shop, tmp_path)
     first = commands.start(words, HoldUp(go_on), output="first")
     until(lambda: (copy / "pretrain" / "config.toml").exists() or not first.is_alive())
     second = commands.run(words)
-    assert "another process works on stage pretrain" in error_line(second)
+    assert "another process is working on stage pretrain" in error_line(second)
     go_on.touch()
     assert commands.wait(first, "first").returncode == 0
     assert hashes(RunDir(copy))["pretrain"] == hashes(RunDir(clean))["pretrain"]

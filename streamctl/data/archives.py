@@ -1,4 +1,4 @@
-"""Zip archives from elsewhere, unpacked into a folder that nothing leaves."""
+"""Zip archives, unpacked so that nothing is written outside the folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a raw log is used: rows, then users and items with enough interactions."""
+"""Cleaning and filtering: which rows count, then users and items with enough interactions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parse_events(text: str) -> dict[str, float]:
 
 
 def clean(raw: RawLog, config: DataConfig) -> dict[str, int]:
-    """Take out the rows that are not wanted; how many each rule took.
+    """Delete the rows that are not wanted; returns how many each rule deleted.
 
     Raises:
         UsageError: a rule that the log cannot follow.
@@ -205,9 +205,9 @@ def find_core(raw: RawLog, min_user: int, min_item: int, cleaned: bool = False) 
         removed[plural] = number - raw.one(f"SELECT count(*) FROM left_{letter}")
     if not raw.one("SELECT count(*) FROM left_u"):
         raise StreamctlError(
-            f"no usable interactions are left of {total:,}: users with fewer than "
-            f"{min_user} took {removed['interactions_of_short_users']:,}, items with fewer than "
-            f"{min_item} took {removed['interactions_of_rare_items']:,}",
+            f"no usable interactions are left of {total:,}: "
+            f"{removed['interactions_of_short_users']:,} are of users with fewer than {min_user}, "
+            f"{removed['interactions_of_rare_items']:,} of items with fewer than {min_item}",
             where=raw.files[0] if raw.files else None,
             run=f"--min-user {LEAVE_ONE_OUT} --min-item 1 (a user needs {LEAVE_ONE_OUT} "
             "interactions: history, valid, test)"

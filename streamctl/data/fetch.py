@@ -29,10 +29,10 @@ def fetch(public: PublicSet, folder: Path, mirror: str | None = None) -> list[Pa
 
     Raises:
         StreamctlError: not reachable, damaged, an unsafe archive, a changed folder, or another
-            process fetches into it.
+            process is fetching into it.
     """
     busy = StreamctlError(
-        "another process fetches into this folder", where=folder, run="wait for it"
+        "another process is fetching into this folder", where=folder, run="wait for it"
     )
     with locked(folder / ".lock", busy):
         known = _recorded(public, folder)

@@ -1,4 +1,4 @@
-"""Numbers and order: the interactions that are left, by user and time, with dense indexes."""
+"""Order and dense indexes: the interactions that are left, by user and time."""
 
 from __future__ import annotations
 

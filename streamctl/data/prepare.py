@@ -69,7 +69,7 @@ def reading_of(config: DataConfig, columns: Mapping[str, str] | None) -> Reading
 
 
 def check_damages(reading: Reading, share: float, raw: RawLog) -> None:
-    """Tell of the lines that were left out.
+    """Report the lines that were left out.
 
     Raises:
         StreamctlError: they are more than `share` of a file's.

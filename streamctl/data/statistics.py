@@ -192,7 +192,7 @@ def warn_about(facts: dict[str, Any]) -> None:
 
 
 def differences(facts: dict[str, Any]) -> str:
-    """What is not as published of the known set that this should be; "" if all is."""
+    """How the log differs from what was published of the known set; "" if it does not."""
     known = facts["published"]
     return ", ".join(
         f"{name} {facts[name]:,} (published {known[name]:,})"

@@ -123,7 +123,7 @@ def _plain(column: pa.Array) -> pa.Array:
 
 @contextmanager
 def _said_here(run: RunDir) -> Iterator[None]:
-    """Errors about the files of tables and about options, in the words of a call in Python."""
+    """Rewrite errors about files and command-line options as errors of a call in Python."""
     try:
         yield
     except StreamctlError as error:

@@ -1,4 +1,4 @@
-"""The synthetic shop's words: projects people take on, and what each step of one needs."""
+"""Words of the synthetic shop: projects, and the products that each step of one needs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ MOST = (16, 2**16)  # levels, and codes of a level
 
 
 class OwnVectors:
-    """The user's vectors in the place of a text encoder's.
+    """The user's vectors instead of a text encoder's.
 
     Attributes:
         rows: (N, d) float32, in the catalogue's order.
@@ -68,7 +68,7 @@ class OwnVectors:
         stage.save_json("encoder.json", about)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Refuse: a text has no vector of the user's."""
+        """Raises: the user brought no vectors for new texts."""
         if not len(texts) and self.rows is not None:
             return self.rows[:0]
         raise StreamctlError(

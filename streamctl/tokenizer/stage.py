@@ -226,7 +226,7 @@ def fit(
 
 
 def check_error(stage: Stage, error: float, config: TokenizeConfig) -> None:
-    """Refuse a quantizer that is worse than no quantizer."""
+    """Raise if the quantizer is worse than none."""
     if not error < DIVERGED:  # NaN, too
         raise StreamctlError(
             f"the RQ-VAE's training diverged: its reconstruction error is {error:.3g} of the "

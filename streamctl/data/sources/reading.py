@@ -28,7 +28,7 @@ class Reading:
         columns: the user's names of the columns for `user`, `item`, `time`, `rating`, `event`.
         rating, event: whether these columns are wanted.
         numbers: ids that are the same number are the same id.
-        skip_bad: bad lines are left out and told in `damages`; otherwise the first is an error.
+        skip_bad: bad lines are left out and listed in `damages`; otherwise the first is an error.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Reading:
     damages: list[Damage] = field(default_factory=list)
 
     def bad(self, path: Path, line: int, reason: str, run: str | None = None) -> None:
-        """Tell of a bad line.
+        """Report a bad line.
 
         Raises:
             StreamctlError: bad lines are not to be left out.
@@ -49,7 +49,7 @@ class Reading:
         self.count(path, [(line, reason)], 1)
 
     def count(self, path: Path, lines: list[tuple[int, str]], count: int) -> None:
-        """Tell of `count` bad lines, the first of which are `lines`."""
+        """Report `count` bad lines, the first of which are `lines`."""
         damage = next((d for d in self.damages if d.path == path), None)
         if damage is None:
             self.damages.append(damage := Damage(path))

@@ -236,7 +236,7 @@ def _delimited(raw: RawLog, text: _Text, part: int, reading: Reading) -> dict[st
 
 
 def _rejects(raw: RawLog, text: _Text, file: Path, reading: Reading) -> None:
-    """Tell of the lines that DuckDB left out of `file`."""
+    """Report the lines that DuckDB left out of `file`."""
     path, width = text.path, len(text.header)
     limit = SHOWN if reading.skip_bad else 1
     found = raw.ask(f"""
@@ -275,7 +275,7 @@ def _check_values(
     roles: Mapping[str, str],
     rows: Callable[[], Iterator[tuple[int, Any]]] | None,
 ) -> bool | None:
-    """Take out the rows of this part without ids or a time, and tell of them.
+    """Delete the rows of this part without ids or a time, and report them.
 
     Args:
         rows: the file's rows with their lines; None: the number of a row is its line.
