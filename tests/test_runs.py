@@ -20,7 +20,6 @@ from streamctl.config import (
     DataConfig,
     PretrainConfig,
     SftConfig,
-    TokenizeConfig,
     resolve,
 )
 from streamctl.errors import StreamctlError, UsageError
