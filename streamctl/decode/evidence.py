@@ -199,20 +199,20 @@ class EvidenceRecommender:
     def weighed(self, histories: torch.Tensor, users: np.ndarray) -> Weighed:
         """The evidence of some users, weighed; their items at random in the control."""
         pieces = self.evidence.gather(histories.cpu().numpy(), users)
-        found = weigh(self.policy, pieces)
+        weighed = weigh(self.policy, pieces)
         if self.random is None:
-            return found
+            return weighed
         # The same items for a user whoever else is asked about.
         drawn = np.stack(
             [
                 np.random.default_rng(derive_seed(self.random, "evidence", int(user))).integers(
-                    0, self.evidence.n_items, found.items.shape[1]
+                    0, self.evidence.n_items, weighed.items.shape[1]
                 )
                 for user in users
             ]
         )
-        items = torch.from_numpy(drawn).to(found.items)
-        return Weighed(items.where(found.items >= 0, -1), found.hops, found.logits)
+        items = torch.from_numpy(drawn).to(weighed.items)
+        return Weighed(items.where(weighed.items >= 0, -1), weighed.hops, weighed.logits)
 
     def parts(
         self,
@@ -226,12 +226,14 @@ class EvidenceRecommender:
     ) -> Parts:
         """What the items of an answer are weighed by; see `Parts`."""
         policy, device = self.policy, self.policy.device
-        found = self.weighed(histories, users)
-        items = found.items.cpu().numpy()
+        weighed = self.weighed(histories, users)
+        items = weighed.items.cpu().numpy()
         rows = np.broadcast_to(np.arange(len(items))[:, None], items.shape)
         closed = torch.from_numpy(denied(rows, items, exclude, allow)).to(device)
-        found = Weighed(found.items, found.hops, found.logits.masked_fill(closed, -torch.inf))
-        thought = found.heaviest(length)
+        weighed = Weighed(
+            weighed.items, weighed.hops, weighed.logits.masked_fill(closed, -torch.inf)
+        )
+        thought = weighed.heaviest(length)
         thought = thought if lengths is None else thought.cut(lengths)
         legal = legal_nodes(self.trie, torch.arange(len(items), device=device), exclude, allow)
         with autocast(device):

@@ -53,13 +53,13 @@ class _Search:
         depth = self.depth[self.score.argmax()]
         alike = np.flatnonzero(self.depth == depth)
         best = alike[np.argsort(-self.score[alike], kind="stable")[:TOGETHER]]
-        found = self.node[best], self.score[best], self.tokens[best, :depth]
+        popped = self.node[best], self.score[best], self.tokens[best, :depth]
         rest = np.ones(len(self.node), bool)
         rest[best] = False
         self.node, self.score = self.node[rest], self.score[rest]
         self.depth, self.tokens = self.depth[rest], self.tokens[rest]
         self.expansions += len(best)
-        return found
+        return popped
 
     def push(self, prefix: np.ndarray, token: np.ndarray, node: np.ndarray, score: np.ndarray):
         """Children of an expanded prefix (depth,): their tokens, nodes and log-probabilities."""

@@ -61,14 +61,14 @@ class PolicyRecommender:
 
         Items that a narrow beam does not find are -1.
         """
-        found = min(k, self.beam) if self.narrow else k
+        count = min(k, self.beam) if self.narrow else k
         histories = histories.to(self.policy.item_tokens.device)
         length, given = self.think if think is None else think, None
         if self.thoughts is not None:
             given = self.thoughts(histories, users)
             given = given[:, :length] if length or think is not None else given
         ranking = recommend(
-            self.policy, self.trie, histories, found, think=length, beam=self.beam,
+            self.policy, self.trie, histories, count, think=length, beam=self.beam,
             decoder=self.decoder, thoughts=given, exclude=exclude, allow=allow, seed=self.seed,
             exact=self.exact,
         )  # fmt: skip

@@ -105,9 +105,9 @@ def children(trie: CsrTrie, node: torch.Tensor, vocabulary: int) -> torch.Tensor
     first, count = trie.child_start[flat], trie.child_start[flat + 1] - trie.child_start[flat]
     row = torch.repeat_interleave(torch.arange(len(flat), device=node.device), count)
     edge = torch.arange(len(row), device=node.device) + (first - count.cumsum(0) + count)[row]
-    found = torch.full((len(flat), vocabulary), -1, dtype=torch.int64, device=node.device)
-    found[row, trie.child_token[edge]] = trie.child_node[edge]
-    return found.view(*node.shape, vocabulary)
+    below = torch.full((len(flat), vocabulary), -1, dtype=torch.int64, device=node.device)
+    below[row, trie.child_token[edge]] = trie.child_node[edge]
+    return below.view(*node.shape, vocabulary)
 
 
 def rollout_logprobs(

@@ -117,8 +117,8 @@ def residual_norm(
         x + dropout(delta), and that over its root mean square, times the weight; dtype of x.
     """
     if _compiled(x):
-        found = _ResidualNorm.apply(x, delta, weight, eps, p)
-        return (x, found) if delta is None else found
+        normed = _ResidualNorm.apply(x, delta, weight, eps, p)
+        return (x, normed) if delta is None else normed
     if delta is not None:
         x = x + F.dropout(delta, p).to(x.dtype)
     return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)

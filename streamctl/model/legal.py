@@ -46,5 +46,5 @@ class LegalCodes:
 
     def after(self, prefix: torch.Tensor, codes: int) -> torch.Tensor:
         """(R,) rows of `packed` -> (R, codes) bool, True where the code may follow."""
-        found = self.packed[prefix][..., None] & self._bits
-        return found.flatten(1)[:, :codes] != 0
+        bits = self.packed[prefix][..., None] & self._bits
+        return bits.flatten(1)[:, :codes] != 0

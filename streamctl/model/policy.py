@@ -275,18 +275,18 @@ class Policy(nn.Module):
         codes = self.item_tokens[items][..., first:]
         if self.config.softmax == "vocabulary":
             scores = self.logits(hidden).float() / temperature
-            found = F.cross_entropy(scores.flatten(0, -2), codes.flatten(), reduction="none")
-            return -found.view(codes.shape)
+            logprobs = F.cross_entropy(scores.flatten(0, -2), codes.flatten(), reduction="none")
+            return -logprobs.view(codes.shape)
         shape, codes, items = codes.shape, codes.flatten(0, -2), items.flatten()
         hidden = hidden.flatten(0, -3) * self.config.d_model**-0.5
-        found = []
+        logprobs = []
         for place, level in enumerate(range(first, self.tokens.levels)):
             low, high = self.tokens.level_range(level)
             scores = F.linear(hidden[:, place], self.shared.weight[low:high]).float() / temperature
             legal = self.legal.after(self.legal.prefix[items, level], high - low)
             scores = scores.masked_fill(~legal, -torch.inf)
-            found.append(-F.cross_entropy(scores, codes[:, place] - low, reduction="none"))
-        return torch.stack(found, -1).view(shape)
+            logprobs.append(-F.cross_entropy(scores, codes[:, place] - low, reduction="none"))
+        return torch.stack(logprobs, -1).view(shape)
 
     def code_logprobs(self, logits: torch.Tensor, items: torch.Tensor, level: int) -> torch.Tensor:
         """log P(one code of each item | the codes before it).

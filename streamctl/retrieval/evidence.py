@@ -70,8 +70,8 @@ class Pieces:
             self.popularity[:, :-1, None],
             np.broadcast_to(self.popularity[:, -1:, None], (len(self), width, 1)),
         )
-        found = np.concatenate([part.astype(np.float32) for part in parts], 2)
-        return found * (self.items >= 0)[..., None]
+        features = np.concatenate([part.astype(np.float32) for part in parts], 2)
+        return features * (self.items >= 0)[..., None]
 
 
 FEATURES = (
@@ -159,7 +159,7 @@ class Evidence:
         batch, most, hops = len(histories), sum(self.sizes), len(HOPS)
         users = np.full(batch, -1) if users is None else np.asarray(users)
         mine = [self._taken(int(user)) for user in users]
-        found = (
+        filled = (
             np.full((batch, most), -1, np.int32),
             np.full((batch, most), -1, np.int8),
             np.zeros((batch, most, hops), np.float32),
@@ -177,20 +177,20 @@ class Evidence:
             for row in range(first, last):
                 gathering.gather_one(
                     histories[row], users[row], *mine[row], *arguments, *scratch,
-                    *(array[row] for array in found),
+                    *(array[row] for array in filled),
                 )  # fmt: skip
             self._scratch.append(scratch)
 
         threads.over_ranges(run, batch, _TOGETHER)
         last = histories[np.arange(batch), np.maximum((histories >= 0).sum(1) - 1, 0)]
-        known = np.concatenate([found[0], last[:, None]], 1)
+        known = np.concatenate([filled[0], last[:, None]], 1)
         counts = self.popularity[known]
         for row, (items, worth) in enumerate(
             mine
         ):  # what this user took is no sign that others did
             counts[row] -= (known[row][:, None] == items) @ (worth / UNIT)
         popularity = np.where(known >= 0, np.log1p(np.maximum(counts, 0)), 0)
-        return Pieces(*found, popularity.astype(np.float32))
+        return Pieces(*filled, popularity.astype(np.float32))
 
     def _take(self) -> tuple[np.ndarray, ...]:
         """Arrays of zeros that one thread works in; whoever takes them leaves zeros."""

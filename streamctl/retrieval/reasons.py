@@ -83,11 +83,11 @@ def _one(
 
 def _counts(evidence: Evidence, before: np.ndarray, item: int) -> np.ndarray:
     """float64: how much `item` was counted after each of `before`."""
-    found = np.zeros(len(before))
+    counted = np.zeros(len(before))
     for place, first in enumerate(before.tolist()):
         followers, counts = evidence.transitions.followers.row(first)
-        found[place] = counts[followers == item].sum()
-    return found
+        counted[place] = counts[followers == item].sum()
+    return counted
 
 
 def _users(evidence: Evidence, before: Sequence[int], item: int, user: int) -> int:

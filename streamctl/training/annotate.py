@@ -40,7 +40,7 @@ class Inference:
 
 
 def infer(
-    policy: Policy, encoded: Encoded, found: Weighed, targets: torch.Tensor, length: int
+    policy: Policy, encoded: Encoded, weighed: Weighed, targets: torch.Tensor, length: int
 ) -> Inference:
     """Annotate users with the pieces of their own evidence that lead to their targets.
 
@@ -52,8 +52,8 @@ def infer(
     of the target, and everything it says can be found again when serving.
     """
     thinker = policy.thinker
-    vectors = F.normalize(policy.item_vectors(found.items.clamp(min=0)).detach().float(), dim=-1)
-    free = found.items >= 0
+    vectors = F.normalize(policy.item_vectors(weighed.items.clamp(min=0)).detach().float(), dim=-1)
+    free = weighed.items >= 0
     target = policy.item_vectors(targets).detach().float()
     total = encoded.mean().float()
     states, residuals, places = [thinker.state(total)], [], []
@@ -67,8 +67,8 @@ def infer(
         any_left = free.any(1, keepdim=True)
         free = free.scatter(1, place, False)
         places.append(torch.where(any_left, place, -1))
-        item = found.items.gather(1, place).where(any_left, -1)
-        hop = found.hops.gather(1, place).where(any_left, NOTHING)
+        item = weighed.items.gather(1, place).where(any_left, -1)
+        hop = weighed.hops.gather(1, place).where(any_left, NOTHING)
         hidden, past = policy.extend(encoded, policy.piece_vectors(item, hop)[:, None], past=past)
         total = total + hidden[:, 0, 0].float()
         states.append(thinker.state(total))
@@ -83,9 +83,9 @@ def heads_loss(
     """Eqs. 14 and 15 for MLP_s and MLP_r alone, on thoughts that are made on the way."""
     with torch.no_grad():
         encoded = policy.encode(batch.history)
-        found = weigh(policy, gathered(batch.index.cpu().numpy()))
-    steps = infer(policy, encoded, found, batch.target, config.length)
-    items = found.items.gather(1, steps.places.clamp(min=0)).clamp(min=0)
+        weighed = weigh(policy, gathered(batch.index.cpu().numpy()))
+    steps = infer(policy, encoded, weighed, batch.target, config.length)
+    items = weighed.items.gather(1, steps.places.clamp(min=0)).clamp(min=0)
     vectors = F.normalize(policy.item_vectors(items).float(), dim=-1)
     targets = policy.item_vectors(batch.targets).float()
     state = state_target_loss(steps.states, targets, batch.targets, first=batch.share.first)
@@ -107,12 +107,12 @@ def label_all(
         for index in ranks().mine(np.array_split(order, max(1, -(-len(order) // batch)))):
             history = torch.from_numpy(examples.histories(index)).to(policy.device)
             targets = torch.from_numpy(examples.targets[index]).to(policy.device)
-            found = weigh(policy, gathered(index))
-            steps = infer(policy, policy.encode(history), found, targets, length)
+            weighed = weigh(policy, gathered(index))
+            steps = infer(policy, policy.encode(history), weighed, targets, length)
             labels[index] = steps.places.cpu().numpy()
-            chosen = found.items.gather(1, steps.places.clamp(min=0))
+            chosen = weighed.items.gather(1, steps.places.clamp(min=0))
             hit = ((chosen == targets[:, None]) & (steps.places >= 0)).any(1)
-            known = (found.items == targets[:, None]).any(1)
+            known = (weighed.items == targets[:, None]).any(1)
             counts += [int(hit.sum()), int(known.sum())]
     hit, known = (ranks().sum(counts) / max(len(examples), 1)).tolist()
     say(

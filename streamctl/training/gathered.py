@@ -72,13 +72,13 @@ class Gathered:
 def first_pieces(evidence: Evidence, examples: Examples, count: int) -> torch.Tensor:
     """int64 (E, count, 2): items and hops of each example's first pieces, in the hops' order."""
     count = min(count, sum(evidence.sizes))
-    found = torch.full((len(examples), count, 2), -1, dtype=torch.int64)
+    table = torch.full((len(examples), count, 2), -1, dtype=torch.int64)
     for at in range(0, len(examples), TOGETHER):
         index = np.arange(at, min(at + TOGETHER, len(examples)))
         pieces = evidence.gather(examples.histories(index), examples.users[index])
         for column, field in enumerate((pieces.items, pieces.hops)):
-            found[index, :, column] = torch.from_numpy(field[:, :count].astype(np.int64))
-    return found
+            table[index, :, column] = torch.from_numpy(field[:, :count].astype(np.int64))
+    return table
 
 
 @torch.no_grad()

@@ -202,13 +202,13 @@ class _Trainer:
             run=self.stage.again([lower]),
         )
 
-    def judge(self, found: dict[str, float], patience: int, safe: Safe | None) -> None:
+    def judge(self, valid: dict[str, float], patience: int, safe: Safe | None) -> None:
         """Keep the weights if they are the best so far; stop after `patience` that are not."""
         result, epoch = self.result, self.result.epochs
-        result.validations.append({"step": self.step, **found})
-        allowed = safe is None or safe(found, result.start)
-        if allowed and (not result.best or found["ndcg@10"] > result.best["ndcg@10"]):
-            result.best, result.best_epoch = found, epoch
+        result.validations.append({"step": self.step, **valid})
+        allowed = safe is None or safe(valid, result.start)
+        if allowed and (not result.best or valid["ndcg@10"] > result.best["ndcg@10"]):
+            result.best, result.best_epoch = valid, epoch
             self.best_weights = checkpoint.snapshot(self.module)
         self.stopped = 0 < patience <= epoch - result.best_epoch
 
@@ -358,10 +358,10 @@ def fit(
             rate = (state.weight - begun_at) / repeats / max(time.monotonic() - began, 1e-9)
             note = f"epoch {state.result.epochs + 1} loss {metrics['loss']:.3f}"
             if validate is not None:
-                found = judged()
-                metrics |= {f"valid/{name}": value for name, value in found.items()}
-                state.judge(found, patience, safe)
-                note += f" ndcg@10 {found['ndcg@10']:.4f}"
+                valid = judged()
+                metrics |= {f"valid/{name}": value for name, value in valid.items()}
+                state.judge(valid, patience, safe)
+                note += f" ndcg@10 {valid['ndcg@10']:.4f}"
             bar.note(note)
             counted = {"step": state.step} if validate_every else {"epoch": state.result.epochs}
             log(

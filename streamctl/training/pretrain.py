@@ -150,8 +150,8 @@ def pretrain(
             device=where, title="pretrain",
         )  # fmt: skip
         if config.thoughts == "evidence":
-            found = last_positions(material.split.train, 1)[:STANDARD]
-            standardise(policy, material, found)
+            rows = last_positions(material.split.train, 1)[:STANDARD]
+            standardise(policy, material, rows)
             slow = validate(policy, material, config.seed, count)
         else:
             slow = validator(thoughts=lambda history, _: retrieved_codes(policy, history, count))

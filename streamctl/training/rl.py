@@ -36,11 +36,11 @@ class Group:
 
 
 def sample_group(
-    found: Weighed, group: int, length: int, temperature: float, batch: Batch
+    weighed: Weighed, group: int, length: int, temperature: float, batch: Batch
 ) -> Group:
     """G thoughts of each user, chosen piece by piece without replacement from the weights."""
     generator = batch.generator("thoughts")
-    logits = (found.logits / temperature)[:, None].expand(-1, group, -1)
+    logits = (weighed.logits / temperature)[:, None].expand(-1, group, -1)
     left = logits.masked_fill(torch.isinf(logits), -1e9)
     places = []
     for _ in range(min(length, logits.shape[-1])):
@@ -73,18 +73,18 @@ class Explorer:
         policy, config = self.policy, self.config
         pieces = self.gathered(batch.index.cpu().numpy())
         policy.eval()  # dropout would make sampling and training two different policies
-        found = weigh(policy, pieces)
+        weighed = weigh(policy, pieces)
         if batch.update == 0:
-            self._explored = self._explore(batch, pieces, found)
+            self._explored = self._explore(batch, pieces, weighed)
         group, reference, terms = self._explored
         reward = sum(getattr(config, f"{name}_weight") * value for name, value in terms.items())
-        logits = found.logits[:, None].expand(-1, config.group, -1) / config.temperature
+        logits = weighed.logits[:, None].expand(-1, config.group, -1) / config.temperature
         logprobs = choice_logprobs(logits, group.places)
         loss, metrics = grpo_loss(
             logprobs, group.logprobs, reference, advantages(reward), clip=config.clip,
             kl_weight=config.kl_weight, ratio=config.ratio,
         )  # fmt: skip
-        anchor = weighing_loss(found, batch.target) / self.gathered.known
+        anchor = weighing_loss(weighed, batch.target) / self.gathered.known
         metrics |= {"reward": reward.mean(), "anchor": anchor.detach()}
         metrics |= {f"reward/{name}": value.mean() for name, value in terms.items()}
         metrics["zero_variance_groups"] = (reward == reward[:, :1]).all(1).float().mean()
@@ -92,17 +92,17 @@ class Explorer:
 
     @torch.no_grad()
     def _explore(
-        self, batch: Batch, pieces: Pieces, found: Weighed
+        self, batch: Batch, pieces: Pieces, weighed: Weighed
     ) -> tuple[Group, torch.Tensor, dict[str, torch.Tensor]]:
         """Thoughts for all updates on a batch, their choices' log-probabilities (B, G, l) under the
         reference, and their rewards."""
         config = self.config
-        group = sample_group(found, config.group, self.think, config.temperature, batch)
+        group = sample_group(weighed, config.group, self.think, config.temperature, batch)
         frozen = weigh(self.reference, pieces)
         logits = frozen.logits[:, None].expand(-1, config.group, -1) / config.temperature
-        return group, choice_logprobs(logits, group.places), self.rewards(batch, found, group)
+        return group, choice_logprobs(logits, group.places), self.rewards(batch, weighed, group)
 
-    def rewards(self, batch: Batch, found: Weighed, group: Group) -> dict[str, torch.Tensor]:
+    def rewards(self, batch: Batch, weighed: Weighed, group: Group) -> dict[str, torch.Tensor]:
         """Each term (B, G).
 
         likelihood: the gain in the target's log-probability over l = 0 (Eq. 26). ranking: the
@@ -111,7 +111,7 @@ class Explorer:
         """
         policy, target = self.policy, batch.target
         users, count, length = group.places.shape
-        thought = found.chosen(group.places.clamp(min=0))
+        thought = weighed.chosen(group.places.clamp(min=0))
         chosen = group.places >= 0
         flat = Weighed(
             *(

@@ -57,18 +57,18 @@ class Tuner:
         policy, config, index = self.policy, self.config, batch.index.cpu()
         # Only the weighing is trained: the codes are as sure as in serving.
         policy.eval().weighing.train()
-        found = weigh(policy, self.gathered(index.numpy()))
+        weighed = weigh(policy, self.gathered(index.numpy()))
         terms = {
-            "weigh": weighing_loss(found, batch.target) / self.gathered.known,
-            "label": label_loss(found, self.labels[index].to(batch.target.device)),
+            "weigh": weighing_loss(weighed, batch.target) / self.gathered.known,
+            "label": label_loss(weighed, self.labels[index].to(batch.target.device)),
         }
         held = self.held[index].to(batch.target.device)
-        terms["target"] = found.logits.new_zeros(())
+        terms["target"] = weighed.logits.new_zeros(())
         if bool(held.any()):
             generator = batch.generator("budget")
             budget = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
             rows = held.nonzero()[:, 0]
-            some = Weighed(found.items[rows], found.hops[rows], found.logits[rows])
+            some = Weighed(weighed.items[rows], weighed.hops[rows], weighed.logits[rows])
             with torch.no_grad():
                 encoded = policy.encode(batch.history[rows])
             chance = target_logprob(policy, encoded, some.heaviest(budget), batch.target[rows])
@@ -77,19 +77,19 @@ class Tuner:
         return value + config.label_weight * terms["label"], terms
 
 
-def weighing_loss(found: Weighed, target: torch.Tensor) -> torch.Tensor:
+def weighing_loss(weighed: Weighed, target: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the weights, 0 for users whose target is not among their evidence."""
-    hit = found.items == target[:, None]
+    hit = weighed.items == target[:, None]
     known = hit.any(1)
-    logits = found.logits.masked_fill(torch.isinf(found.logits), -1e9)
+    logits = weighed.logits.masked_fill(torch.isinf(weighed.logits), -1e9)
     loss = F.cross_entropy(logits, hit.int().argmax(1), reduction="none")
     return (loss * known).mean()
 
 
-def label_loss(found: Weighed, labels: torch.Tensor) -> torch.Tensor:
+def label_loss(weighed: Weighed, labels: torch.Tensor) -> torch.Tensor:
     """-log of the chance to choose the labelled pieces one after the other, a step (Eq. 19's L_SFT
     inside the evidence). labels: (B, l) int64 places, -1 for none."""
-    return -choice_logprobs(found.logits, labels).mean()
+    return -choice_logprobs(weighed.logits, labels).mean()
 
 
 def choice_logprobs(logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

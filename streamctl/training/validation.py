@@ -56,7 +56,7 @@ class Validator:
         device = self.policy.item_tokens.device
         training = self.policy.training
         self.policy.eval()
-        found = np.zeros(len(self.examples), np.int32)
+        ranked = np.zeros(len(self.examples), np.int32)
         depth = 50 if deep else 10
         for start in ranks().mine(range(0, len(self.examples), BATCH)):
             rows = np.arange(start, min(start + BATCH, len(self.examples)))
@@ -70,9 +70,9 @@ class Validator:
                 thoughts=given, beam=50 if deep else 20, seed=self.seed,
                 exclude=self.examples.seen(rows),
             )  # fmt: skip
-            found[rows] = target_ranks(ranking.items.cpu().numpy(), targets)
+            ranked[rows] = target_ranks(ranking.items.cpu().numpy(), targets)
         self.policy.train(training)
-        metrics = ranking_metrics(ranks().sum(found))
+        metrics = ranking_metrics(ranks().sum(ranked))
         wanted = ("ndcg@10", "recall@10", "recall@50") if deep else ("ndcg@10", "recall@10")
         return {name: metrics[name] for name in wanted}
 
@@ -93,9 +93,11 @@ def validate(
     thinker = EvidenceRecommender(
         policy, material.trie, material.evidence, think=think, beam=20, mix=mix
     )
-    found = evaluate(thinker, examples, n_items=material.split.n_items, masked=True, title="valid")
+    evaluation = evaluate(
+        thinker, examples, n_items=material.split.n_items, masked=True, title="valid"
+    )
     policy.train(training)
-    return {name: found.metrics[name] for name in ("ndcg@10", "recall@10")}
+    return {name: evaluation.metrics[name] for name in ("ndcg@10", "recall@10")}
 
 
 @torch.no_grad()
@@ -115,8 +117,8 @@ def calibrate(policy: Policy, material: Material, seed: int) -> dict[str, float]
             examples.seen(index),
         )  # fmt: skip
         for place, shift in enumerate(SHIFTS):
-            found = parts.best(10, shift).items.cpu().numpy()
-            total[place] += gains(target_ranks(found, examples.targets[index]), 10).sum()
+            items = parts.best(10, shift).items.cpu().numpy()
+            total[place] += gains(target_ranks(items, examples.targets[index]), 10).sum()
     total = ranks().sum(total) / len(examples)
     policy.weighing.codes_trust.bias += max(zip(total, SHIFTS, strict=True))[1]
     return {f"{shift:+.1f}": float(value) for shift, value in zip(SHIFTS, total, strict=True)}

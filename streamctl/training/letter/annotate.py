@@ -128,9 +128,9 @@ def label_all(
         for rows in ranks().mine(list(_rows(examples, batch))):
             history = torch.from_numpy(examples.histories(rows)).to(device)
             targets = torch.from_numpy(examples.targets[rows]).to(device)
-            found = infer(policy, policy.encode(history), targets, length, mode)
-            thoughts[rows] = found.tokens.cpu().numpy()
-            target, states = found.target[:, None], found.states.float()
+            steps = infer(policy, policy.encode(history), targets, length, mode)
+            thoughts[rows] = steps.tokens.cpu().numpy()
+            target, states = steps.target[:, None], steps.states.float()
             if mode == "normalised":
                 target, states = F.normalize(target, dim=-1), F.normalize(states, dim=-1)
             distance += (target - states).norm(dim=-1).double().sum(0)
@@ -197,10 +197,10 @@ def heads_loss(policy: Policy, batch: Batch, config: AnnotateConfig) -> tuple[to
     """Eqs. 14 and 15 for the heads alone, on thoughts that are made on the way."""
     with torch.no_grad():
         encoded = policy.encode(batch.history)
-    found = infer(policy, encoded, batch.target, config.length, config.mode)
+    steps = infer(policy, encoded, batch.target, config.length, config.mode)
     low = policy.tokens.think_range[0]
-    vectors = think_vectors(policy, config.mode)[found.tokens - low]
+    vectors = think_vectors(policy, config.mode)[steps.tokens - low]
     targets = policy.item_vectors(batch.targets).float()
-    state = state_target_loss(found.states, targets, batch.targets, first=batch.share.first)
-    quant = quantization_loss(found.residuals, vectors)
+    state = state_target_loss(steps.states, targets, batch.targets, first=batch.share.first)
+    quant = quantization_loss(steps.residuals, vectors)
     return state + quant, {"state": state, "quant": quant}

@@ -94,16 +94,16 @@ class Judge:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """log P(target | thought) and the target's rank among its look-alikes, both (B, G)."""
         candidates = torch.cat([target[:, None], self.look_alikes[target]], 1)
-        found = []
+        scores = []
         users = torch.arange(len(target), device=target.device)
         for rows in users.split(max(1, RANKED_TOGETHER // rollouts.group)):
             with autocast(target.device):
-                found.append(
+                scores.append(
                     thoughts_logprob(
                         self.policy, encoded.rows(rows), candidates[rows], rollouts.think[rows]
                     )
                 )
-        scores = torch.cat(found)
+        scores = torch.cat(scores)
         return scores[..., 0], rewards.target_rank(scores[..., 0], scores[..., 1:])
 
 
@@ -177,9 +177,9 @@ class Explorer:
         return frozen, reward, _describe(terms, reward, self._rollouts)
 
 
-def safe(found: Mapping[str, float], start: Mapping[str, float]) -> bool:
+def safe(metrics: Mapping[str, float], start: Mapping[str, float]) -> bool:
     """Whether weights may be kept: not where a higher ndcg@10 was paid for with recall@50."""
-    return found["recall@50"] >= start["recall@50"]
+    return metrics["recall@50"] >= start["recall@50"]
 
 
 def _describe(
@@ -197,13 +197,13 @@ def _describe(
 
 
 def check_first(
-    logprobs: torch.Tensor, behaviour: torch.Tensor, found: dict[str, torch.Tensor]
+    logprobs: torch.Tensor, behaviour: torch.Tensor, metrics: dict[str, torch.Tensor]
 ) -> None:
     """Refuse a first step (B, G, T) that is not on-policy, or not at its reference."""
     ratio = (logprobs.detach() - behaviour).sum(2).exp()
     off = float((ratio - 1).abs().max())
-    if off > FIRST_RATIO or float(found["kl"]) > FIRST_KL:
+    if off > FIRST_RATIO or float(metrics["kl"]) > FIRST_KL:
         raise StreamctlError(
             f"GRPO must begin at its own reference, but the first ratio is off by {off:.1e} and "
-            f"the KL is {float(found['kl']):.1e}: sampling and training disagree"
+            f"the KL is {float(metrics['kl']):.1e}: sampling and training disagree"
         )

@@ -150,8 +150,8 @@ class Tuner:
             seen = self.reference.encode(batch.history)
             reference = self.reference.target_logprob(seen, pair, decoder="direct")
         with without_dropout(self.policy) as policy:
-            found = policy.target_logprob(policy.encode(batch.history), pair, given)
-        return dpo_loss(*found.unbind(1), *reference.unbind(1), self.config.dpo_beta)
+            logprobs = policy.target_logprob(policy.encode(batch.history), pair, given)
+        return dpo_loss(*logprobs.unbind(1), *reference.unbind(1), self.config.dpo_beta)
 
     def _state_terms(
         self,
