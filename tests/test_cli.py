@@ -152,8 +152,11 @@ def test_the_remedy_of_other_settings_changes_these_and_keeps_the_rest(streamctl
 
 def test_a_table_in_a_narrow_terminal_breaks_its_cells_and_loses_nothing(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
-    print_table("t", ["", "first", "second"], [["random_thinking_rl", "+0.123 +0.456", "x" * 30]])
+    title = "/a/long/path/" * 9
+    columns = ["", "first", "second"]
+    print_table(title, columns, [["random_thinking_rl", "+0.123 +0.456", "x" * 30]])
     said = capsys.readouterr().out
+    assert said.startswith(f"{title}\n")
     assert "random_thinking_rl" in said and "…" not in said
     assert said.count("x") == 30 and "+0.123" in said and "+0.456" in said
 

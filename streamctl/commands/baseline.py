@@ -45,5 +45,6 @@ def command(
     report = {key: stage.manifest[key] for key in KEPT}
     rows = [[f"validation {key}", value] for key, value in report["valid"].items()]
     rows += [["parameters", f"{report['parameters']:,}"]]
-    rows += [["epochs (best)", f"{report['epochs']} ({report['best_epoch'] + 1})"]]
+    if report["epochs"]:
+        rows += [["epochs (best)", f"{report['epochs']} ({report['best_epoch'] + 1})"]]
     print_stage(stage, job.json, rows, report)

@@ -146,7 +146,7 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
     from streamctl.progress import plain_console
 
-    table = Table(title=title, title_justify="left")
+    console, table = plain_console(), Table()
     whole = all(len(str(row[0])) <= NAME_WIDTH for row in rows)
     for index, column in enumerate(columns):
         first = index == 0
@@ -154,7 +154,8 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
         table.add_column(column, justify=justify, overflow="fold", no_wrap=first and whole)
     for row in rows:
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
-    plain_console().print(table)
+    console.print(title, style="italic", soft_wrap=True)  # longer than a narrow table, too
+    console.print(table)
 
 
 def print_stage(stage: Stage, json_: bool, rows: list[list[Any]], report: Any = None) -> None:
