@@ -1,14 +1,15 @@
 """Broken and odd data: every input ends in success or in one line and exit code 1.
 
-python benchmarks/fuzz.py --json [--save] [--inputs 20000] [--seed 0]
+python benchmarks/fuzz.py --json [--save] [--inputs 20000] [--seed 0] [--folder FOLDER]
 
 Two sources of inputs: a corpus of broken files (tests/broken_files.py), and logs that Hypothesis
 generates in every format with odd ids and times, damage to the bytes, and truncated compression
 (tests/odd_logs.py). Each goes through the reader, the filters and the numbering with one of ten
 settings; one in ten through the whole `data prepare`, `data doctor` or `data export` as the command
 line runs it (in this process, for speed), and a sample through a process of its own. Counted are
-tracebacks (any other exception, or more than one line), hangs (more than 60 s), and stages left
-half-written; the exit code is 1 if there is any.
+tracebacks (any other exception, or more than one line), hangs (more than 60 s of the processor), and
+stages left half-written; the exit code is 1 if there is any. With `--folder`, a campaign that was
+broken off goes on where it was; `--minutes` breaks it off.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -45,10 +47,12 @@ from streamctl.data.prepare import build, reading_of
 from streamctl.data.sinks import SINKS
 from streamctl.data.sources import read_source
 from streamctl.errors import StreamctlError
+from streamctl.files import atomic_file, read_json
 from streamctl.runs import provenance
 
 RESULT = Path(__file__).resolve().parent / "results" / "fuzz.json"
-HANG_S = 60
+HANG_S = 60  # of the processor; ten times as long by the clock
+PART = 200  # generated inputs that are run in one go
 
 
 class Campaign:
@@ -165,8 +169,11 @@ def _ends(call: Callable[[], None]) -> tuple[str, str]:
         raise _Hang
 
     output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(HANG_S)
+    timers = {signal.ITIMER_PROF: HANG_S, signal.ITIMER_REAL: 10 * HANG_S}
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, ring)
+    for timer, seconds in timers.items():
+        signal.setitimer(timer, seconds)
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             call()
@@ -188,15 +195,19 @@ def _ends(call: Callable[[], None]) -> tuple[str, str]:
     except Exception:
         return "traceback", traceback.format_exc()[-800:]
     finally:
-        signal.alarm(0)
+        for timer in timers:
+            signal.setitimer(timer, 0)
 
 
-def generated(campaign: Campaign, inputs: int, number: int, minutes: float = 60) -> None:
+def generated(campaign: Campaign, inputs: int, number: int, last: float = math.inf) -> bool:
     """Inputs that Hypothesis generates; the campaign counts failures, nothing is shrunk.
 
-    After `minutes` no further input is run or counted.
+    Args:
+        number: the seed. last: when no further input is run, by the system's clock.
+
+    Returns:
+        whether all were run.
     """
-    last = time.monotonic() + 60 * minutes
 
     @seed(number)
     @settings(
@@ -208,24 +219,28 @@ def generated(campaign: Campaign, inputs: int, number: int, minutes: float = 60)
     )
     @given(sources())
     def each(files: dict[str, bytes]) -> None:
-        if time.monotonic() > last:
+        if time.time() > last:
             raise _OutOfTime
         done = sum(campaign.ends.values())
         way = {5: "prepare", 10: "doctor", 15: "export"}.get(done % 30, "reader")
         campaign.run(repr(files)[:2000], files, way)
 
-    with contextlib.suppress(_OutOfTime):
+    try:
         each()
+    except _OutOfTime:
+        return False
+    return True
 
 
-def share(
-    top: str, inputs: int, minutes: float, number: int
-) -> tuple[Counter[str], list[dict[str, Any]]]:
-    """What one worker does: its part of the generated inputs, in a folder of its own."""
-    folder = Path(tempfile.mkdtemp(dir=top))
-    campaign = Campaign(folder)
-    generated(campaign, inputs, number, minutes)
-    return campaign.ends, campaign.failures
+def part(folder: Path, scratch: str, last: float, number: int) -> None:
+    """Run `PART` generated inputs, unless that has been done; how they ended goes to a file."""
+    file = folder / f"part-{number}.json"
+    if file.exists() or time.time() > last:
+        return
+    campaign = Campaign(Path(tempfile.mkdtemp(dir=scratch)))
+    if generated(campaign, PART, number, last):
+        with atomic_file(file) as path:
+            path.write_text(json.dumps({"ends": campaign.ends, "failures": campaign.failures}))
 
 
 def corpus(campaign: Campaign, ways: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
@@ -240,11 +255,13 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=60, help="stop generating after this")
+    parser.add_argument("--minutes", type=float, default=60, help="break off after this")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--folder", type=Path, help="go on with a campaign that was broken off")
     options = parser.parse_args()
     started = time.monotonic()
+    last = time.time() + 60 * options.minutes
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as top:
         campaign = Campaign(Path(top))
         for name, way, end in corpus(campaign, ("prepare", "doctor")):
@@ -253,14 +270,16 @@ def main() -> None:
         for name in list(CORPUS)[::6]:
             campaign.run(name, None, "process")
         processes = sum(campaign.ends.values()) - entries
-        part = -(-options.inputs // options.workers)
+        folder = options.folder or Path(tempfile.mkdtemp(dir=top))
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = range(options.seed, options.seed + -(-options.inputs // PART))
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as workers:
-            numbers = range(options.seed, options.seed + options.workers)
-            for ends, failures in workers.map(
-                share, repeat(top), repeat(part), repeat(options.minutes), numbers
-            ):
-                campaign.ends += ends
-                campaign.failures += failures
+            list(workers.map(part, repeat(folder), repeat(top), repeat(last), numbers))
+        for number in numbers:
+            if (file := folder / f"part-{number}.json").exists():
+                found = read_json(file)
+                campaign.ends += Counter(found["ends"])
+                campaign.failures += found["failures"]
     receipt = {
         "name": "fuzz",
         "command": f"python benchmarks/fuzz.py --json --save --inputs {options.inputs}",
