@@ -7,7 +7,7 @@ generates in every format with odd ids and times, damage to the bytes, and trunc
 (tests/odd_logs.py). Each goes through the reader, the filters and the numbering with one of ten
 settings; one in ten through the whole `data prepare`, `data doctor` or `data export` as the command
 line runs it (in this process, for speed), and a sample through a process of its own. Counted are
-tracebacks (any other exception, or more than one line), hangs (more than 60 s of the processor), and
+tracebacks (any other exception, or more than one line), hangs (more than 60 s of the processor) and
 stages left half-written; the exit code is 1 if there is any. With `--folder`, a campaign that was
 broken off goes on where it was; `--minutes` breaks it off.
 """
