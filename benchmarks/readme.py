@@ -23,7 +23,7 @@ BRIEF = (
     "popularity", "transitions", "knn", "ranker", "sasrec_ce", "tiger", "stream_pt", "stream_sft",
     "stream_rl", "l0", "random",
 )  # fmt: skip
-NONE = "No receipt is here yet: `python benchmarks/thinker.py RUN --save NAME` makes one."
+NONE = "No receipt is here yet: `streamctl reproduce` and `benchmarks/thinker.py` make them."
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -69,47 +69,55 @@ def users(receipt: Mapping[str, Any]) -> int:
     return max(row["users"] for row in receipt["rows"])
 
 
-def thinkers(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """For each set: every row of all users, and the rows that change one thing."""
-    if not found:
-        return NONE
-    parts = []
-    for name, receipt in found.items():
-        top = best(receipt)
-        rows = [
-            [
-                draw.TITLES.get(row["method"], row["method"]),
-                *(f"{row[key]:.4f}" for key in ("recall@10", "ndcg@10", "ndcg@10_masked")),
-                interval(top.get(f"vs_{row['method']}")),
-                f"{row['train_s'] / 60:.1f}" if row.get("train_s") else "",
-                f"{row['ms_per_user']:.2f}",
-            ]
-            for row in draw.main_rows(receipt)
-        ]
-        head = ["", "recall@10", "ndcg@10", "ndcg@10, masked", f"{draw.TITLES[top['method']]} less "
-                "this, 95%", "minutes of training", "ms a user"]  # fmt: skip
-        parts.append(f"**{name}**, {users(receipt):,} users:\n\n{markdown(head, rows)}")
-        some = [row for row in receipt["rows"] if "ndcg@10" not in row]
-        if some:
-            named = [
-                [
-                    row["method"].replace("_", " "), "" if row["l"] is None else str(row["l"]),
-                    f"{row['ndcg@10_masked']:.4f}", f"{row['ms_per_user']:.2f}",
-                ]
-                for row in some
-            ]  # fmt: skip
-            head = ["one thing changed", "l", "ndcg@10, masked", "ms a user"]
-            many = max(row["users"] for row in some)
-            parts.append(f"SFT's policy on {many:,} users:\n\n{markdown(head, named)}")
-    parts.append("![Masked ndcg@10 of every method](img/results.svg)")
+# What thinking brings: words, the row (None: STREAM-Rec's best), what it is compared with.
+QUESTIONS = (
+    ("over no thought (l = 0)", None, "vs_l0"), ("over counts of what followed", None,
+    "vs_transitions"), ("over kNN", None, "vs_knn"), ("over TIGER", None, "vs_tiger"),
+    ("over SASRec (CE)", None, "vs_sasrec_ce"), ("over the ranker", None, "vs_ranker"),
+    ("both re-ranked: over TIGER", None, "rerank_vs_tiger+rerank"),
+    ("both re-ranked: over SASRec (CE)", None, "rerank_vs_sasrec_ce+rerank"),
+    ("both re-ranked: over the ranker", None, "rerank_vs_ranker+rerank"),
+    ("SFT over pretraining", "stream_sft", "vs_stream_pt"),
+    ("RL over SFT", "stream_rl", "vs_stream_sft"),
+    ("the letter's thoughts over none", "letter_stream_sft", "vs_letter_no_thinking"),
+)  # fmt: skip
+
+
+def thinking(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a question, a column a set: the 95% interval of the difference."""
+    lines = []
+    for words, method, key in QUESTIONS:
+        cells = []
+        for receipt in tables.values():
+            rows = {row["method"]: row for row in receipt["rows"]}
+            row = best(receipt) if method is None else rows.get(method, {})
+            cells.append(interval(row.get(key)))
+        if any(cells):
+            lines.append([words, *cells])
+    return markdown(["", *tables], lines)
+
+
+def changes(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a changed thing, a column a set: masked ndcg@10 and what it differs by."""
+    names: dict[tuple[str, int], list[str]] = {}
+    for place, receipt in enumerate(found.values()):
+        for row in receipt["rows"]:
+            if "vs_whole" in row:
+                cells = names.setdefault((row["method"], row["l"]), [""] * len(found))
+                cells[place] = f"{row['ndcg@10_masked']:.4f} ({interval(row['vs_whole'])})"
+                if row["method"] in ("length", "whole"):
+                    cells[place] = f"{row['ndcg@10_masked']:.4f}, {row['ms_per_user']:.1f} ms"
+    lines = [[f"l = {l}" if name == "length" else name.replace("_", " "), *cells]
+             for (name, l), cells in names.items()]  # fmt: skip  # noqa: E741
+    pictures = ["![Masked ndcg@10 of every method](img/results.svg)"]
     if "lengths.svg" in draw.pictures():
-        parts.append("![ndcg@10 by length of the thought](img/lengths.svg)")
-    return "\n\n".join(parts)
+        pictures.append("![ndcg@10 by length of the thought](img/lengths.svg)")
+    return "\n\n".join([markdown(["", *found], lines), *pictures])
 
 
 def table(receipt: Mapping[str, Any]) -> str:
-    """Rows of `streamctl reproduce`: bare and re-ranked, and what the best has more."""
-    rows = []
+    """Rows of `streamctl reproduce`: bare and re-ranked, and what STREAM-Rec has more."""
+    top, rows = best(receipt), []
     for row in receipt["rows"]:
         published = row["published"]
         figures = (row["recall@10"], row["ndcg@10"], row["ndcg@10_masked"],
@@ -119,11 +127,14 @@ def table(receipt: Mapping[str, Any]) -> str:
                 row["method"], str(row["seeds"]),
                 f"{published['ndcg@10']:.4f}" if published else "",
                 *("" if value is None else f"{value:.4f}" for value in figures),
-                *(interval(row.get(f"vs_{other}")) for other in ("ranker", "tiger", "l0")),
+                interval(top.get(f"vs_{row['method']}")),
+                f"{row['prefixes'] / 1e6:.2f}" if row["prefixes"] else "",
+                f"{row['train_s'] / 60:.1f}", f"{row['ms_per_user']:.1f}",
             ]
         )  # fmt: skip
-    head = ["", "seeds", "ndcg@10 in print", "recall@10", "ndcg@10", "masked", "masked, re-ranked"]
-    return markdown([*head, "less ranker", "less TIGER", "less no thought"], rows)
+    head = ["", "seeds", "in print", "recall@10", "ndcg@10", "masked", "masked, re-ranked",
+            f"{top['method']} less this", "million prefixes", "minutes", "ms"]  # fmt: skip
+    return f"{receipt['users']:,} users of {receipt['data']}\n\n{markdown(head, rows)}"
 
 
 def commands() -> str:
@@ -173,7 +184,7 @@ SPEED = ("kernels", "decode", "train")  # those with a place of their own in doc
 
 def render() -> dict[str, str]:
     """Block name -> markdown, for every receipt that is there, for the settings and commands."""
-    blocks, receipts, more, tables = {}, {}, [], []
+    blocks, receipts, more, tables = {}, {}, [], {}
     for path in sorted(RESULTS.glob("*.json")):
         receipt = receipts[path.stem] = json.loads(path.read_text())
         if path.stem.startswith("thinker-"):
@@ -181,7 +192,7 @@ def render() -> dict[str, str]:
         if receipt["name"] in BLOCKS:
             blocks[path.stem] = BLOCKS[receipt["name"]](receipt)
         elif path.stem.startswith("table-"):
-            tables.append(f"**{path.stem.removeprefix('table-')}**\n\n{table(receipt)}")
+            tables[path.stem.removeprefix("table-")] = receipt
         elif "rows" in receipt and "ratio" in receipt["rows"][0]:
             if path.stem in SPEED:
                 blocks[path.stem] = speed(receipt)
@@ -190,8 +201,9 @@ def render() -> dict[str, str]:
     found = draw.receipts()
     return blocks | {
         "results": results(found),
-        "thinkers": thinkers(found),
-        "tables": "\n\n".join(tables) or "None was made of this version yet.",
+        "tables": "\n\n".join(f"**{name}**, {table(one)}" for name, one in tables.items()) or NONE,
+        "thinking": thinking(tables) if tables else NONE,
+        "changes": changes(found) if found else NONE,
         "more-speed": "\n\n".join(more) or "No other receipt is here yet.",
         "commands": commands(),
         "arithmetic": scale_tables.arithmetic(receipts),

@@ -108,7 +108,7 @@ def main_rows(receipt: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def results(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Masked ndcg@10 of every method, a panel a set; STREAM-Rec in blue."""
+    """Masked ndcg@10 of every method, with its 95% interval; a panel a set, STREAM-Rec in blue."""
     names = [
         name
         for name in TITLES
@@ -120,7 +120,8 @@ def results(found: Mapping[str, Mapping[str, Any]]) -> str:
     for panel, (name, receipt) in enumerate(found.items()):
         x = left + panel * (wide + 20)
         rows = {row["method"]: row for row in main_rows(receipt)}
-        most = max(row["ndcg@10_masked"] for row in rows.values())
+        most = max(max(row.get("ndcg@10_masked_95", (row["ndcg@10_masked"],)))
+                   for row in rows.values())  # fmt: skip
         parts.append(text(x, 30, f"{name}, masked ndcg@10", bold=True))
         for place, method in enumerate(names):
             if method not in rows:
@@ -130,7 +131,11 @@ def results(found: Mapping[str, Mapping[str, Any]]) -> str:
             length = value / most * (wide - 60)
             parts.append(f'<rect x="{x}" y="{y}" width="{length:.1f}" height="15" rx="3" '
                          f'fill="{color}"/>')  # fmt: skip
-            parts.append(text(x + length + 6, y + 12, f"{value:.4f}", color=MUTED, size=12))
+            low, high = rows[method].get("ndcg@10_masked_95", (value, value))
+            ends = [(x + bound / most * (wide - 60), y + 7.5) for bound in (low, high)]
+            parts.append(line(ends, INK, 1))
+            where = max(x + length, ends[1][0]) + 6
+            parts.append(text(where, y + 12, f"{value:.4f}", color=MUTED, size=12))
     width = left + len(found) * (wide + 20)
     return svg(width, 70 + tall * len(names), parts, "Masked ndcg@10 of every method")
 
