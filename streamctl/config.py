@@ -255,7 +255,7 @@ class RerankConfig:
     methods: tuple[str, ...] = ()  # whose candidates; empty: each method of the run by itself
     depth: int = 100  # candidates of each method, beside those that the hops bring
     users: int = 5000  # validation users who teach and judge, by folds; 0: everyone
-    trees: int = 300
+    trees: int = 100
     lr: float = 0.05
     seed: int = 0
 

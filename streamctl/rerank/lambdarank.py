@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -67,13 +67,21 @@ class LambdaRank:
 
     @classmethod
     def fit(
-        cls, groups: Groups, *, trees: int, lr: float, seed: int, valid: Groups | None = None
+        cls,
+        groups: Groups,
+        *,
+        trees: int,
+        lr: float,
+        seed: int,
+        valid: Groups | None = None,
+        parameters: Mapping[str, Any] | None = None,
     ) -> LambdaRank:
         """Grow trees.
 
         Args:
             trees: at most; exactly so many without `valid`.
             valid: groups that say when to stop.
+            parameters: LightGBM's, in the place of some of `PARAMETERS`.
 
         Raises:
             StreamctlError: no group has its target among its candidates, or LightGBM is missing.
@@ -82,13 +90,13 @@ class LambdaRank:
         if not len(groups.sizes):
             raise StreamctlError("there is nothing to rank: no candidate is anybody's target")
         data = library.Dataset(groups.features, groups.hits, group=groups.sizes)
-        parameters = PARAMETERS | {"learning_rate": lr, "seed": seed % 2**31}
+        settings = {**PARAMETERS, **(parameters or {}), "learning_rate": lr, "seed": seed % 2**31}
         options = {}
         if valid is not None and len(valid.sizes):
             held = library.Dataset(valid.features, valid.hits, group=valid.sizes, reference=data)
             stop = library.early_stopping(PATIENCE, verbose=False)
             options = {"valid_sets": [held], "callbacks": [stop]}
-        return cls(library.train(parameters, data, trees, **options))
+        return cls(library.train(settings, data, trees, **options))
 
     @property
     def trees(self) -> int:
