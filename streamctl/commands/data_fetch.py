@@ -12,8 +12,7 @@ from streamctl.commands.options import Json, option, print_json
 
 def command(
     name: Annotated[
-        str,
-        typer.Argument(help="ml-1m, amazon-2014-beauty, Video_Games, ...; none: list them."),
+        str, typer.Argument(help="ml-1m, amazon-2014-beauty, Video_Games, ...; none: list them.")
     ] = "",
     into: Path | None = option("Folder to make.", show_default="data/NAME"),
     mirror: str | None = option("http(s) address of a folder with the set's files."),

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from streamctl.commands.options import (
-    Job,
-    option,
-    print_json,
-    print_table,
-    stage_command,
-    switch,
-)
+from streamctl.commands.options import Job, option, print_json, print_table, stage_command, switch
 
 if TYPE_CHECKING:
     from streamctl.runs import Stage

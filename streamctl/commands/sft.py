@@ -7,8 +7,7 @@ from streamctl.commands.options import Job, print_stage, stage_command, switch, 
 
 @stage_command()
 def command(
-    job: Job,
-    strict: bool = switch("Exit with 1 if the think labels have collapsed.", "--strict"),
+    job: Job, strict: bool = switch("Exit with 1 if the think labels have collapsed.", "--strict")
 ) -> None:
     """Stage 2: learn to think, by weighing the evidence of each history (Eqs. 14-19).
 

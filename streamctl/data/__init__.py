@@ -9,15 +9,7 @@ from streamctl.data.split import Examples, Split
 from streamctl.data.synthetic import synthesize
 from streamctl.runs import RunDir
 
-__all__ = [
-    "Catalog",
-    "Examples",
-    "InteractionLog",
-    "Split",
-    "load_data",
-    "prepare",
-    "synthesize",
-]
+__all__ = ["Catalog", "Examples", "InteractionLog", "Split", "load_data", "prepare", "synthesize"]
 
 
 def load_data(run: RunDir) -> tuple[Catalog, Split]:

@@ -28,10 +28,7 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
         StreamctlError: no zip, a member with a path out of the folder, a link, more or larger
             files than MAX_FILES and MAX_BYTES, damage; names the member.
     """
-    with (
-        disk_errors(folder),
-        tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as scratch,
-    ):
+    with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as scratch:
         try:
             with zipfile.ZipFile(archive) as file:
                 members = _safe(file, archive)

@@ -32,10 +32,7 @@ class Examination:
 
 
 def examine(
-    source: Path,
-    config: DataConfig,
-    *,
-    columns: Mapping[str, str] | None = None,
+    source: Path, config: DataConfig, *, columns: Mapping[str, str] | None = None
 ) -> Examination:
     """Read a source as `data prepare` would and look for what makes results wrong.
 

@@ -22,11 +22,7 @@ from streamctl.runs import RunDir, Stage
 
 
 def prepare(
-    run: RunDir,
-    config: DataConfig,
-    *,
-    columns: dict[str, str] | None = None,
-    force: bool = False,
+    run: RunDir, config: DataConfig, *, columns: dict[str, str] | None = None, force: bool = False
 ) -> Stage:
     """Read `config.source` and write the data stage.
 

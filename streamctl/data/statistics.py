@@ -24,11 +24,7 @@ SORTED = 0.95  # neighbours in ascending id order; order by time gives about one
 
 
 def describe(
-    raw: RawLog,
-    read: dict[str, int],
-    log: InteractionLog,
-    catalog: Catalog,
-    config: DataConfig,
+    raw: RawLog, read: dict[str, int], log: InteractionLog, catalog: Catalog, config: DataConfig
 ) -> dict[str, Any]:
     """Statistics of a prepared log, as statistics.json holds them.
 

@@ -150,11 +150,7 @@ def choose_codes(items: int, config: TokenizeConfig) -> int:
 
 
 def encode_items(
-    stage: StageWriter,
-    catalog: Catalog,
-    config: TokenizeConfig,
-    device: torch.device,
-    state: State,
+    stage: StageWriter, catalog: Catalog, config: TokenizeConfig, device: torch.device, state: State
 ) -> None:
     """Texts -> item_vectors.npy, with the encoder and the projection beside it (Eq. 4).
 

@@ -48,8 +48,5 @@ def _read(files: Files, reading: Reading) -> RawLog:
 
 
 SOURCE = Source(
-    "sequences",
-    "user_sequence.txt (user item item ... a line) + items.jsonl|csv",
-    _find,
-    _read,
+    "sequences", "user_sequence.txt (user item item ... a line) + items.jsonl|csv", _find, _read
 )
