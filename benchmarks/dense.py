@@ -3,9 +3,9 @@
     python benchmarks/dense.py /tmp/dense
     streamctl data prepare /tmp/dense/log.csv --items /tmp/dense/items.csv --run runs/dense
     streamctl tokenize --run runs/dense --encoder tfidf --set codes=32 --set levels=3
-    streamctl reproduce runs/dense --methods popularity,transitions,knn,ranker,stream,sasrec_ce,tiger
-        --size tiny --set pretrain.epochs=3 --set tiger.epochs=3 --set sft.epochs=8
-        --set rl.steps=25 --no-rerank --save benchmarks/results
+    streamctl reproduce runs/dense --size tiny --no-rerank --save benchmarks/results
+        --methods popularity,transitions,knn,ranker,stream,sasrec_ce,tiger
+        --set pretrain.epochs=3 --set tiger.epochs=3 --set sft.epochs=8 --set rl.steps=25
 
 On such logs an early prototype of the weights was below plain counts.
 """
