@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timing import provenance
+from peers import provenance
 
 from streamctl.config import EvalConfig
 from streamctl.decode.evidence import FULL, EvidenceRecommender
