@@ -299,6 +299,19 @@ def test_weights_are_not_kept_where_ndcg_was_bought_with_recall():
     assert not safe({"ndcg@10": 0.14, "recall@50": 0.49}, start)
 
 
+def test_several_processes_have_the_grpo_loss_of_one():
+    explorer = Trainee(small_policy("items")).explorer
+    past, target = histories(40, [5] * 7), torch.arange(7)
+    whole = explorer.loss(batch_of(past, target))[0].item()
+    joined = 0.0
+    for rank in range(3):
+        share = Ranks(rank, 3).share(7)
+        part = batch_of(share.of(past), share.of(target))
+        part = dataclasses.replace(part, share=share, targets=target)
+        joined += explorer.loss(part)[0].item() * share.weight / 7
+    assert joined == pytest.approx(whole, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("updates", [1, 2])
 def test_all_updates_on_a_batch_learn_from_its_first_rollouts(updates):
     policy = small_policy("items")
