@@ -34,7 +34,6 @@ class PolicyRecommender:
         narrow: find no more items than the beam is wide, as an evaluation of a beam must; otherwise
             it is as wide as items are asked for.
         seed: of the random order of items that share their codes.
-        exact: fp32 throughout, as in `decode.recommend`.
     """
 
     policy: Policy
@@ -44,7 +43,6 @@ class PolicyRecommender:
     decoder: Literal["slow", "direct"] = "slow"
     beam: int = 50
     seed: int = 0
-    exact: bool = False
     narrow: bool = False
 
     def recommend(
@@ -70,7 +68,6 @@ class PolicyRecommender:
         ranking = recommend(
             self.policy, self.trie, histories, count, think=length, beam=self.beam,
             decoder=self.decoder, thoughts=given, exclude=exclude, allow=allow, seed=self.seed,
-            exact=self.exact,
         )  # fmt: skip
         short = 0, k - ranking.items.shape[1]
         items = F.pad(ranking.items, short, value=-1)
