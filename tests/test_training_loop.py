@@ -225,6 +225,22 @@ def test_a_training_that_diverged_after_its_best_epoch_keeps_that(tmp_path):
         state.check()
 
 
+def test_a_first_batch_that_happens_to_be_easy_is_no_sign_of_divergence(tmp_path):
+    module, calls = Toy(), []
+
+    def loss(batch):
+        calls.append(len(batch))
+        value = nn.functional.cross_entropy(module(batch.history), batch.target)
+        return value + (0 if len(calls) == 1 else 8), {}
+
+    with RunDir(tmp_path).begin("toy", BaselineConfig()) as stage:
+        config = BaselineConfig(epochs=2, **SETTINGS | {"batch": 2})
+        result = loop.fit(
+            stage, module, config, loss=loss, examples=Rows(), validate=None, device="cpu"
+        )
+    assert calls[0] <= 2 and result.losses[0] < 5 < result.losses[1]
+
+
 def test_no_examples_is_one_clear_error(tmp_path):
     with (
         RunDir(tmp_path).begin("toy", BaselineConfig()) as stage,
