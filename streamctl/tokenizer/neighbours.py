@@ -97,15 +97,18 @@ class VectorIndex:
 
 def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """`VectorIndex.search` in vectors that are asked once: exact, however many there are."""
+    return _nearest(unit(vectors), unit(queries), k)
+
+
+def _nearest(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same in rows of length one, which are not copied."""
     import faiss
 
-    rows, asked = unit(vectors), unit(queries)
     count = min(k, len(rows))
-    cosine, found = faiss.knn(asked, rows, count, metric=faiss.METRIC_INNER_PRODUCT)
+    cosine, found = faiss.knn(queries, rows, count, metric=faiss.METRIC_INNER_PRODUCT)
     order = np.lexsort((found, -cosine))
-    return np.take_along_axis(found, order, 1).astype(np.int64), np.take_along_axis(
-        cosine, order, 1
-    )
+    found = np.take_along_axis(found, order, 1).astype(np.int64)
+    return found, np.take_along_axis(cosine, order, 1)
 
 
 def earlier_neighbours(vectors: np.ndarray, first: int, k: int) -> np.ndarray:
@@ -120,7 +123,7 @@ def earlier_neighbours(vectors: np.ndarray, first: int, k: int) -> np.ndarray:
     out = np.empty((len(vectors) - first, k), np.int64)
     for start in range(first, len(vectors), TOGETHER):
         queries = vectors[start : start + TOGETHER]
-        found, _ = nearest(vectors[:start], queries, k + SPARE)
+        found, _ = _nearest(vectors[:start], queries, k + SPARE)
         for row, query in enumerate(queries):
             candidates = np.append(found[row], np.arange(start, start + row))
             cosine = (vectors[candidates].astype(np.float64) * query).sum(1)
