@@ -16,14 +16,12 @@ from streamctl.evaluation.methods import answering, best_method, load_best, load
 from streamctl.evaluation.refit import refit
 from streamctl.evaluation.rerank import ranks_by_folds, rerank
 from streamctl.evaluation.stage import evaluate_run, read_result
-from streamctl.evaluation.update import update
 from streamctl.ranking import evaluate, gains
 from streamctl.rerank import features
 from streamctl.rerank.fit import FOLDS, folds
 from streamctl.rerank.lambdarank import Groups, LambdaRank
 from streamctl.retrieval.transitions import pair_weights
 from streamctl.runs import RunDir
-from streamctl.tokenizer import SemanticIds
 from streamctl.tokenizer.stage import tokenize
 
 COUNTING = ("transitions", "knn", "ranker")
@@ -224,39 +222,3 @@ def test_refit_takes_a_ranker_as_it_is_and_trains_item_vectors_again(run, tmp_pa
     # Its parents change: it is out of date, and the run answers by what is there.
     train_baseline(copy, BaselineConfig(name="gru4rec", seed=1, **quick), device="cpu", force=True)
     assert answering(copy)[0].path == copy.path
-
-
-def test_a_newer_log_goes_on_with_the_codes_and_trees_of_an_older_run(run, tmp_path):
-    """Users and items that came since: old items keep their codes, new ones get free ones."""
-    old_catalog = load_data(run)[0]
-    newer = RunDir(tmp_path / "newer")
-    synthesize(newer, users=450, items=180, seed=0)
-    made = update(run, newer)
-    assert {"tokenizer", *(f"baselines/{name}" for name in COUNTING)} <= set(made)
-    catalog, split = load_data(newer)
-    before, after = (
-        SemanticIds.load(run.stage("tokenizer")),
-        SemanticIds.load(newer.stage("tokenizer")),
-    )
-    kept = [item for item in catalog.ids if item in set(old_catalog.ids)]
-    assert 0 < len(kept) < len(catalog.ids)
-    for item in kept:
-        one, other = old_catalog.ids.index(item), catalog.ids.index(item)
-        assert (before.codes[one] == after.codes[other]).all()
-    # A new item shares its codes only where every last code under its prefix is taken.
-    rows, counts = np.unique(after.codes, axis=0, return_counts=True)
-    for row in rows[counts > 1]:
-        assert (rows[:, 0] == row[0]).sum() == after.sizes[-1]
-    assert len(rows) > 0.9 * len(catalog.ids)
-    name = "baselines/ranker/trees.txt"
-    assert (newer.path / name).read_bytes() == (run.path / name).read_bytes()
-    newer.require("baselines/ranker")
-    found = evaluate(
-        load_method(newer, "ranker", "cpu"), split.test, n_items=split.n_items, masked=True
-    )
-    popular = evaluate(
-        load_method(newer, "popularity", "cpu"), split.test, n_items=split.n_items, masked=True
-    )
-    assert found.metrics["ndcg@10"] > 1.5 * popular.metrics["ndcg@10"]
-    with pytest.raises(StreamctlError, match="cannot go on from itself"):
-        update(run, run)

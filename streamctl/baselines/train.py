@@ -17,6 +17,7 @@ from streamctl.progress import say
 from streamctl.ranking import evaluate, sample_users
 from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.training.loop import Batch, FitResult, fit
+from streamctl.training.material import warm_start
 
 VALIDATION_USERS = 2000
 _ALWAYS = ("name", "seed")
@@ -62,13 +63,15 @@ def whole_sequences(examples: Examples, history: int) -> Examples:
 
 
 def train_baseline(
-    run: RunDir, config: BaselineConfig, *, device: str = "auto", force: bool = False
-) -> Stage:
+    run: RunDir, config: BaselineConfig, *, device: str = "auto", force: bool = False,
+    warm: Stage | None = None,
+) -> Stage:  # fmt: skip
     """Train one baseline and publish its best weights; the evaluation is `eval`'s.
 
     Args:
         run: a run whose data stage (for tiger also its tokenizer) is complete.
         config: open settings take the method's defaults.
+        warm: TIGER in another run, whose weights this one begins with.
 
     Returns:
         the stage `baselines/NAME`.
@@ -88,8 +91,10 @@ def train_baseline(
             return run.stage(name)
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         model = cls.build(run, config)
+        if warm is not None:
+            warm_start(model.policy, warm)
         if cls.losses:
-            result = _train(run, stage, model, config, device)
+            result = _train(run, stage, model, config, device, start=warm is not None)
         else:
             split = load_data(run)[1]
             model.train_on(split)
@@ -106,8 +111,9 @@ def train_baseline(
 
 
 def _train(
-    run: RunDir, stage: StageWriter, model: Baseline, config: BaselineConfig, device: str
-) -> FitResult:
+    run: RunDir, stage: StageWriter, model: Baseline, config: BaselineConfig, device: str,
+    start: bool,
+) -> FitResult:  # fmt: skip
     _, split = load_data(run)
     examples = split.train
     if model.sequences:
@@ -130,6 +136,7 @@ def _train(
         validate=(lambda: _validated(model, split, config.seed)) if len(split.valid) else None,
         device=resolve_device(device),
         bf16=model.bf16,
+        start=start,
         title=config.name,
     )
 

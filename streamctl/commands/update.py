@@ -7,29 +7,34 @@ from typing import Annotated
 
 import typer
 
-from streamctl.commands.options import Json, Run, print_json
+from streamctl.commands.options import Config, Device, Json, Run, Seed, Sets, print_json
 
 
 def command(
     old: Annotated[Path, typer.Argument(help="The run to go on from.")],
     run: Run,
+    seed: Seed = None,
+    config: Config = None,
+    set_: Sets = None,
+    device: Device = "auto",
     json_: Json = False,
 ) -> None:
-    """Make the stages of a newer log from an older run's, without training.
+    """Make the stages of a newer log from an older run's: its codes stay, its weights train on.
 
-    Items that both know keep their codes, new ones get free codes by their text; models of codes
-    and evidence keep their weights; counts and memories are of the new log. `eval` shows what
-    that is worth, beside what is trained anew in another run.
+    Items that both know keep their codes, new ones get free codes by their text. Pretraining
+    goes on for a few epochs, with the settings of the older run; what follows is made from it.
+    `eval` shows what that is worth, beside what is trained anew in another run.
 
     Reads: OLD; data of the run (`data prepare` of the newer log). Writes: RUN/tokenizer and the
     stages of OLD that do not know single items.
-    Example: `streamctl update runs/june --run runs/july`.
+    Interrupt it at any time; the same command continues.
+    Example: `streamctl update runs/june --run runs/july --set pretrain.epochs=2`.
     Next: `streamctl eval --run RUN`, `streamctl refit --run RUN`.
     """
     from streamctl.evaluation.update import update
     from streamctl.runs import RunDir
 
-    made = update(RunDir(old), RunDir(run))
+    made = update(RunDir(old), RunDir(run), file=config, sets=set_ or (), seed=seed, device=device)
     if json_:
         print_json({"run": str(run), "stages": made})
     else:

@@ -90,25 +90,17 @@ def _again(source: Stage, target: RunDir, device: str) -> None:
     """A stage in another run: trained anew where it must be, else as it is."""
     name = source.name
     own = name.removeprefix("baselines/")
-    kind = None if own == name or name == TWIN else baseline_class(own)
-    if kind is None or not kind.losses:
-        carry(source, target)
-        return
     base = source.manifest["config"]
-    epochs = source.manifest["best_epoch"] + 1
-    config = configs.resolve(configs.BaselineConfig, base={**base, "epochs": epochs, "patience": 0})
-    train_baseline(target, config, device=device)
-
-
-def carry(source: Stage, target: RunDir) -> Stage:
-    """A stage's artifacts as they are, in another run, made from that run's parents."""
-    config = configs.resolve(maker(source.name)[1], base=source.manifest["config"])
-    parents = list(source.manifest["parents"])
-    with target.begin(source.name, config, parents=parents) as stage:
+    if own != name and name != TWIN and baseline_class(own).losses:
+        more = {"epochs": source.manifest["best_epoch"] + 1, "patience": 0}
+        config = configs.resolve(configs.BaselineConfig, base=base | more)
+        train_baseline(target, config, device=device)
+        return
+    config = configs.resolve(maker(name)[1], base=base)
+    with target.begin(name, config, parents=list(source.manifest["parents"])) as stage:
         if stage is not None:
             _copy(source, stage, set(source.manifest["artifacts"]))
             stage.publish(**_own(source), carried_from=source.hash)
-    return target.stage(source.name)
 
 
 def _copy(source: Stage, stage: StageWriter, names: set[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from streamctl.errors import StreamctlError
+from streamctl.progress import warn
 
 Right = Literal["read", "write"]
 READ_VARIABLE = "STREAMCTL_READ_KEYS"
@@ -34,12 +35,8 @@ class KeyRing:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.problem: StreamctlError | None = None
-        self._stamp: tuple[int, int, int] | None = None
-        self._keys: list[tuple[Right, bytes]] = []
-        self._load()
-        if path is not None and not self._keys:
-            raise StreamctlError("it holds no key", where=path, run=_MAKE_ONE)
+        self._stamp = self._stamp_now()
+        self._keys = self._read()
 
     @property
     def guards_reading(self) -> bool:
@@ -55,76 +52,59 @@ class KeyRing:
         """
         self._refresh()
         digest = _digest(key)
-        found: Right | None = None
-        for right, known in self._keys:
-            if hmac.compare_digest(digest, known) and found != "write":
-                found = right
-        return found
+        rights = {right for right, known in self._keys if hmac.compare_digest(digest, known)}
+        return max(rights, default=None)  # "write" includes "read"
 
     def _refresh(self) -> None:
-        """Read a changed file; one that has become unreadable keeps the last keys in force."""
-        if self.path is None:
+        """Read a changed file; one that cannot be used keeps the last keys in force."""
+        if (stamp := self._stamp_now()) == self._stamp:
             return
+        self._stamp = stamp
         try:
-            if self._stamp_now() != self._stamp:
-                before = self._keys
-                self._load()
-                self.problem = None
-                if before and not self._keys:
-                    # A file that has lost its keys must not open the door to everybody.
-                    self._keys = before
-                    raise StreamctlError("it holds no key any more; the last ones stay in force")
-        except (OSError, StreamctlError) as error:
-            text = f"the changed key file is not used: {error}"
-            self.problem = StreamctlError(text, where=self.path)
+            self._keys = self._read()
+        except StreamctlError as error:
+            warn(f"the changed key file is not used, the last keys stay in force: {error}")
 
-    def _stamp_now(self) -> tuple[int, int, int]:
-        status = os.stat(self.path)
+    def _stamp_now(self) -> tuple[int, int, int] | None:
+        if self.path is None:
+            return None
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
         return status.st_mtime_ns, status.st_size, status.st_ino
 
-    def _load(self) -> None:
-        keys = [
-            (right, _digest(key))
-            for variable, right in ((READ_VARIABLE, "read"), (WRITE_VARIABLE, "write"))
-            for key in _checked(variable, os.environ.get(variable, "").split(","))
-        ]
-        stamp = None
-        if self.path is not None:
-            try:
-                stamp = self._stamp_now()
-                text = self.path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "not a text file"
-                raise StreamctlError(f"cannot be read: {reason}", where=self.path) from error
-            for number, line in enumerate(text.splitlines(), 1):
-                words = line.partition("#")[0].split()
-                if not words:
-                    continue
-                if len(words) != 2 or words[0] not in ("read", "write"):
-                    raise StreamctlError(
-                        "not `read KEY` or `write KEY`", where=self.path, line=number
-                    )
-                _check_length(words[1], self.path, number)
-                keys.append((words[0], _digest(words[1])))
-        self._keys, self._stamp = keys, stamp
+    def _read(self) -> list[tuple[Right, bytes]]:
+        found: list[tuple[Right, bytes]] = []
+        for variable, right in ((READ_VARIABLE, "read"), (WRITE_VARIABLE, "write")):
+            given = os.environ.get(variable, "").split(",")
+            for key in filter(None, map(str.strip, given)):
+                found.append((right, _checked(key, f"${variable}", None)))
+        if self.path is None:
+            return found
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise StreamctlError(f"cannot be read: {reason}", where=self.path) from error
+        for number, line in enumerate(text.splitlines(), 1):
+            words = line.partition("#")[0].split()
+            if words and (len(words) != 2 or words[0] not in ("read", "write")):
+                raise StreamctlError("not `read KEY` or `write KEY`", where=self.path, line=number)
+            if words:
+                found.append((words[0], _checked(words[1], self.path, number)))
+        if not found:  # a file that has lost its keys must not open the door to everybody
+            raise StreamctlError("it holds no key", where=self.path, run=_MAKE_ONE)
+        return found
 
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
-def _checked(variable: str, keys: list[str]) -> list[str]:
-    keys = [key.strip() for key in keys if key.strip()]
-    for key in keys:
-        _check_length(key, f"${variable}", None)
-    return keys
-
-
-def _check_length(key: str, where: str | Path, line: int | None) -> None:
+def _checked(key: str, where: str | Path, line: int | None) -> bytes:
+    """The digest of a key that is long enough."""
     if len(key) < SHORTEST:
-        raise StreamctlError(
-            f"a key has {len(key)} characters; {SHORTEST} is the least",
-            where=where,
-            line=line,
-            run=_MAKE_ONE,
-        )
+        what = f"a key has {len(key)} characters; {SHORTEST} is the least"
+        raise StreamctlError(what, where=where, line=line, run=_MAKE_ONE)
+    return _digest(key)

@@ -53,7 +53,7 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
         raise Refused("invalid", f"{prefix}/method", f"the run has no such method; {hint}")
     allow = None if query.allow is None else set(store.known(query.allow, f"{prefix}/allow"))
     for name, values in query.filter.items():
-        having = set(store.with_values(name, values, f"{prefix}/filter").tolist())
+        having = set(store.with_values(name, values, f"{prefix}/filter"))
         allow = having if allow is None else allow & having
     denied = [item for item in store.indexes(query.deny) if item is not None]
     details = {

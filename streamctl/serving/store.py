@@ -56,12 +56,31 @@ CREATE TABLE IF NOT EXISTS codes(number INTEGER, tokenizer TEXT, codes TEXT, vec
 CREATE INDEX IF NOT EXISTS codes_codes ON codes(codes);
 CREATE TABLE IF NOT EXISTS removed(seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT, number INTEGER);
 CREATE INDEX IF NOT EXISTS removed_id ON removed(id);
+CREATE INDEX IF NOT EXISTS removed_number ON removed(number);
 CREATE TABLE IF NOT EXISTS interactions(seq INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT,
                                         items TEXT, data TEXT);
 CREATE INDEX IF NOT EXISTS interactions_user ON interactions(user);
 CREATE TABLE IF NOT EXISTS forgotten(seq INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT UNIQUE);
 CREATE VIRTUAL TABLE IF NOT EXISTS titles USING {_FTS};
 """
+
+# An item that came while serving is gone, too, where the run has one of its id: it is of a log that
+# was prepared since.
+_VIEWS = """
+CREATE TEMP VIEW of_run AS
+SELECT item, id, title, fields, codes, taken,
+       EXISTS (SELECT 1 FROM main.removed AS r WHERE r.id = i.id AND r.number IS NULL) AS gone
+FROM base.items AS i;
+CREATE TEMP VIEW of_live AS
+SELECT i.number + {last} AS item, i.number, i.id, i.title, i.text, i.fields, c.codes, c.vector,
+       EXISTS (SELECT 1 FROM main.removed AS r WHERE r.number = i.number)
+       OR EXISTS (SELECT 1 FROM of_run AS b WHERE b.id = i.id AND NOT b.gone) AS gone
+FROM main.items AS i
+LEFT JOIN main.codes AS c ON c.number = i.number AND c.tokenizer = '{tokenizer}';
+CREATE TEMP VIEW item AS
+SELECT item, id, codes, gone FROM of_run UNION ALL SELECT item, id, codes, gone FROM of_live;
+"""
+VARIABLES = 30_000  # of one query; SQLite takes 32,766
 
 
 class Refused(Exception):
@@ -139,12 +158,11 @@ class Store:
         tokenizer, data: hashes of the run's stages; codes and interactions belong to them.
     """
 
-    def __init__(self, run: RunDir, folder: Path | None = None, live: Path | None = None):
+    def __init__(self, run: RunDir, folder: Path | None = None):
         """Open both files; make the run's catalogue if it is not there yet.
 
         Args:
             folder: where they are; by default `RUN/serving`.
-            live: the file of changes, where it is not `live.sqlite` in the folder.
 
         Raises:
             StreamctlError: no such run, a folder that cannot be written, or a damaged file.
@@ -159,7 +177,7 @@ class Store:
             if not catalog.exists():
                 make_catalog(run, catalog)
             self._db = sqlite3.connect(
-                live or self.folder / LIVE, BUSY_S, isolation_level=None, check_same_thread=False
+                self.folder / LIVE, BUSY_S, isolation_level=None, check_same_thread=False
             )
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.executescript(
@@ -167,6 +185,7 @@ class Store:
             )
             self._db.execute("ATTACH ? AS base", [str(catalog)])
             self.base = self._one("SELECT count(*) FROM base.items")
+            self._db.executescript(_VIEWS.format(last=self.base - 1, tokenizer=self.tokenizer))
         except (OSError, sqlite3.Error) as error:
             raise StreamctlError(
                 f"the store cannot be opened: {getattr(error, 'strerror', None) or error}",
@@ -180,6 +199,14 @@ class Store:
     def _all(self, sql: str, *values: Any) -> list[Any]:
         with self._lock:
             return self._db.execute(sql, values).fetchall()
+
+    def _among(self, sql: str, wanted: Sequence[Any], *values: Any) -> list[Any]:
+        """Rows of a query with {} in the place of a list, behind its other values."""
+        rows = []
+        for start in range(0, len(wanted), VARIABLES):
+            part = wanted[start : start + VARIABLES]
+            rows += self._all(sql.format(",".join("?" * len(part))), *values, *part)
+        return rows
 
     def _one(self, sql: str, *values: Any) -> Any:
         """The first column of the first row, or None."""
@@ -205,25 +232,10 @@ class Store:
 
     def indexes(self, ids: Sequence[str]) -> list[int | None]:
         """Dense indexes of items that are or were there; None for ids that never were."""
-        found: dict[str, int] = {}
-        for start in range(0, len(ids), 500):
-            part = list(ids[start : start + 500])
-            marks = ",".join("?" * len(part))
-            found |= self._all(f"SELECT id, item FROM base.items WHERE id IN ({marks})", *part)
-            if self._has_live:
-                for id_, number in self._all(
-                    f"SELECT id, max(number) FROM items WHERE id IN ({marks}) GROUP BY id", *part
-                ):
-                    if id_ not in found or self._base_removed(id_):
-                        found[id_] = self.base + number - 1
+        # Of several with one id the present one is last, or the latest that was there.
+        sql = "SELECT id, item FROM item WHERE id IN ({}) ORDER BY gone DESC, item"
+        found = dict(self._among(sql, list(ids)))
         return [found.get(id_) for id_ in ids]
-
-    @property
-    def _has_live(self) -> bool:
-        return self._one("SELECT max(number) FROM items") is not None
-
-    def _base_removed(self, id_: str) -> bool:
-        return bool(self._all("SELECT 1 FROM removed WHERE id = ? AND number IS NULL", id_))
 
     def known(self, ids: Sequence[str], field: str) -> list[int]:
         """As `indexes`, but an id that never was is refused with its place below `field`.
@@ -239,46 +251,34 @@ class Store:
 
     def index(self, id_: str) -> int | None:
         """Dense index of an item that is there; None if there is none."""
-        item = self.indexes([id_])[0]
-        return None if item is None or self._is_removed(item, id_) else item
+        return self._one("SELECT item FROM item WHERE id = ? AND NOT gone", id_)
 
-    def _is_removed(self, item: int, id_: str) -> bool:
-        if item < self.base:
-            return self._base_removed(id_)
-        number = item - self.base + 1
-        return bool(self._all("SELECT 1 FROM removed WHERE id = ? AND number = ?", id_, number))
+    def _of_items(self, columns: str, items: Iterable[int], where: str = "1") -> list[Any]:
+        """Columns of some items by dense index, in any order."""
+        wanted = sorted(set(items))
+        numbers = [item - self.base + 1 for item in wanted if item >= self.base]
+        sql = f"SELECT {columns} FROM %s WHERE {where} AND %s IN ({{}})"
+        rows = self._among(sql % ("of_run", "item"), wanted[: len(wanted) - len(numbers)])
+        return rows + self._among(sql % ("of_live", "number"), numbers)
 
     def describe(self, items: Iterable[int]) -> list[dict[str, Any]]:
         """id, title, fields, codes and `added` of items, gone or not, by dense index."""
-        return [self._describe(item) for item in items]
-
-    def _describe(self, item: int) -> dict[str, Any]:
-        if item < self.base:
-            sql = "SELECT id, title, fields, codes FROM base.items WHERE item = ?"
-            [(id_, title, fields, codes)] = self._all(sql, item)
-        else:
-            sql = """SELECT id, title, fields, codes FROM items LEFT JOIN codes
-                     ON codes.number = items.number AND tokenizer = ? WHERE items.number = ?"""
-            [(id_, title, fields, codes)] = self._all(sql, self.tokenizer, item - self.base + 1)
-        known = {"id": id_, "title": title, "fields": json.loads(fields)}
-        return known | {"codes": json.loads(codes or "[]"), "added": item >= self.base}
-
-    def names(self, items: Sequence[int]) -> dict[int, dict[str, str]]:
-        """{dense index: {id, title}} of some items."""
-        wanted = sorted(set(items))
-        found = {}
-        for start in range(0, len(wanted), 500):
-            part = wanted[start : start + 500]
-            marks = ",".join("?" * len(part))
-            rows = self._all(
-                f"SELECT item, id, title FROM base.items WHERE item IN ({marks})", *part
+        items = list(items)
+        found = {
+            item: {
+                "id": id_, "title": title, "fields": json.loads(fields),
+                "codes": json.loads(codes or "[]"), "added": item >= self.base,
+            }
+            for item, id_, title, fields, codes in self._of_items(
+                "item, id, title, fields, codes", items
             )
-            if part[-1] >= self.base:
-                numbers = [item - self.base + 1 for item in part]
-                sql = f"SELECT number + ?, id, title FROM items WHERE number IN ({marks})"
-                rows += self._all(sql, self.base - 1, *numbers)
-            found |= {item: {"id": id_, "title": title} for item, id_, title in rows}
-        return found
+        }  # fmt: skip
+        return [found[item] for item in items]
+
+    def names(self, items: Iterable[int]) -> dict[int, dict[str, str]]:
+        """{dense index: {id, title}} of some items."""
+        rows = self._of_items("item, id, title", items)
+        return {item: {"id": id_, "title": title} for item, id_, title in rows}
 
     def item(self, id_: str) -> dict[str, Any]:
         """One item that is there.
@@ -286,7 +286,7 @@ class Store:
         Raises:
             Refused: there is none.
         """
-        return self._describe(self.present(id_))
+        return self.describe([self.present(id_)])[0]
 
     def present(self, id_: str) -> int:
         """Dense index of an item that is there.
@@ -305,54 +305,41 @@ class Store:
         Without words, those that most users took.
         """
         if not words.strip():
-            sql = "SELECT item, id FROM base.items ORDER BY taken DESC LIMIT ?"
-            found = self._all(sql, limit + self._one("SELECT count(*) FROM removed"))
-            items = [item for item, id_ in found if not self._is_removed(item, id_)]
-            return {"items": self.describe(items[:limit]), "total": self.count()}
+            sql = "SELECT item FROM of_run WHERE NOT gone ORDER BY taken DESC LIMIT ?"
+            items = [item for (item,) in self._all(sql, limit)]
+            return {"items": self.describe(items), "total": self.count()}
         phrases = [" ".join(words_of(part)) for part in words.split()]
         query = " AND ".join(f'"{phrase}" *' for phrase in phrases if phrase)
         if not query:
             return {"items": [], "total": 0}
-        rows = self._all(f"SELECT rowid FROM base.titles WHERE titles MATCH ? LIMIT {FOUND}", query)
-        live = self._all(f"SELECT rowid FROM main.titles WHERE titles MATCH ? LIMIT {FOUND}", query)
-        found = [item for (item,) in rows] + [self.base + number - 1 for (number,) in live]
-        names = self.names(found)
-        if self._has_live or self._one("SELECT max(seq) FROM removed"):
-            found = [item for item in found if self.index(names[item]["id"]) == item]
+        sql = """SELECT rowid FROM base.titles WHERE titles MATCH ?1 UNION ALL
+                 SELECT rowid + ?2 FROM main.titles WHERE titles MATCH ?1 LIMIT ?3"""
+        matches = [item for (item,) in self._all(sql, query, self.base - 1, FOUND)]
         begin = " ".join(words_of(words))
-
-        def order(item: int) -> tuple[bool, int, int]:
-            title = names[item]["title"]
-            return not " ".join(words_of(title)).startswith(begin), len(title), item
-
-        return {"items": self.describe(sorted(found, key=order)[:limit]), "total": len(found)}
+        found = sorted(
+            (not " ".join(words_of(title)).startswith(begin), len(title), item)
+            for item, title in self._of_items("item, title", matches, "NOT gone")
+        )
+        items = self.describe(item for *_, item in found[:limit])
+        return {"items": items, "total": len(found)}
 
     def count(self) -> int:
         """Items that can be recommended."""
-        gone = "SELECT id FROM removed WHERE number IS NULL"
-        base = self._one(f"SELECT count(*) FROM base.items WHERE id IN ({gone})")
-        live = self._one(
-            f"""SELECT count(*) FROM items WHERE number NOT IN
-                (SELECT number FROM removed WHERE number IS NOT NULL)
-                AND (id IN ({gone}) OR id NOT IN (SELECT id FROM base.items))"""
-        )
-        return self.base - base + live
+        sql = "SELECT count(DISTINCT id) FROM removed WHERE number IS NULL AND id IN {}"
+        gone = self._one(sql.format("(SELECT id FROM base.items)"))
+        return self.base - gone + self._one("SELECT count(*) FROM of_live WHERE NOT gone")
 
-    def with_values(self, name: str, values: Sequence[str], field: str) -> np.ndarray:
-        """int64: items whose column `name` has one of the values.
+    def with_values(self, name: str, values: Sequence[str], field: str) -> list[int]:
+        """Items whose column `name` has one of the values, in order.
 
         Raises:
             Refused: no such column; names those that there are.
         """
         self.check_field(name, field)
-        found: set[int] = set()
-        for start in range(0, len(values), 500):
-            part = values[start : start + 500]
-            sql = f"FROM %s WHERE name = ? AND value IN ({','.join('?' * len(part))})"
-            found.update(i for (i,) in self._all("SELECT item " + sql % "base.field", name, *part))
-            live = self._all("SELECT number " + sql % "main.field", name, *part)
-            found.update(self.base + number - 1 for (number,) in live)
-        return np.array(sorted(found - {-1}), np.int64)
+        sql = "SELECT {} WHERE name = ? AND value IN ({{}})"
+        parts = "item FROM base.field", f"number + {self.base - 1} FROM main.field"
+        rows = [row for part in parts for row in self._among(sql.format(part), values, name)]
+        return sorted({item for (item,) in rows if item >= 0})
 
     def check_field(self, name: str, field: str) -> None:
         """Refuse the name of a column that the catalogue does not have."""
@@ -363,10 +350,9 @@ class Store:
 
     def _no_item(self, id_: str) -> str:
         """That there is no such item, and which ids are nearly the same."""
-        what, there = f"no such item: {id_}", ()
+        what, there = f"no such item: {id_}", []
         if self.base < HINTS_UP_TO:
-            names = self._all("SELECT id FROM base.items UNION SELECT id FROM items")
-            there = [one for (one,) in names if self.index(one) is not None]
+            there = [one for (one,) in self._all("SELECT id FROM item WHERE NOT gone")]
         hint = close_matches(id_, there)
         return f"{what}; {hint}" if hint.startswith("did") else what
 
@@ -451,14 +437,8 @@ class Store:
     def last_codes(self, prefix: Sequence[int]) -> set[int]:
         """The last codes of present items whose other codes are these."""
         begin = json.dumps([*prefix, 0])[:-2]
-        span = begin, begin + "~"
-        rows = self._all(
-            "SELECT item, id, codes FROM base.items WHERE codes BETWEEN ? AND ?", *span
-        )
-        sql = """SELECT items.number + ?, id, codes FROM codes JOIN items
-                 ON items.number = codes.number WHERE codes BETWEEN ? AND ? AND tokenizer = ?"""
-        rows += self._all(sql, self.base - 1, *span, self.tokenizer)
-        return {json.loads(codes)[-1] for item, id_, codes in rows if self.index(id_) == item}
+        sql = "SELECT codes FROM item WHERE codes BETWEEN ? AND ? AND NOT gone"
+        return {json.loads(codes)[-1] for (codes,) in self._all(sql, begin, begin + "~")}
 
     def remove(self, id_: str) -> None:
         """Take an item out; histories that hold it stay valid.
@@ -509,16 +489,12 @@ class Store:
 
         Codes are None where this run's tokenizer has not read the item yet.
         """
-        sql = """SELECT items.number, id, text, codes, vector FROM items LEFT JOIN codes
-                 ON codes.number = items.number AND tokenizer = ?
-                 WHERE items.number > ? ORDER BY items.number"""
-        found = []
-        for live, id_, text, codes, vector in self._all(sql, self.tokenizer, number):
-            item = self.base + live - 1
-            if self.index(id_) == item:
-                known = None if codes is None else json.loads(codes)
-                found.append((item, id_, text, known, np.frombuffer(vector or b"", "<f4")))
-        return found
+        sql = """SELECT item, id, text, codes, vector FROM of_live
+                 WHERE number > ? AND NOT gone ORDER BY number"""
+        return [
+            (item, id_, text, codes and json.loads(codes), np.frombuffer(vector or b"", "<f4"))
+            for item, id_, text, codes, vector in self._all(sql, number)
+        ]
 
     def last_number(self) -> int:
         """How many live items there ever were."""
@@ -526,13 +502,10 @@ class Store:
 
     def removed_since(self, seq: int) -> tuple[list[int], int]:
         """Dense indexes of items taken out after one removal, and the last removal's number."""
-        rows = self._all("SELECT seq, id, number FROM removed WHERE seq > ? ORDER BY seq", seq)
-        found = []
-        for _, id_, number in rows:
-            sql = "SELECT item FROM base.items WHERE id = ?"
-            item = self._one(sql, id_) if number is None else self.base + number - 1
-            found += [] if item is None else [item]
-        return found, rows[-1][0] if rows else seq
+        sql = """SELECT seq, coalesce(r.number + ?, b.item) FROM removed AS r
+                 LEFT JOIN base.items AS b ON b.id = r.id WHERE seq > ? ORDER BY seq"""
+        rows = self._all(sql, self.base - 1, seq)
+        return [item for _, item in rows if item is not None], rows[-1][0] if rows else seq
 
     def taken_since(self, seq: int) -> tuple[list[tuple[str, list[int]]], int]:
         """(user, items) of the interactions after one, and the last one's number."""
@@ -557,7 +530,3 @@ class Store:
         last = "SELECT coalesce(max(%s), 0) FROM %s"
         tables = ("number", "items"), ("seq", "removed"), ("seq", "interactions")
         return [self._one(last % one) for one in (*tables, ("seq", "forgotten"))]
-
-    def copy(self, path: Path) -> None:
-        """The changes as they are now, as a file of their own."""
-        self._all("VACUUM INTO ?", str(path))

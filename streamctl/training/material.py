@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from streamctl.data import load_data
 from streamctl.data.split import Split
+from streamctl.errors import UsageError
 from streamctl.model.policy import Policy
 from streamctl.retrieval.evidence import SIZES, Evidence
 from streamctl.runs import RunDir, Stage, StageWriter
@@ -91,3 +92,18 @@ def save_policy(stage: StageWriter, policy: Policy) -> None:
     """Write a policy into the stage's folder as artifacts."""
     for name in policy.save(stage.path):
         stage.adopt(name)
+
+
+def warm_start(policy: Policy, older: Stage) -> None:
+    """Give a policy the weights that another run's stage has.
+
+    Raises:
+        UsageError: they are of a policy of another shape.
+    """
+    source = Policy.load(older.path, policy.item_tokens.cpu())
+    mine, other = asdict(policy.config), asdict(source.config)
+    changed = [name for name in mine if name != "dropout" and mine[name] != other[name]]
+    if changed:
+        told = ", ".join(f"{name} {other[name]} -> {mine[name]}" for name in changed)
+        raise UsageError(f"{older.path}: its weights do not fit these settings ({told})")
+    policy.load_state_dict(source.state_dict())

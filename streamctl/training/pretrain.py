@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from streamctl.training.gathered import (
 )
 from streamctl.training.loop import Batch, fit
 from streamctl.training.losses import answer_loss, sequence_loss
-from streamctl.training.material import Material, save_policy
+from streamctl.training.material import Material, save_policy, warm_start
 from streamctl.training.validation import Validator, validate
 
 
@@ -102,8 +103,9 @@ def direct_loss(
 
 
 def pretrain(
-    run: RunDir, config: PretrainConfig, *, device: str = "auto", force: bool = False
-) -> Stage:
+    run: RunDir, config: PretrainConfig, *, device: str = "auto", force: bool = False,
+    warm: Stage | None = None,
+) -> Stage:  # fmt: skip
     """Train the encoder, the slow decoder on Eq. 9's long answers and the direct decoder.
 
     The epoch of the best direct ndcg@10 on validation is kept: the encoder and the direct decoder
@@ -115,6 +117,10 @@ def pretrain(
     item (docs/results.md); `softmax=vocabulary` is Eq. 11.
 
     Writes the policy and report.json.
+
+    Args:
+        warm: another run's stage, whose weights it begins with and keeps where training on them
+            is no better.
     """
     config = config.settled()
     with run.begin("pretrain", config, ["data", "tokenizer"], force=force) as stage:
@@ -130,6 +136,8 @@ def pretrain(
         )  # fmt: skip
         seed = derive_seed(config.seed, "initial weights")
         policy = Policy.build(shape, material.item_tokens, seed).to(where)
+        if warm is not None:
+            warm_start(policy, warm)
         examples = material.split.train
         if config.thoughts == "evidence":
             held = last_positions(examples, config.hold)
@@ -147,20 +155,23 @@ def pretrain(
             stage, policy, config,
             loss=lambda batch: pretrain_loss(policy, batch, look_alikes, config),
             examples=examples, validate=lambda: validator(decoder="direct"),
-            device=where, title="pretrain",
+            start=warm is not None, device=where, title="pretrain",
         )  # fmt: skip
         if config.thoughts == "evidence":
-            rows = last_positions(material.split.train, 1)[:STANDARD]
-            standardise(policy, material, rows)
+            if warm is None:  # else the weights of evidence know the older scale
+                rows = last_positions(material.split.train, 1)[:STANDARD]
+                standardise(policy, material, rows)
             slow = validate(policy, material, config.seed, count)
         else:
             slow = validator(thoughts=lambda history, _: retrieved_codes(policy, history, count))
-        report = {
+        report: dict[str, Any] = {
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,
             "hops": list(material.hops),
             "valid": {"direct": result.best, "slow": slow},
         }
+        if warm is not None:
+            report |= {"warm": warm.hash, "start": result.start}
         save_policy(stage, policy)
         stage.save_json("report.json", report)
         stage.publish(**report)
