@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.update import make_data, older
 from streamctl import config as configs
 from streamctl.baselines.train import train_baseline
 from streamctl.data import load_data, synthesize
@@ -30,10 +30,19 @@ QUICK = ("pretrain.epochs=2", "sft.epochs=1", "baseline.epochs=1")
 
 
 @pytest.fixture(scope="module")
-def old(tmp_path_factory) -> RunDir:
-    """An older run: SFT with evidence, TIGER, counts, a method of single items, a re-ranker."""
-    run = RunDir(tmp_path_factory.mktemp("update") / "old")
-    synthesize(run, users=120, items=60, seed=0)
+def shop(tmp_path_factory) -> RunDir:
+    run = RunDir(tmp_path_factory.mktemp("update") / "shop")
+    synthesize(run, users=150, items=80, seed=0)
+    return run
+
+
+@pytest.fixture(scope="module")
+def old(shop, tmp_path_factory) -> RunDir:
+    """What there was of the shop, and items but the last eight: SFT with evidence, TIGER, counts,
+    a method of single items, a re-ranker."""
+    log = load_data(shop)[1].log
+    rows = older(shop, 0.8) & (log.items < 72)
+    run = make_data(shop, tmp_path_factory.mktemp("update") / "old", rows)
     codes = {"encoder": "tfidf", "dim": 16, "method": "rqkmeans", "levels": 3, "codes": 8}
     tokenize(run, configs.TokenizeConfig(**codes, neighbours=10))
     pretrain(run, configs.PretrainConfig(size="tiny", epochs=4), device="cpu")
@@ -47,10 +56,10 @@ def old(tmp_path_factory) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def newer(old, tmp_path_factory) -> tuple[RunDir, list[str]]:
-    """More users and items, and what `update` made of them."""
+def newer(shop, old, tmp_path_factory) -> tuple[RunDir, list[str]]:
+    """The whole shop: more users and items, and what `update` made of them."""
     run = RunDir(tmp_path_factory.mktemp("update") / "newer")
-    synthesize(run, users=150, items=80, seed=0)
+    shutil.copytree(shop.path, run.path)
     return run, update(old, run, sets=QUICK, device="cpu")
 
 
@@ -74,7 +83,7 @@ def test_items_of_both_logs_keep_their_codes_and_new_ones_get_free_ones(old, new
     rows, counts = np.unique(newer_codes.codes, axis=0, return_counts=True)
     for row in rows[counts > 1]:
         assert (rows[:, :-1] == row[:-1]).all(1).sum() == newer_codes.sizes[-1]
-    assert len(rows) > 0.9 * len(after.ids)
+    assert len(rows) > 0.8 * len(after.ids)
 
 
 def test_weights_begin_as_the_older_ones_and_train_on(old, newer):
@@ -82,9 +91,8 @@ def test_weights_begin_as_the_older_ones_and_train_on(old, newer):
     made = run.stage("pretrain").manifest
     assert made["warm"] == old.stage("sft").hash and made["epochs"] == 2
     assert made["config"]["hops"] == old.stage("pretrain").manifest["hops"]
-    # At once they are better than weights of one epoch: they have learned before.
-    first = (old.path / "pretrain/metrics.jsonl").read_text().splitlines()[0]
-    assert made["start"]["ndcg@10"] > json.loads(first)["valid/ndcg@10"]
+    before = old.stage("pretrain").manifest["valid"]["direct"]["ndcg@10"]
+    assert made["start"]["ndcg@10"] > 0.5 * before > 0.05
     assert made["valid"]["direct"]["ndcg@10"] >= made["start"]["ndcg@10"]
     weights = [load_file(one.path / "pretrain/model.safetensors") for one in (old, run)]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -116,11 +124,10 @@ def test_an_update_that_was_interrupted_goes_on(old, newer, tmp_path):
     assert run.stage("sft").hash == newer[0].stage("sft").hash
 
 
-def test_what_does_not_fit_is_refused(old, newer, tmp_path):
+def test_what_does_not_fit_is_refused(shop, old, tmp_path):
     with pytest.raises(StreamctlError, match="cannot go on from itself"):
         update(old, old)
-    run = RunDir(tmp_path / "run")
-    synthesize(run, users=120, items=60, seed=0)
+    run = RunDir(shutil.copytree(shop.path, tmp_path / "run"))
     with pytest.raises(UsageError, match=r"do not fit these settings \(layers 2 -> 4"):
         update(old, run, sets=("pretrain.size=paper",), device="cpu")
     with pytest.raises(UsageError, match="unknown key"):
