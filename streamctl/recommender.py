@@ -177,7 +177,7 @@ class Recommender:
                 self._method, torch.from_numpy(asked.history), ranking, 0, users=asked.user,
                 exclude=asked.exclude, allow=None, pieces=k,
             )["steps"]  # fmt: skip
-        elif len(asked.history):
+        elif len(asked.history) and self._folder.stage("tokenizer").complete:
             items = _listed(ranking, 0)[0][:k]
             steps = grounds(self._evidence, asked.history, items, asked.user)
         else:

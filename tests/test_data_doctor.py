@@ -65,6 +65,12 @@ def test_a_healthy_log_has_nothing_but_good_findings(tmp_path):
     assert findings(write(tmp_path / "s", healthy())) == {}
 
 
+@pytest.mark.parametrize("text", ["hello\n", "u1\nu2\n"])
+def test_a_log_of_users_without_items_is_examined_too(tmp_path, text):
+    (tmp_path / "log.txt").write_text(text)
+    assert examine(tmp_path / "log.txt", DataConfig())
+
+
 def test_what_the_source_is_comes_first(tmp_path):
     source = write(tmp_path / "s", healthy())
     first = examine(source, DataConfig(source=str(source))).findings[0]

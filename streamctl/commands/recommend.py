@@ -140,7 +140,8 @@ def show(answer: dict[str, Any]) -> None:
         console.print(f"  {item['title']}  ({item['item_id']})")
     thought = answer["thought"]
     thinks = any(step["ranking"] for step in thought)
-    title = "Thought" if thinks else "Why (no thought)" if thought else "No thought"
+    aside = f"What the log says of these items ({answer['method']} itself does not think)"
+    title = "Thought" if thinks else aside if thought else "No thought"
     console.print(title, style="bold")
     before = [item["item_id"] for item in answer["before"]]
     for number, step in enumerate(thought, 1):

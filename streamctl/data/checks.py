@@ -118,7 +118,7 @@ def repeated_and_unordered(raw: RawLog) -> Iterator[Finding]:
     name, most, middle = raw.ask("""
         SELECT arg_max(name, n), max(n), median(n)
         FROM (SELECT u, count(*) AS n FROM log GROUP BY u) JOIN users USING (u)""")[0]
-    if most > _HEAVY * total and most > 20 * middle:
+    if most and most > _HEAVY * total and most > 20 * middle:
         yield Finding(
             "users",
             "warning",

@@ -20,7 +20,7 @@ from streamctl.decode.retrieved import retrieved_codes
 from streamctl.device import resolve_device
 from streamctl.errors import StreamctlError, UsageError, close_matches
 from streamctl.model.policy import Policy
-from streamctl.progress import say
+from streamctl.progress import say, warn
 from streamctl.ranking import Recommender
 from streamctl.rerank.lambdarank import LambdaRank
 from streamctl.rerank.reranker import Reranker
@@ -360,16 +360,22 @@ def load_method(run: RunDir, name: str, device: str = "auto", *, beam: int = 50)
     return row.make(Models(run, EvalConfig(beam=beam), None, device))
 
 
+def _winner(run: RunDir) -> dict[str, Any] | None:
+    """What the evaluation found to be the best; None where there is none that holds."""
+    stage = run.stage(EVAL)
+    winner = stage.manifest.get("winner") if stage.complete else None
+    there = winner and winner["method"] in method_names(run) and not stage.stale_parents()
+    return winner if there else None
+
+
 def best_method(run: RunDir) -> tuple[str, str]:
     """The method that a run answers with where nobody names another, and why it is this one.
 
     Raises:
         StreamctlError: the run has no method at all.
     """
-    names = method_names(run)
-    stage = run.stage(EVAL)
-    winner = stage.manifest.get("winner") if stage.complete else None
-    if winner and winner["method"] in names and not stage.stale_parents():
+    names, stage = method_names(run), run.stage(EVAL)
+    if winner := _winner(run):
         said = f"best on validation, masked ndcg@10 {winner['ndcg@10']:.4f}"
         if after := winner["next"]:
             said += f", {after['difference']:+.4f} over {after['method']}"
@@ -385,7 +391,8 @@ def best_method(run: RunDir) -> tuple[str, str]:
 def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]:
     """What a run answers by: which run folder holds it, the method, and why it is this one.
 
-    RUN/final, the winner on everything, where `refit` has made it and nothing has changed since.
+    RUN/final, the winner on everything, where `refit` has made it and nothing has changed since:
+    neither its stages nor the winner, unless that method was asked for.
 
     Args:
         method: the one that is wanted; None for the best.
@@ -393,8 +400,13 @@ def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]
     final = run.stage("final")
     if final.complete and not final.stale_parents():
         name = final.manifest["method"]
-        if method in (None, name):
+        found = None if final.manifest.get("asked") else _winner(run)
+        best = name if found is None else found["method"]
+        if method == name or (method is None and best == name):
             return RunDir(final.path), name, "refitted on everything"
+        if method is None:
+            again = f"streamctl refit --run {run.path} --force"
+            warn(f"{final.path} is of {name}, and {best} is better on validation. Next: {again}")
     if method is not None:
         return run, method, "as told"
     return run, *best_method(run)

@@ -42,7 +42,7 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
         UsageError: an unknown method.
         StreamctlError: no method, or a stage of it is missing or stale.
     """
-    method = config.method or best_method(run)[0]
+    asked, method = bool(config.method), config.method or best_method(run)[0]
     row = known_rows(run).get(method)
     config = dataclasses.replace(config, method=method)
     if row is None:
@@ -60,7 +60,7 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
             if name != "data":
                 say(f"{FINAL}: {name}")
                 _again(run.stage(name), final, device)
-        stage.publish(method=method, stages=in_order(run, parents))
+        stage.publish(method=method, asked=asked, stages=in_order(run, parents))
         say(f"{FINAL}: {method}; `recommend` and `serve` answer by it")
     return run.stage(FINAL)
 
