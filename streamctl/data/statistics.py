@@ -159,6 +159,13 @@ def order_fault(facts: dict[str, Any]) -> tuple[str, str, str] | None:
         )
     # Chance (4 sigma) is allowed for.
     if above is not None and abs(above - 0.5) > max(TIE_BIAS, 2 / facts["users"] ** 0.5):
+        if timed and not facts["tied_neighbours"]:
+            return (
+                "note",
+                f"item ids follow the times: P(id of the test item > id of the valid item) is "
+                f"{above:.2f}, and no times are equal",
+                "nothing here: `data prepare` numbers items at random; other tools may not",
+            )
         return (
             "warning",
             f"P(id of the test item > id of the valid item) is {above:.2f}, 0.50 is unbiased: "

@@ -408,7 +408,7 @@ def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]
             again = f"streamctl refit --run {run.path} --force"
             warn(f"{final.path} is of {name}, and {best} is better on validation. Next: {again}")
     if method is not None:
-        return run, method, "as told"
+        return run, method, "you chose it"
     return run, *best_method(run)
 
 
