@@ -108,7 +108,8 @@ class Recommender:
         asked = self._question(history, user, exclude, allow, keep_seen)
         method, ranking = self._ask([asked], k, think, diversity)
         if not len(asked.history):
-            say("nothing is known of the user: the popular items answer")
+            unknown = "the history is empty" if user is None else f"the log has no user {user!r}"
+            say(f"{unknown}: the popular items answer")
         items, scores = _listed(ranking, 0)
         return self._table(items, score=scores).replace_schema_metadata({"method": method})
 

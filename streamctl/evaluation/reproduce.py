@@ -63,6 +63,16 @@ PUBLISHED = {
         "sasrec_ce": (0.0543, 0.0315, 0.0821, 0.0405),
         "tiger": (0.0454, 0.0321, 0.0648, 0.0384),
     },
+    # TIGER and STREAM-Rec: STREAM-Rec's paper; the others: ETEGRec's. Both had whole texts.
+    "amazon-2023-instruments": {
+        "caser": (0.0242, 0.0154, 0.0392, 0.0202),
+        "gru4rec": (0.0345, 0.0220, 0.0537, 0.0281),
+        "bert4rec": (0.0305, 0.0196, 0.0483, 0.0253),
+        "sasrec_bce": (0.0341, 0.0217, 0.0530, 0.0277),
+        "tiger": (0.0333, 0.0215, 0.0532, 0.0279),
+        "stream_sft": (0.0367, 0.0244, 0.0562, 0.0307),
+        "stream_rl": (0.0398, 0.0261, 0.0608, 0.0329),
+    },
 }
 COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 # What every row is compared with: all baselines, the strongest ones re-ranked, the model without
