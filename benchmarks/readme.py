@@ -99,6 +99,8 @@ def thinking(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 def changes(found: Mapping[str, Mapping[str, Any]]) -> str:
     """A line a changed thing, a column a set: masked ndcg@10 and what it differs by."""
+    found = {name: one for name, one in found.items()
+             if any("vs_whole" in row for row in one["rows"])}  # fmt: skip
     names: dict[tuple[str, int], list[str]] = {}
     for place, receipt in enumerate(found.values()):
         for row in receipt["rows"]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from streamctl.commands.recommend import checked, history_ids
+from streamctl.cli import build_app
+from streamctl.commands.recommend import history_ids
 from streamctl.errors import UsageError
 from streamctl.ranking import Ranking, ranking_metrics
 from streamctl.ranking.metrics import MISSING, ItemFacts, beyond_accuracy
@@ -130,8 +132,18 @@ def test_a_history_may_be_a_file_of_ids(tmp_path):
         history_ids([f"@{tmp_path / 'none.txt'}"])
 
 
-def test_a_list_of_a_thousand_is_within_the_limits_and_more_is_refused():
-    assert checked(history=["a"], k=1000).k == 1000
-    for wrong in ({"k": 1001}, {"k": 0}, {"diversity": 1.5}, {"diversity": -0.1}):
-        with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
-            checked(history=["a"], **wrong)
+@pytest.mark.parametrize(
+    ("wrong", "option"),
+    [
+        (["-k", "1001"], "-k"),
+        (["-k", "0"], "-k"),
+        (["--diversity", "1.5"], "--diversity"),
+        (["--diversity", "-0.1"], "--diversity"),
+    ],
+)
+def test_a_list_of_a_thousand_is_within_the_limits_and_more_is_refused(tmp_path, wrong, option):
+    ask = ["recommend", "--run", str(tmp_path / "none"), "--history", "a"]
+    refused = CliRunner().invoke(build_app(), [*ask, *wrong])
+    assert refused.exit_code == 2 and option in refused.output
+    # Of a thousand only the run is missing.
+    assert CliRunner().invoke(build_app(), [*ask, "-k", "1000"]).exit_code == 1

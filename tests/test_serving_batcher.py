@@ -192,6 +192,22 @@ def test_what_a_dead_model_was_at_is_done_by_another_before_what_came_later():
     asyncio.run(main())
 
 
+def test_a_job_is_pending_at_every_moment_until_it_is_answered():
+    async def main():
+        model = Model()
+        model.gate.clear()
+        async with serving(model, max_batch=1) as batcher:
+            asked = submit(batcher, 1)
+            await asyncio.sleep(0)
+            for _ in range(50):  # a server that stops waits while anything is pending
+                assert batcher.pending == 1
+                await asyncio.sleep(0)
+            model.gate.set()
+            assert (await asked)[0].answer == 2 and batcher.pending == 0
+
+    asyncio.run(main())
+
+
 def test_a_model_that_dies_while_nobody_asks_is_missed_at_once_and_loses_no_job():
     async def main():
         idle, lives, died = Model(), Model(), asyncio.Future()

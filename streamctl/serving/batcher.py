@@ -155,7 +155,6 @@ class Batcher:
 
     async def _compute(self, batch: list[_Waiting], compute: Callable) -> None:
         started = time.monotonic()
-        self._running += len(batch)
         try:
             answers = await compute([one.job for one in batch])
         except Gone:
@@ -201,6 +200,7 @@ class Batcher:
                 await self._arrived.wait()
             await self._gather()
             if batch := self._take():
+                self._running += len(batch)  # from now on, so that no job is ever in neither place
                 return batch
 
     async def _gather(self) -> None:
