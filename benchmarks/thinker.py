@@ -59,7 +59,7 @@ class Changes:
         less = paired_difference(found.ranks, self.whole)
         self.rows.append(
             {
-                "method": name, "l": l, "users": len(self.users), "ms_per_user": found.ms_per_user,
+                "method": name, "l": l, "users": len(self.users), "ms_per_user": None,
                 "ndcg@10_masked": found.metrics["ndcg@10"], "vs_whole": [less.low, less.high],
             }
         )  # fmt: skip
@@ -70,6 +70,7 @@ class Changes:
         known = known_rows(self.models.run)
         thinker = self.models.reasoning("sft")
         self.add("whole", thinker)
+        ms = self.milliseconds()
         for name in PARTS:
             self.add(name, known[name].make(self.models))
         for l in LENGTHS:  # noqa: E741
@@ -84,7 +85,21 @@ class Changes:
             self.add(f"first {count} hops", self.with_hops(first))
         for order in ("strength", "random"):
             self.add(f"{order} order", Ordered(self.models.reasoning("sft"), order), l=8)
+        for row in self.rows:
+            if row["method"] in ("whole", "length"):
+                row["ms_per_user"] = ms[row["l"]]
         return self.rows
+
+    def milliseconds(self):
+        """Of a user, for each length: medians of three rounds over all lengths, 1,000 users."""
+        thinker, rounds = self.models.reasoning("sft"), []
+        users = sample_users(self.users, 1000, 0)
+        for _ in range(3):
+            rounds.append([])
+            for thinker.think in LENGTHS:
+                found = evaluate(thinker, users, n_items=self.n_items, masked=True)
+                rounds[-1].append(found.ms_per_user)
+        return dict(zip(LENGTHS, np.median(rounds, 0).tolist(), strict=True))
 
     def with_hops(self, sizes):
         """The thinker of SFT with other hops; it was trained with all of them."""

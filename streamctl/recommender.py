@@ -168,7 +168,8 @@ class Recommender:
         reason, and `ranking`, the ids that would be best had the thought ended there.
 
         Of a method that does not think: those of its k best items for which other users or texts
-        speak, and why; weight and ranking are null then. The arguments are those of `recommend`.
+        speak, and why; weight and ranking are null then. Nothing in a run without a tokenizer.
+        The arguments are those of `recommend`.
         """
         asked = self._question(history, user, (), None, False)
         _check(k)

@@ -20,7 +20,7 @@ from streamctl.decode.retrieved import retrieved_codes
 from streamctl.device import resolve_device
 from streamctl.errors import StreamctlError, UsageError, close_matches
 from streamctl.model.policy import Policy
-from streamctl.progress import say, warn
+from streamctl.progress import say
 from streamctl.ranking import Recommender
 from streamctl.rerank.lambdarank import LambdaRank
 from streamctl.rerank.reranker import Reranker
@@ -405,8 +405,8 @@ def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]
         if method == name or (method is None and best == name):
             return RunDir(final.path), name, "refitted on everything"
         if method is None:
-            again = f"streamctl refit --run {run.path} --force"
-            warn(f"{final.path} is of {name}, and {best} is better on validation. Next: {again}")
+            again = f"`streamctl refit --run {run.path} --force`"
+            return run, best, f"{best_method(run)[1]}; {final.path} is of {name}, {again} renews it"
     if method is not None:
         return run, method, "you chose it"
     return run, *best_method(run)

@@ -246,11 +246,12 @@ def _write_receipt(run: RunDir, job: RunDir, seed: int) -> None:
     rows = result["methods"] | result["controls"]
     if prefix:
         rows = {name: row for name, row in rows.items() if _is_streams(name)}
+    examples = len(load_data(job)[1].train)
     for row in rows.values():
         spent = ancestors(job, row["stages"])
         seconds = (spent[name]["wall_s"] for name in spent if name not in ("data", "tokenizer"))
         row["train_s"] = round(sum(seconds), 1)
-        row["prefixes"] = sum(_prefixes(job, name) for name in spent)
+        row["prefixes"] = sum(_prefixes(spent, name, examples) for name in spent)
     receipt = {
         "seed": seed,
         "rows": {prefix + name: row for name, row in rows.items()},
@@ -275,14 +276,17 @@ def _write_receipt(run: RunDir, job: RunDir, seed: int) -> None:
         part.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
 
 
-def _prefixes(job: RunDir, name: str) -> int:
-    """How many prefixes of histories a stage's gradient steps saw, repeats counted."""
-    made = job.stage(name).manifest
+def _prefixes(spent: Mapping[str, Mapping[str, Any]], name: str, examples: int) -> int:
+    """How many prefixes of histories a stage's gradient steps saw, repeats counted.
+
+    Args:
+        spent: manifests of the stage and of all that it comes from. examples: of training.
+    """
+    made = spent[name]
     if name == "rl":
         return made["steps"] * made["config"]["batch"]
-    examples = len(load_data(job)[1].train)
     if name == "sft":
-        examples = job.stage("annotate").manifest.get("examples", examples)
+        examples = spent["annotate"].get("examples", examples)
     return examples * made.get("epochs", 0)
 
 
