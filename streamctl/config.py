@@ -92,6 +92,9 @@ class PretrainConfig:
     # with thoughts of the vocabulary, as the paper has it, though these cannot be had when serving
     retrieve: Literal["history", "target"] | None = None
     hops: tuple[int, ...] = ()  # most pieces of each hop; (): 32, and own where items are repeated
+    positions: int | None = (
+        None  # the latest training targets of each user to learn from; None: all
+    )
     hold: int = 1  # last training targets of each user that only SFT sees: there codes are unsure
     think_codebook: int = 0  # tokens that only thoughts use; 0: thoughts use the codes' tokens
     # What an item's codes are normalised over: Eq. 11's vocabulary, or the catalogue's own codes
@@ -231,6 +234,7 @@ class BaselineConfig:
     size: Size | None = None  # tiger
     history: Literal["codes", "items"] | None = None  # tiger
     softmax: Literal["catalogue", "vocabulary"] | None = None  # tiger
+    positions: int | None = None  # tiger: the latest training targets of each user; None: all
     loss: Literal["bce", "ce"] | None = None
     dim: int | None = None
     layers: int | None = None

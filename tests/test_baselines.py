@@ -15,11 +15,12 @@ from streamctl.baselines import objectives
 from streamctl.baselines.base import last_states, shifted_targets
 from streamctl.baselines.registry import BASELINES, baseline_class
 from streamctl.baselines.train import settle, train_baseline, whole_sequences
-from streamctl.config import BaselineConfig, DataConfig, TokenizeConfig
+from streamctl.config import BaselineConfig, DataConfig, PretrainConfig, TokenizeConfig
 from streamctl.data import Catalog, InteractionLog, Split, load_data
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.ranking import evaluate, rank_scores
 from streamctl.runs import RunDir
+from streamctl.training.pretrain import pretrain
 
 N_ITEMS, N_USERS = 24, 160
 
@@ -351,3 +352,29 @@ def test_a_setting_the_method_does_not_have_is_refused(cycle, config, message):
 def test_tiger_needs_a_tokenizer(cycle):
     with pytest.raises(StreamctlError, match="streamctl tokenize"):
         train_baseline(cycle, BaselineConfig(name="tiger"))
+
+
+def test_positions_limits_what_tiger_and_pretrain_learn_of_each_user(
+    tokenized, tmp_path, monkeypatch
+):
+    run = RunDir(shutil.copytree(tokenized.path, tmp_path / "run"))
+    seen = []
+
+    def caught(*_, examples, **__):
+        seen.append(examples)
+        raise StopIteration
+
+    monkeypatch.setattr("streamctl.training.pretrain.fit", caught)
+    monkeypatch.setattr("streamctl.baselines.train.fit", caught)
+    train = load_data(run)[1].train
+    for hold in (0, 1):
+        with pytest.raises(StopIteration):
+            pretrain(run, PretrainConfig(positions=2, hold=hold), force=True)
+        with pytest.raises(StopIteration):
+            config = BaselineConfig(name="tiger", positions=2 + hold)
+            train_baseline(run, config, force=True)
+        held, every = (set(zip(found.users, found.end, strict=True)) for found in seen[-2:])
+        last = {user: train.end[train.users == user].max() for user in set(train.users)}
+        assert held == {(user, end) for user, end in every if end <= last[user] - hold}
+        assert min(last[user] - end for user, end in every) == 0
+        assert max(last[user] - end for user, end in every) == 1 + hold

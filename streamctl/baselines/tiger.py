@@ -20,8 +20,8 @@ from streamctl.training.losses import answer_loss
 
 # What it shares with the pretrain stage, so that the two differ in thinking alone.
 _SHARED = (
-    "size", "history", "softmax", "dropout", "epochs", "patience", "batch", "lr", "weight_decay",
-    "warmup",
+    "size", "history", "softmax", "positions", "dropout", "epochs", "patience", "batch", "lr",
+    "weight_decay", "warmup",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from streamctl.errors import UsageError, close_matches
 from streamctl.progress import say
 from streamctl.ranking import evaluate, sample_users
 from streamctl.runs import RunDir, Stage, StageWriter
+from streamctl.training.gathered import last_positions
 from streamctl.training.loop import Batch, FitResult, fit
 from streamctl.training.material import warm_start
 
@@ -116,6 +117,8 @@ def _train(
 ) -> FitResult:  # fmt: skip
     _, split = load_data(run)
     examples = split.train
+    if config.positions is not None:
+        examples = examples.subset(last_positions(examples, config.positions))
     if model.sequences:
         examples = whole_sequences(examples, split.history)
     mean_length = examples.lengths.mean()

@@ -144,6 +144,8 @@ def pretrain(
             examples = examples.subset(np.delete(np.arange(len(examples)), held))
             hops = config.hops or suitable_hops(material.split.train)
             material = replace(material, hops=hops)
+        if config.positions is not None:
+            examples = examples.subset(last_positions(examples, config.positions))
         if config.retrieve == "history":
             count = config.neighbours
             look_alikes = Retrieved(first_pieces(material.evidence, examples, count))
