@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # One thread a test worker: two workers with two threads each fight for two cores.
 WORKERS ?= 2
-# Those that need a GPU (gpu.py) or a run (pipeline.py) are started by hand.
-BENCHMARKS ?= kernels decode train prepare serve scale ranks throughput kills
+# Those that need a GPU (gpu.py) or a run (thinker.py, update.py) are started by hand.
+BENCHMARKS ?= kernels decode train prepare serve scale ranks throughput
 
 .PHONY: demo test lint bench
 

@@ -1,12 +1,12 @@
-"""Broken and odd data end in success or in one line; the long campaign is benchmarks/fuzz.py."""
+"""Broken and odd data end in success or in one line; the long campaign is tests/fuzz.py."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from broken_files import CORPUS
+from fuzz import Campaign, generated
 
-from benchmarks.fuzz import Campaign, generated
 from streamctl.data import columns
 from streamctl.data.columns import Column
 
@@ -14,7 +14,7 @@ from streamctl.data.columns import Column
 @pytest.fixture(autouse=True)
 def busy_machine(monkeypatch):
     """What the campaign calls a hang may be no more than a machine that does much else."""
-    monkeypatch.setattr("benchmarks.fuzz.HANG_S", 300)
+    monkeypatch.setattr("fuzz.HANG_S", 300)
 
 
 @pytest.mark.parametrize("name", CORPUS)
@@ -36,7 +36,7 @@ def test_the_campaign_notices_a_traceback(tmp_path, monkeypatch):
     def broken(*_):
         raise KeyError("no such thing")
 
-    monkeypatch.setattr("benchmarks.fuzz.read_source", broken)
+    monkeypatch.setattr("fuzz.read_source", broken)
     campaign = Campaign(tmp_path)
     campaign.run("nothing", None, "reader")
     assert campaign.ends == {"traceback": 1}

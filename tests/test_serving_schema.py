@@ -1,14 +1,14 @@
 """The server keeps its own OpenAPI description: generated requests, valid and not.
 
-STREAMCTL_SCHEMA_EXAMPLES raises the number of cases an operation (20 here);
-STREAMCTL_SCHEMA_COUNTS names a file that gets a line for each operation: its cases by status.
-`python benchmarks/openapi.py` is the long campaign.
+STREAMCTL_SCHEMA_EXAMPLES raises the number of cases an operation (20 here), and
+STREAMCTL_SCHEMA_RECEIPT names a file that gets how they were answered.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +16,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from serving_process import Server
 from serving_run import KEYS, make_run
+
+from streamctl.runs import provenance
 
 schemathesis = pytest.importorskip("schemathesis")
 EXAMPLES = int(os.environ.get("STREAMCTL_SCHEMA_EXAMPLES", "20"))
@@ -68,6 +70,20 @@ def known(server):
     return [item["id"] for item in items], users
 
 
+@pytest.fixture(scope="module")
+def counts(request):
+    """Gets the cases of each operation by status."""
+    began, operations = time.time(), []
+    yield operations
+    if receipt := os.environ.get("STREAMCTL_SCHEMA_RECEIPT"):
+        statuses = sum((one["statuses"] for one in operations), Counter())
+        told = {"name": "openapi", **provenance(), "passed": not request.session.testsfailed}
+        told |= {"cases": statuses.total(), "statuses": dict(sorted(statuses.items()))}
+        told["server_errors"] = sum(n for status, n in statuses.items() if status >= 500)
+        told |= {"operations": operations, "wall_s": round(time.time() - began, 1)}
+        Path(receipt).write_text(json.dumps(told, indent=1) + "\n")
+
+
 def familiar(case, known: tuple[list[str], list[str]]) -> None:
     """Put known items, users and fields in the places of invented ones; the rest stays.
 
@@ -106,7 +122,7 @@ def familiar(case, known: tuple[list[str], list[str]]) -> None:
     ],
 )
 def test_no_request_breaks_the_server_and_every_answer_is_described(
-    server, schema, known, method, path, kind
+    server, schema, known, counts, method, path, kind
 ):
     from schemathesis import GenerationMode, checks
 
@@ -138,10 +154,7 @@ def test_no_request_breaks_the_server_and_every_answer_is_described(
     try:
         run()
     finally:
-        if counts := os.environ.get("STREAMCTL_SCHEMA_COUNTS"):
-            line = {"operation": f"{method} {path}", "kind": kind, "statuses": statuses}
-            with Path(counts).open("a") as handle:
-                handle.write(json.dumps(line) + "\n")
+        counts.append({"operation": f"{method} {path}", "kind": kind, "statuses": statuses})
     assert server.process.poll() is None
     if kind == "positive" and path.startswith("/v1/recommend"):
         assert statuses[200] > EXAMPLES / 10
