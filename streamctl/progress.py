@@ -55,7 +55,7 @@ class Bar:
         self.done += amount
         now = time.monotonic()
         rate = (self.done - self._begin) / max(now - self.started, 1e-9)
-        note = f"{rate:,.0f} {self.unit}/s {self.text}"
+        note = f"{_pace(rate, self.unit)} {self.text}"
         if self._progress is not None:
             self._progress.update(self._task, completed=self.done, note=note)
         elif not console.quiet and now - self.last_line > LINE_EVERY_S:
@@ -63,6 +63,13 @@ class Bar:
             left = (self.total - self.done) / max(rate, 1e-9)
             line = f"{self.title}: {self.done:,}/{self.total:,} {note} {left:,.0f} s left"
             print(line, file=sys.stderr, flush=True)
+
+
+def _pace(rate: float, unit: str) -> str:
+    """`1,200 steps/s`, `2.5 steps/s`; what takes longer than a second, `4.2 s/step`."""
+    if rate >= 1:
+        return f"{rate:,.{0 if rate >= 10 else 1}f} {unit}/s"
+    return f"{1 / rate:,.1f} s/{unit.removesuffix('s')}" if rate else "starting"
 
 
 @contextmanager

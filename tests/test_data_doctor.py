@@ -262,7 +262,7 @@ def test_what_cannot_be_read_at_all_is_one_error(tmp_path):
     with pytest.raises(StreamctlError, match=f"{tmp_path}/interactions.csv:2: 2 columns"):
         examine(tmp_path, DataConfig(source=str(tmp_path)))
     (tmp_path / "interactions.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(StreamctlError, match="no column user_id"):
+    with pytest.raises(StreamctlError, match=r"no column user_id"):
         examine(tmp_path, DataConfig(source=str(tmp_path)))
 
 
@@ -292,3 +292,37 @@ def test_the_command_shows_lines_and_remedies_and_is_strict_on_demand(tmp_path):
     assert CliRunner().invoke(app, [str(source), "--strict"]).exit_code == 1
     answer = CliRunner().invoke(app, [str(source), "--json"])
     assert json.loads(answer.output)["format"] == "table"
+
+
+def test_items_without_a_title_are_counted(tmp_path):
+    items = [{"item_id": f"i{i:02}", "title": f"Thing {i}" if i > 2 else " "} for i in range(20)]
+    found = examine(write(tmp_path / "s", healthy(), items=items), DataConfig()).findings
+    told = [finding.what for finding in found if finding.level == "warning"]
+    assert told == ["3 items of 20 have no title, such as 'i00'"]
+
+
+def test_of_many_bad_lines_the_first_are_listed_and_the_others_counted(tmp_path):
+    source = write(tmp_path / "s", healthy(), extra="u1,i01,never\n" * 53)
+    [finding] = [f for f in examine(source, DataConfig()).findings if f.topic == "lines"]
+    assert "53 bad lines" in finding.what
+    assert len(finding.lines) == 21
+    assert finding.lines[-1] == "... and 33 more"
+
+
+@pytest.mark.parametrize("copy", [False, True], ids=["the same file", "a copy"])
+def test_a_log_given_as_the_items_file_is_told_from_one(tmp_path, copy):
+    log = write(tmp_path / "s", healthy()) / "interactions.csv"
+    items = log
+    if copy:
+        items = tmp_path / "items.csv"
+        items.write_bytes(log.read_bytes())
+    with pytest.raises(StreamctlError, match=r"log of interactions.*Next: --items FILE"):
+        examine(log, DataConfig(items=str(items)))
+
+
+def test_an_items_file_given_as_the_log_is_told_the_order(tmp_path):
+    log = write(tmp_path / "s", healthy()) / "interactions.csv"
+    goods = tmp_path / "goods.csv"
+    goods.write_text("item_id,title\ni01,Thing\n")
+    with pytest.raises(StreamctlError, match=r"no column user_id.*with the log first"):
+        examine(goods, DataConfig(items=str(log)))

@@ -221,3 +221,22 @@ def test_json_that_is_not_text_says_so(tmp_path):
     path.write_bytes("é".encode("latin-1"))
     with pytest.raises(StreamctlError, match="UTF-8"):
         files.read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "pace"),
+    [
+        (30, 120, "4.0 s/step"),
+        (6, 4, "1.5 steps/s"),
+        (5000, 4, "1,250 steps/s"),
+        (0, 1, "starting"),
+    ],
+)
+def test_progress_names_the_pace_of_slow_and_of_fast_steps(
+    monkeypatch, capsys, done, seconds, pace
+):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    with progress.progress_bar("sft", 10_000) as bar:
+        bar.started -= seconds
+        bar.advance(done)
+    assert pace in capsys.readouterr().err

@@ -10,17 +10,18 @@ from typing import Any, Literal
 import numpy as np
 
 from streamctl.data.catalog import Catalog
+from streamctl.data.clean import FIRST_YEAR, moment_text
 from streamctl.data.columns import forget
 from streamctl.data.log import InteractionLog, ranges
 from streamctl.data.sources.items import as_number
-from streamctl.data.sources.raw import RawLog
+from streamctl.data.sources.raw import ItemTable, RawLog
 from streamctl.data.sources.reading import Damage
 from streamctl.data.split import Split
 from streamctl.data.statistics import differences, id_rank, order_fault
 
 Level = Literal["good", "note", "warning", "error"]
 _UNITS = ((1e17, "nanoseconds", 1e9), (1e14, "microseconds", 1e6), (1e11, "milliseconds", 1e3))
-_FIRST_YEAR, _FIRST_SECOND = 1990, 631_152_000  # no public log is older
+_FIRST_SECOND = 631_152_000  # of FIRST_YEAR
 _ID_TIME = 0.5  # rank correlation of id and first appearance from which ids tell the time
 _HEAVY = 0.1  # share of a log from which one user is no customer
 _NEVER = np.iinfo(np.int64).max
@@ -73,12 +74,15 @@ def bad_lines(raw: RawLog, damages: list[Damage]) -> Iterator[Finding]:
         yield Finding("lines", "good", "every line is well formed")
     for damage in damages:
         share = max(map(raw.bad_share, damages))
+        lines = [f"{damage.path}:{line}: {reason}" for line, reason in damage.lines]
+        if damage.count > len(lines):
+            lines.append(f"... and {damage.count - len(lines):,} more")
         yield Finding(
             "lines",
             "error",
             f"{damage.path.name}: {count_of(damage.count, 'bad line')}; `data prepare` stops there",
             f"--skip-bad {share:g} leaves them out, as what follows does; or mend them",
-            [f"{damage.path}:{line}: {reason}" for line, reason in damage.lines],
+            lines,
         )
 
 
@@ -160,10 +164,10 @@ def clock(raw: RawLog) -> Iterator[Finding]:
         yield Finding(
             "times",
             "error",
-            f"{count_of(wrong, 'time')} before {_FIRST_YEAR} or in the future, such as "
-            f"{example / raw.scale if raw.scale > 1 else example} (most are in {unit}): a missing "
-            "time (0, -1), or another unit in a part of the file",
-            f"--since {_FIRST_YEAR}-01-01 --until {time.strftime('%Y-%m-%d')} leaves them out",
+            f"{count_of(wrong, 'time')} before {FIRST_YEAR} or in the future, such as "
+            f"{moment_text(raw, example)} (most are in {unit}): a missing time (0, -1), or another "
+            "unit in a part of the file",
+            f"--since {FIRST_YEAR}-01-01 --until {time.strftime('%Y-%m-%d')} leaves them out",
         )
     span = " to ".join(time.strftime("%Y-%m-%d", time.gmtime(t / parts)) for t in (first, last))
     yield Finding("times", "good", f"in {unit}, {span}")
@@ -193,10 +197,9 @@ def described_items(raw: RawLog) -> Iterator[Finding]:
             if alike > len(missing) / 2
             else "--described keeps the others; or check that both files write ids alike",
         )
-    elif raw.catalogue.title is None:
-        yield Finding("items", "warning", "no title column", "call the column `title`")
     else:
         yield Finding("items", "good", f"all {len(taken):,} items of the log are in the items file")
+    yield from _titles(raw.catalogue, taken)
     unused = len(listed - taken)
     if unused:
         yield Finding(
@@ -204,6 +207,24 @@ def described_items(raw: RawLog) -> Iterator[Finding]:
             "note",
             f"{count_of(unused, 'item')} of the items file are in no interaction",
             "they stay out of the catalogue; --min-item 0 keeps them",
+        )
+
+
+def _titles(catalogue: ItemTable, taken: set[str]) -> Iterator[Finding]:
+    """Items of the log that the items file lists without a title."""
+    if catalogue.title is None:
+        yield Finding("items", "warning", "no title column", "call the column `title`")
+        return
+    rows = zip(catalogue.ids, catalogue.columns[catalogue.title], strict=True)
+    untitled = [item for item, title in rows if item in taken and not title.strip()]
+    if untitled:
+        yield Finding(
+            "items",
+            "warning" if len(untitled) > 0.05 * len(taken) else "note",
+            f"{count_of(len(untitled), 'item')} of {len(taken):,} have no title, such as "
+            f"{untitled[0][:60]!r}",
+            "fill their titles in: until then people are shown the id, and an item without any "
+            "text gets codes that mean nothing",
         )
 
 

@@ -13,6 +13,7 @@ from streamctl.errors import StreamctlError, UsageError
 from streamctl.progress import warn
 
 LEAVE_ONE_OUT = 3  # history, valid and test: a user with less cannot be evaluated
+FIRST_YEAR = 1990  # no public log is older
 _SECONDS = 100_000_000_000  # larger times are no seconds but milliseconds, and so on
 
 
@@ -112,10 +113,8 @@ def moment(raw: RawLog, text: str, option: str, up: bool = True) -> int:
         raise UsageError(f"{option} takes a date here, such as 2024-01-31, not {text!r}")
     if value is None:
         value = _seconds(text, option)
-        if not raw.dates:  # numbers that count seconds, or a thousandth, a millionth of them
-            middle = raw.one("SELECT abs(coalesce(median(t), 0)) FROM log") / (raw.scale or 1)
-            while middle >= _SECONDS:
-                value, middle = value * 1000, middle / 1000
+        if not raw.dates:
+            value *= round(time_units(raw) / (raw.scale or 1))
     if raw.scale:
         value = max(-LARGEST_TIME, min(value, LARGEST_TIME)) * raw.scale  # 1e999999999, too
         return max(-LARGEST_TIME, min((math.ceil if up else math.floor)(value), LARGEST_TIME))
@@ -125,6 +124,29 @@ def moment(raw: RawLog, text: str, option: str, up: bool = True) -> int:
     else:
         rank = "coalesce(max(rank) FILTER (value <= ?), 0)"
     return raw.one(f"SELECT {rank} FROM moments", value)
+
+
+def time_units(raw: RawLog) -> float:
+    """How many units of the log's times a second has: 1 for seconds, 1000 for milliseconds, ..."""
+    parts = float(raw.scale or 1)
+    if not raw.dates:  # numbers that count seconds, or a thousandth, a millionth of them
+        middle = raw.one("SELECT abs(coalesce(median(t), 0)) FROM log") / parts
+        while middle >= _SECONDS:
+            parts, middle = parts * 1000, middle / 1000
+    return parts
+
+
+def moment_text(raw: RawLog, time: int) -> str:
+    """A time of the log for people: a date (UTC) if it can be one, else as the log writes it."""
+    if not raw.scale:
+        return str(raw.one("SELECT min(text) FROM moments WHERE rank = ?", time))
+    try:
+        date = datetime.datetime.fromtimestamp(time / time_units(raw), datetime.UTC)
+    except (ValueError, OverflowError, OSError):
+        date = None
+    if date is None or (not raw.dates and date.year < FIRST_YEAR):
+        return f"{time / raw.scale:g}" if raw.scale > 1 else str(time)
+    return date.strftime("%Y-%m-%d" if date.time() == datetime.time() else "%Y-%m-%d %H:%M:%S")
 
 
 def _day_after(text: str) -> str | None:

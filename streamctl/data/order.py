@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from streamctl.config import DataConfig
-from streamctl.data.clean import LEFT, moment, parse_events
+from streamctl.data.clean import LEFT, moment, moment_text, parse_events
 from streamctl.data.columns import Column, forget
 from streamctl.data.log import InteractionLog, ranges
 from streamctl.data.sources.raw import RawLog
@@ -91,10 +91,16 @@ def _cuts(raw: RawLog, config: DataConfig, offsets: np.ndarray) -> np.ndarray | 
     bounds = np.column_stack([offsets[:-1], cuts, offsets[1:]])
     for size, name in zip(np.diff(bounds).sum(0), ("train", "validate", "test"), strict=True):
         if not size:
-            span = raw.ask(f"SELECT min(t), max(t) FROM {LEFT}")[0]
+            if config.split == "auto":
+                raise StreamctlError(
+                    f"the source's own parts leave no interactions to {name}",
+                    where="data.split",
+                    run="--split leave-one-out, or --split-at 80%,90%, splits the log anew",
+                )
+            first, last = raw.ask(f"SELECT min(t), max(t) FROM {LEFT}")[0]
             raise StreamctlError(
-                f"no interactions are left to {name} of a split {config.split}; the times go from "
-                f"{span[0]} to {span[1]}",
+                f"no interactions are left to {name} with --split-at {config.split}; the log goes "
+                f"from {moment_text(raw, first)} to {moment_text(raw, last)}",
                 where="data.split",
                 run="--split-at 80%,90% for moments by share",
             )

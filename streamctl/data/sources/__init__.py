@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streamctl.data.sources import lcrec, movielens, recbole, sequences, table
 from streamctl.data.sources.amazon import AMAZON, AMAZON_2023
-from streamctl.data.sources.items import read_items
+from streamctl.data.sources.items import ITEMS_FILE, read_items
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.source import Files, Source
@@ -51,7 +51,15 @@ def read_source(
     source, files = find_source(path, format_name)
     if items is not None:
         if not items.is_file():
-            raise StreamctlError("no such items file", where=items)
+            raise StreamctlError(
+                "no such items file", where=items, run="the path of the file that lists the items"
+            )
+        if any(items.samefile(log) for log in files.parts or (files.interactions,)):
+            raise UsageError(
+                "this is the log of interactions, given as the items file, too",
+                where=items,
+                run=ITEMS_FILE,
+            )
         files = replace(files, items=items)
     reading = reading or Reading(columns or {})
     raw = source.read(files, reading)

@@ -23,10 +23,13 @@ from streamctl.data.sources.text import (
 )
 from streamctl.errors import StreamctlError, close_matches
 
+USER_NAMES = ("user_id", "user", "userid", "uid", "reviewerid", "customer_id", "visitorid",
+              "session_id")  # fmt: skip
 ID_NAMES = ("item_id", "item", "itemid", "parent_asin", "asin", "movieid", "product_id", "id")
 TITLE_NAMES = ("title", "item_name", "movie_title", "product_name", "name")
 # Columns that name or count something but describe nothing.
 _NOT_TEXT = ("url", "image", "img", "price", "rating", "rank", "date", "_id", "count", "video")
+ITEMS_FILE = "--items FILE with a line for each item: item_id, title, ...; or leave --items out"
 LARGEST_ID = 10**32  # that is compared as a number
 _SPACES = (0x20, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000)
 BLANKS = "".join(map(chr, _SPACES))  # that DuckDB trims
@@ -77,6 +80,14 @@ def make_table(
             continue
         if item in ids:
             if repeated != "first":
+                if user := find_column(row, USER_NAMES):
+                    raise StreamctlError(
+                        f"this looks like a log of interactions, not a list of items: it has a "
+                        f"column {user!r}, and item {item!r} occurs twice",
+                        where=path,
+                        line=line,
+                        run=ITEMS_FILE,
+                    )
                 told = f"item id {item!r} occurs twice, first in line {ids[item]}"
                 reading.bad(path, line, told, "--skip-bad 0.1 keeps the first of each")
             continue

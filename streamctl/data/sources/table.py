@@ -10,7 +10,7 @@ from typing import Any
 
 import duckdb
 
-from streamctl.data.sources.items import find_column, id_text, json_rows
+from streamctl.data.sources.items import USER_NAMES, find_column, id_text, json_rows
 from streamctl.data.sources.raw import RawLog, database_errors, first_sentence
 from streamctl.data.sources.reading import SHOWN, Reading
 from streamctl.data.sources.source import Files, Source, beside, parts_of, pick
@@ -27,8 +27,6 @@ from streamctl.data.sources.text import (
 from streamctl.data.sources.times import DATE, INTEGER, LARGEST_TIME, NUMBER
 from streamctl.errors import StreamctlError, close_matches
 
-USER_NAMES = ("user_id", "user", "userid", "uid", "reviewerid", "customer_id", "visitorid",
-              "session_id")  # fmt: skip
 ITEM_NAMES = ("item_id", "item", "itemid", "iid", "parent_asin", "asin", "movieid", "product_id",
               "article_id", "sid")  # fmt: skip
 TIME_NAMES = ("timestamp", "time", "ts", "unixreviewtime", "unix_time", "event_time", "datetime",
@@ -134,6 +132,8 @@ def find_roles(found: Sequence[str], columns: Mapping[str, str], path: Path) -> 
             other = ", or a first line that names the columns"
         elif list(missing) == ["time"]:
             other = ", or a column position that counts each user's items from the oldest"
+        elif "user" in missing and "item" in roles:
+            other = "; or, if this file lists the items, `LOG --items THIS` with the log first"
         raise StreamctlError(
             "; ".join(
                 [f"no column {', '.join(missing.values())}", f"columns: {_listed(found)}", *hints]
