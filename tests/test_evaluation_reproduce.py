@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_baselines import write_cycle
 
+from streamctl.commands.reproduce import _show
 from streamctl.config import TokenizeConfig
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import reproduce as module
@@ -162,3 +164,15 @@ def test_seeds_that_differ_widen_the_interval():
     assert same.high - same.low == pytest.approx(alone.high - alone.low, rel=0.2)
     assert apart.high - apart.low > 3 * (alone.high - alone.low)
     assert apart.mean == pytest.approx(users.mean())
+
+
+def test_the_printed_table_fits_80_columns_and_says_less_than_its_json(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / "table-scientific.json"
+    table = json.loads(file.read_text(encoding="utf-8"))
+    _show(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for row in table["rows"]:
+        [line] = [line for line in lines if f" {row['method']} " in line]
+        assert f"{row['ndcg@10_masked']:.4f}" in line

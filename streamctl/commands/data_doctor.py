@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from streamctl.commands.data_prepare import COLUMNS, FORMAT, ITEMS, Source
-from streamctl.commands.options import Job, print_json, stage_command, switch
+from streamctl.commands.options import Job, print_json, print_next, stage_command, switch
 
 _MARKS = {"good": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
 
@@ -28,7 +28,7 @@ def command(
 
     Reads: SOURCE. Writes: nothing.
     Example: `streamctl data doctor sales.csv --items goods.csv`.
-    Next: `streamctl data prepare SOURCE --run runs/NAME`.
+    Next: `streamctl data prepare SOURCE --run runs/NAME`, with the options that the remedies name.
     """
     from streamctl.config import DataConfig
     from streamctl.data.doctor import examine
@@ -50,5 +50,6 @@ def command(
                 typer.echo(f"{'':10}  {line}")
             if finding.remedy:
                 typer.echo(f"{'':10}-> {finding.remedy}")
+        print_next(command, SOURCE=source, FILE=items or "goods.csv", NAME=source.stem)
     if strict and any(finding.level == "error" for finding in found.findings):
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from streamctl.commands.options import Json, Run, option, print_json
+from streamctl.commands.options import Json, Run, option, print_json, print_next
 
 
 def command(
@@ -31,7 +31,7 @@ def command(
     Reads: data/ of the run, for lcrec the tokenizer's codes if there are some. Writes: FOLDER/
     NAME.inter and NAME.item, or the like.
     Example: `streamctl data export shop --run runs/mine --format recbole`.
-    Next: train the other tool on them, or `streamctl data prepare FOLDER --run OTHER`.
+    Next: train the other tool on FOLDER, or `streamctl data prepare FOLDER --run OTHER`.
     """
     from streamctl.data.sinks import export
     from streamctl.runs import RunDir
@@ -41,3 +41,4 @@ def command(
         print_json({"files": files})
     else:
         typer.echo("\n".join(files))
+        print_next(command, FOLDER=folder)

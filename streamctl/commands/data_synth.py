@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamctl.commands.options import Force, Json, Run, option
+from streamctl.commands.options import Force, Json, Run, option, print_next
 
 
 def command(
@@ -27,3 +27,5 @@ def command(
     from streamctl.runs import RunDir
 
     render(synthesize(RunDir(run), users=users, items=items, seed=seed, force=force), json_)
+    if not json_:
+        print_next(command, RUN=run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from streamctl.commands.options import Device, Json, option
+from streamctl.commands.options import Device, Json, option, print_next
 
 # Small enough for minutes on two cores; the same stages and code as a real run.
 SHOP = {"users": 3000, "items": 600}
@@ -31,7 +31,7 @@ def command(
     Reads: nothing. Writes: a complete run, runs/demo unless told otherwise; minutes on two cores.
     Run it again and it continues or shows the finished run.
     Example: `streamctl demo --run runs/demo`.
-    Next: `streamctl recommend --run runs/demo --user u0017`, `streamctl data prepare SOURCE`.
+    Next: `streamctl serve --run RUN`; with your own log, `streamctl data doctor LOG`.
     """
     from streamctl.commands import eval as eval_command
     from streamctl.commands import recommend as recommend_command
@@ -47,3 +47,4 @@ def command(
     eval_command.render(stage, json_)
     if not json_:
         recommend_command.show_first_user(run, device=device)
+        print_next(command, RUN=run)

@@ -9,7 +9,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from streamctl.commands.options import Json, print_json, print_table, switch
+from streamctl.commands.options import Json, print_json, print_next, print_table, switch
 
 PACKAGES = (
     "streamctl", "torch", "transformers", "numpy", "numba", "pyarrow", "duckdb", "safetensors",
@@ -46,6 +46,8 @@ def command(
             "; ".join(f"{row['what']}: {row['problem']}" for row in problems),
             run="what is named there, then `streamctl doctor` again",
         )
+    if not json_ and not problems:
+        print_next(command)
 
 
 def examine(*, offline: bool = False) -> dict[str, list[dict[str, str]]]:

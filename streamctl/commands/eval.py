@@ -36,7 +36,7 @@ def command(
     Reads: data and every trained stage. Writes: RUN/eval (metrics.json, ranks, plots as PNG),
     RUN/beam-losses (losses.json), RUN/think-curve (points.json, think-curve.png).
     Example: `streamctl eval --run runs/mine --methods stream_sft,ranker`.
-    Next: `streamctl recommend --run RUN --user ID`.
+    Next: `streamctl recommend --run RUN --user ID`, `streamctl refit --run RUN`.
     """
     from streamctl.config import EvalConfig
     from streamctl.errors import UsageError

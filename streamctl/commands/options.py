@@ -6,6 +6,8 @@ import functools
 import inspect
 import json
 import os
+import re
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -122,13 +124,24 @@ def stage_command(*absent: str) -> Callable[[Callable[..., None]], Callable[...,
         @functools.wraps(function)
         def command(**given: Any) -> None:
             told = {field: given.pop(name) for field, name, _, _ in shared}
-            function(Job(**told | {"sets": tuple(told.get("sets") or ())}), **given)
+            job = Job(**told | {"sets": tuple(told.get("sets") or ())})
+            function(job, **given)
+            if "run" in told and not job.json:
+                print_next(function, RUN=job.run)
 
         command.__signature__ = inspect.Signature(parameters)
         command.__annotations__ = {one.name: one.annotation for one in parameters}
         return command
 
     return decorate
+
+
+def print_next(command: Callable[..., None], **names: Any) -> None:
+    """What a finished command's help names as the next step, with RUN and the like filled in."""
+    step = " ".join((inspect.getdoc(command) or "").rpartition("Next: ")[2].split())
+    for name, value in names.items():
+        step = re.sub(rf"\b{name}\b", lambda _, value=value: shlex.quote(str(value)), step)
+    typer.echo("Next: " + step.replace("`", ""))
 
 
 def print_json(value: Any) -> None:

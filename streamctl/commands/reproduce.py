@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from streamctl.commands.options import Device, Json, Sets, option, print_json, print_table
+from streamctl.commands.options import (
+    Device,
+    Json,
+    Sets,
+    option,
+    print_json,
+    print_next,
+    print_table,
+)
 
 
 def command(
@@ -41,7 +49,7 @@ def command(
     Reads: data and tokenizer of the run. Writes: RUN/reproduce (a run for each seed, receipts,
     table.json).
     Example: `streamctl reproduce runs/mine --seeds 3 --size tiny`.
-    Next: `streamctl eval --run RUN/reproduce/seed-0`.
+    Next: `streamctl reproduce RUN --check RUN/reproduce/receipts/seed-0.json` makes it once more.
     """
     from streamctl.errors import UsageError
     from streamctl.evaluation.reproduce import METHODS, Plan, reproduce, save_receipts
@@ -64,32 +72,38 @@ def command(
     table = reproduce(run, plan)
     if save is not None:
         save_receipts(run, save)
-    print_json(table) if json_ else _show(table)
+    if json_:
+        print_json(table)
+    else:
+        _show(table)
+        print_next(command, RUN=run.path)
 
 
 def _show(table: dict[str, Any]) -> None:
-    columns = ("recall@10", "ndcg@10", "ndcg@10_masked", "rerank_ndcg@10_masked")
-    against = ("transitions", "tiger", "sasrec_ce")
+    """The table in 80 columns; its JSON has every metric and comparison."""
+    rows = table["rows"]
+    rivals = [name for name in ("ranker", "transitions", "tiger")
+              if any(f"vs_{name}" in row for row in rows)]  # fmt: skip
 
     def cell(value: float | list[float] | None) -> str:
         if isinstance(value, list):
-            return f"{value[0]:+.4f}\n{value[1]:+.4f}"
+            return f"{value[0]:+.4f} {value[1]:+.4f}"
         return "" if value is None else f"{value:.4f}"
 
-    rows = [
-        [
-            row["method"], row["seeds"], *(cell(row[column]) for column in columns),
-            cell(row["published"] and row["published"]["ndcg@10"]),
-            *(cell(row.get(f"vs_{other}")) for other in against),
-        ]
-        for row in table["rows"]
-    ]  # fmt: skip
-    print_table(
-        f"{table['data']}: differences in masked ndcg@10, 95%",
-        ["", "seeds", "recall\n@10", "ndcg\n@10", "masked", "re-\nranked", "in\nprint",
-         *(f"less\n{other}" for other in against)],
-        rows,
-    )  # fmt: skip
+    columns = {
+        "": [row["method"] for row in rows],
+        "ndcg\n@10": [cell(row["ndcg@10"]) for row in rows],
+        "masked": [cell(row["ndcg@10_masked"]) for row in rows],
+        "re-\nranked": [cell(row["rerank_ndcg@10_masked"]) for row in rows],
+        "in\nprint": [cell((row["published"] or {}).get("ndcg@10")) for row in rows],
+    }
+    if rivals:
+        less = [cell(row.get(f"vs_{rivals[0]}")) for row in rows]
+        columns[f"masked less\n{rivals[0]}, 95%"] = less
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    seeds = max((row["seeds"] for row in rows), default=0)
+    title = f"{table['data']}, seeds: {seeds}; masked: without items the user had; --json has more"
+    print_table(title, list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
 
 def _check(run: Any, receipt: Path, device: str, json_: bool) -> None:

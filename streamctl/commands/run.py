@@ -12,7 +12,8 @@ def command(job: Job, size: Size = None) -> None:
     Reads: the data stage of the run. Writes: every other stage folder.
     Interrupt it at any time; the same command continues.
     Example: `streamctl run --run runs/mine --size tiny --set tokenize.encoder=tfidf`.
-    Next: `streamctl recommend --run RUN --user ID`, `streamctl serve --run RUN`.
+    Next: `streamctl recommend --run RUN --user ID`, `streamctl refit --run RUN`, and then
+    `streamctl serve --run RUN`.
     """
     from streamctl.commands.eval import render
     from streamctl.config import STAGES

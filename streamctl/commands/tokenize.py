@@ -28,7 +28,7 @@ def command(
     Reads: the data stage. Writes: RUN/tokenizer: codes.npy, codebooks.npy, item_vectors.npy,
     neighbours.npy, index.json, report.json (usage, entropy, collisions), the fitted tokenizer.
     Example: `streamctl tokenize --run runs/mine --encoder tfidf`.
-    Next: `streamctl pretrain --run RUN`.
+    Next: `streamctl pretrain --run RUN`, or `streamctl run --run RUN` for every stage.
     """
     from streamctl.config import TokenizeConfig
     from streamctl.tokenizer.stage import tokenize

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from streamctl.commands.options import Config, Device, Json, Run, Seed, Sets, print_json
+from streamctl.commands.options import Config, Device, Json, Run, Seed, Sets, print_json, print_next
 
 
 def command(
@@ -29,7 +29,7 @@ def command(
     stages of OLD that do not know single items.
     Interrupt it at any time; the same command continues.
     Example: `streamctl update runs/june --run runs/july --set pretrain.epochs=2`.
-    Next: `streamctl eval --run RUN`, `streamctl refit --run RUN`.
+    Next: `streamctl eval --run RUN`, and then `streamctl refit --run RUN`.
     """
     from streamctl.evaluation.update import update
     from streamctl.runs import RunDir
@@ -39,3 +39,4 @@ def command(
         print_json({"run": str(run), "stages": made})
     else:
         typer.echo(f"{run}: {', '.join(made)}")
+        print_next(command, RUN=run)
