@@ -86,11 +86,10 @@ def test_a_log_in_many_ranges_is_examined_as_in_one(tmp_path, monkeypatch):
     rows += [rows[0], rows[9], (rows[4][0], rows[4][1], START + 86_400 * 30), ("u3", "i19", START)]
     source = write(tmp_path / "s", rows[::-1])
     whole = examine(source, DataConfig(source=str(source)))
-    for module in ("checks", "statistics"):
+    for module in ("doctor", "statistics"):
         path = f"streamctl.data.{module}.ranges"
         monkeypatch.setattr(path, lambda offsets, rows=0: ranges(offsets, rows=13))
     monkeypatch.setattr("streamctl.data.sources.raw.HELD_BYTES", 0)
-    monkeypatch.setattr("streamctl.data.columns.MEMORY_BYTES", 50)
     assert examine(source, DataConfig(source=str(source))) == whole
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from broken_files import CORPUS
 from fuzz import Campaign, generated
-
-from streamctl.data import columns
-from streamctl.data.columns import Column
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +36,3 @@ def test_the_campaign_notices_a_traceback(tmp_path, monkeypatch):
     campaign = Campaign(tmp_path)
     campaign.run("nothing", None, "reader")
     assert campaign.ends == {"traceback": 1}
-
-
-def test_a_long_column_goes_to_disk_and_reads_the_same(monkeypatch):
-    monkeypatch.setattr(columns, "MEMORY_BYTES", 100)
-    column = Column(np.int32, 1000)
-    for start in range(0, 1000, 10):
-        column.append(np.arange(start, start + 10))
-    values = column.finish()
-    assert isinstance(values, np.memmap)
-    assert values.tolist() == list(range(1000))

@@ -255,3 +255,10 @@ def test_a_log_in_order_only_has_no_moments():
     users, items, _ = zip(*LOG, strict=True)
     with pytest.raises(UsageError, match="gives the order only"):
         build(RawLog.of(users, items), DataConfig(split="80%"))
+
+
+def test_users_of_one_interaction_each_have_no_neighbours():
+    rows = [(f"u{n}", f"i{n % 3}", n) for n in range(10)]
+    config = DataConfig(min_user=1, min_item=1, split="50%,80%")
+    _, log, facts = build(RawLog.of(*zip(*rows, strict=True)), config)
+    assert len(log) == 10 and facts["tied_neighbours"] == 0

@@ -242,7 +242,6 @@ def test_a_log_prepared_in_many_ranges_on_disk_is_the_log_prepared_in_one(monkey
     monkeypatch.setattr(
         "streamctl.data.statistics.ranges", lambda offsets, rows=0: ranges(offsets, rows=13)
     )
-    monkeypatch.setattr("streamctl.data.columns.MEMORY_BYTES", 50)
     monkeypatch.setattr("streamctl.data.sources.raw.HELD_BYTES", 0)
     monkeypatch.setattr("streamctl.data.order.BATCH", 7)
     catalog, parts, again = build(raw_log(LOG), DataConfig(ties="shuffle"))

@@ -561,7 +561,7 @@ def test_every_option_that_the_doctor_names_is_one_of_prepare():
     prepare = next(command for words, command in commands() if words == ("data", "prepare"))
     known = {name for parameter in prepare.params for name in parameter.opts}
     folder = ROOT / "streamctl" / "data"
-    text = "".join((folder / name).read_text() for name in ("checks.py", "statistics.py"))
+    text = "".join((folder / name).read_text() for name in ("doctor.py", "statistics.py"))
     named = set(re.findall(r"--[a-z-]+", text))
     assert len(named) > 10
     assert named <= known

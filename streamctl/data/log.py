@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from streamctl.data.columns import forget
 from streamctl.errors import StreamctlError
 from streamctl.runs import Stage, StageWriter
 
@@ -28,13 +28,22 @@ def ranges(offsets: np.ndarray, rows: int = RANGE_ROWS) -> Iterator[tuple[int, i
         first = last
 
 
+def forget(column: np.ndarray | None) -> None:
+    """Drop the pages of a column that is a map of a file from this process's memory."""
+    while column is not None and not isinstance(column, mmap.mmap):
+        column = getattr(column, "base", None)
+    if column is not None:
+        column.flush()
+        column.madvise(mmap.MADV_DONTNEED)
+
+
 @dataclass(frozen=True)
 class InteractionLog:
     """Every user's items, oldest first, in one flat array.
 
     Attributes:
         items: int32 (T,) dense item index, sorted by user, then by time; like `timestamps` a map
-            of a file while a long log is prepared.
+            of a file while a log is prepared.
         offsets: int64 (U + 1,); user u has items[offsets[u]:offsets[u + 1]].
         user_ids: external ids of the U users.
         timestamps: int64 (T,) in the order of the source's times, whole numbers as they are, or

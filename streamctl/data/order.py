@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 
 from streamctl.config import DataConfig
 from streamctl.data.clean import LEFT, moment, moment_text, parse_events
-from streamctl.data.columns import Column, forget
-from streamctl.data.log import InteractionLog, ranges
+from streamctl.data.log import InteractionLog, forget, ranges
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.statistics import id_rank
 from streamctl.device import derive_seed
 from streamctl.errors import StreamctlError, UsageError
+from streamctl.files import disk_errors
 from streamctl.progress import warn
 
 BATCH = 1 << 20
@@ -42,15 +44,22 @@ def number(raw: RawLog, config: DataConfig) -> tuple[InteractionLog, list[str]]:
     if len(set(weights.values())) > 1:
         cases = " ".join(f"WHEN {_text(name)} THEN {w!r}" for name, w in weights.items())
         chosen[f"(CASE event {cases} END)::FLOAT"] = np.float32
-    columns = [Column(dtype, total) for dtype in chosen.values()]
     part = "part, " if raw.split else ""
     query = f"SELECT {', '.join(chosen)} FROM {LEFT} ORDER BY u, {part}t, row"
-    for batch in raw.con.sql(query).to_arrow_reader(BATCH):
-        values = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
-        columns[0].append(dense[values[0]])
-        for column, more in zip(columns[1:], values[1:], strict=True):
-            column.append(more)
-    arrays = [column.finish() for column in columns]
+    with disk_errors(Path(tempfile.gettempdir())):
+        # A long log is not held in memory: its columns are maps of files that have no names.
+        files = [tempfile.TemporaryFile() for _ in chosen]  # noqa: SIM115 - live as the maps
+        for batch in raw.con.sql(query).to_arrow_reader(BATCH):
+            values = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
+            values[0] = dense[values[0]]
+            for file, column in zip(files, values, strict=True):
+                file.write(column.data)
+        for file in files:
+            file.flush()
+    arrays = [
+        np.memmap(file, dtype, "r+", shape=(total,))
+        for file, dtype in zip(files, chosen.values(), strict=True)
+    ]
     log = InteractionLog(
         items=arrays[0],
         offsets=offsets,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ import pyarrow.compute as pc
 
 from streamctl.config import DataConfig
 from streamctl.data.catalog import Catalog
-from streamctl.data.columns import forget
 from streamctl.data.known import published
-from streamctl.data.log import InteractionLog, ranges
+from streamctl.data.log import InteractionLog, forget, ranges
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.split import Split
 from streamctl.progress import say, warn
@@ -37,96 +36,77 @@ def describe(
     """
     users, items, total = log.n_users, len(catalog), len(log)
     lengths, split = log.lengths, Split(log, config.history, len(catalog))
-    sequences = _sequences(log, id_rank(catalog.ids))
+    counts = _count(log, id_rank(catalog.ids))
+    tied = round(counts["tied"] / max(counts["neighbours"], 1), 4)
     return {
         "source": Path(config.source).name,  # the name alone: the same data in another place
         "format": raw.format,
         "read": read,
         "users": users,
         "items": items,
-        "items_taken": sequences.items_taken,
+        "items_taken": counts["items"],
         "interactions": total,
         "mean_length": round(total / users, 3),
         "median_length": float(np.median(lengths)),
         "longest": int(lengths.max()),
-        "sparsity": round(1 - (total - sequences.repeats) / (users * items), 6),
+        "sparsity": round(1 - (total - counts["repeats"]) / (users * items), 6),
         "train_prefixes": split.count(log.offsets[:-1], split.valid_from),
         "valid_targets": split.count(split.valid_from, split.test_from),
         "test_targets": split.count(split.test_from, log.offsets[1:]),
         "split": config.split if log.cuts is not None else "leave-one-out",
-        "repeats": sequences.repeats,
+        "repeats": counts["repeats"],
         "order": "time" if raw.timed else "position",
         "ties": config.ties,
-        "tied_neighbours": sequences.tied_share(),
-        "test_id_above_valid_id": sequences.last.share(),
-        "ascending_ids": sequences.all.share(),
+        "tied_neighbours": tied if raw.timed else None,
+        "test_id_above_valid_id": _share(counts["last steps up"], counts["last steps down"]),
+        "ascending_ids": _share(counts["steps up"], counts["steps down"]),
         "published": published(raw.format, raw.files),
         "unread": raw.unread,
     }
 
 
-@dataclass
-class _Signs:
-    """How many differences of id ranks are positive and how many negative."""
-
-    up: int = 0
-    down: int = 0
-
-    def add(self, differences: np.ndarray) -> None:
-        self.up += int((differences > 0).sum())
-        self.down += int((differences < 0).sum())
-
-    def share(self) -> float | None:
-        """Share of positive among non-zero differences; None if there are none."""
-        total = self.up + self.down
-        return round(self.up / total, 4) if total else None
-
-
-@dataclass
-class _Sequences:
-    """What a pass over all sequences counts: see `describe`."""
-
-    timed: bool
-    items_taken: int = 0
-    repeats: int = 0  # interactions with an item that their user took before
-    neighbours: int = 0
-    tied: int = 0  # neighbours with equal times
-    last: _Signs = field(default_factory=_Signs)
-    all: _Signs = field(default_factory=_Signs)
-
-    def tied_share(self) -> float | None:
-        if not self.timed:
-            return None
-        return round(self.tied / self.neighbours, 4)
-
-
-def _sequences(log: InteractionLog, rank: np.ndarray) -> _Sequences:
+def _count(log: InteractionLog, rank: np.ndarray) -> Counter[str]:
     """Counts over all sequences, a range of users at a time.
 
     Args:
         rank: int32 (N,) rank of each item's external id.
     """
-    found = _Sequences(timed=log.timestamps is not None)
+    found: Counter[str] = Counter()
     taken = np.zeros(len(rank), bool)
     for first, last in ranges(log.offsets):
-        start, end = log.offsets[first], log.offsets[last]
-        items, bounds = log.items[start:end], log.offsets[first : last + 1] - start
+        part = slice(log.offsets[first], log.offsets[last])
+        items, starts = log.items[part], log.offsets[first:last] - part.start
+        ends = log.offsets[first + 1 : last + 1] - part.start - 1
         taken[items] = True
-        same = np.ones(len(items) - 1, bool)
-        same[bounds[1:-1] - 1] = False
-        found.neighbours += int(same.sum())
-        found.all.add(np.diff(rank[items])[same])
-        found.last.add(rank[items[bounds[1:] - 1]] - rank[items[bounds[1:] - 2]])
-        if found.timed:
-            found.tied += int((np.diff(log.timestamps[start:end]) == 0)[same].sum())
-        pairs = np.repeat(np.arange(last - first, dtype=np.int64) * len(rank), np.diff(bounds))
-        pairs += items
+        same = np.ones(len(items), bool)  # whose neighbour before is of the same user
+        same[starts] = False
+        found["neighbours"] += int(same.sum())
+        for steps, kind in (
+            (np.diff(rank[items])[same[1:]], "steps"),
+            (rank[items[ends]] - rank[items[ends - 1]], "last steps"),
+        ):
+            found[f"{kind} up"] += int((steps > 0).sum())
+            found[f"{kind} down"] += int((steps < 0).sum())
+        if log.timestamps is not None:
+            found["tied"] += int((np.diff(log.timestamps[part]) == 0)[same[1:]].sum())
+        pairs = user_items(log, first, last, len(rank))
         pairs.sort()
-        found.repeats += int((pairs[1:] == pairs[:-1]).sum())
+        found["repeats"] += int((pairs[1:] == pairs[:-1]).sum())
         forget(log.items)
         forget(log.timestamps)
-    found.items_taken = int(taken.sum())
+    found["items"] = int(taken.sum())
     return found
+
+
+def user_items(log: InteractionLog, first: int, last: int, n_items: int) -> np.ndarray:
+    """int64: a number for each interaction of some users, equal for equal user and item."""
+    users = np.repeat(np.arange(last - first, dtype=np.int64), log.lengths[first:last])
+    return users * n_items + log.items[log.offsets[first] : log.offsets[last]]
+
+
+def _share(part: int, rest: int) -> float | None:
+    """part / (part + rest); None if there are none."""
+    return round(part / (part + rest), 4) if part + rest else None
 
 
 def order_fault(facts: dict[str, Any]) -> tuple[str, str, str] | None:
