@@ -23,9 +23,12 @@ from streamctl.evaluation.methods import Models, known_rows
 from streamctl.files import read_json
 from streamctl.ranking import evaluate, paired_difference, sample_users
 from streamctl.retrieval.evidence import HOPS
+from streamctl.retrieval.memory import Memory
+from streamctl.retrieval.transitions import REACH, Transitions
 from streamctl.runs import RunDir
 
 LENGTHS = (0, 1, 2, 4, 8, 16, 32, 64)
+KEPT = (0, 256, 64, 16)  # pairs of an item; 0: all. Evidence keeps 1,024, and twice the rows
 PARTS = ("weights_alone", "codes_alone")
 NAMES = {"random_evidence": "random"}
 THINKING = {"stream_sft": FULL, "stream_rl": FULL}  # l of a row, where it thinks as it likes
@@ -83,6 +86,9 @@ class Changes:
         for count in range(1, sum(size > 0 for size in sizes)):
             first = {place: size * (place < count) for place, size in enumerate(sizes)}
             self.add(f"first {count} hops", self.with_hops(first))
+        for pairs in KEPT:
+            kept = f"{pairs:,} pairs" if pairs else "all pairs"
+            self.add(f"{kept} and rows of an item", self.with_bounds(pairs))
         for order in ("strength", "random"):
             self.add(f"{order} order", Ordered(self.models.reasoning("sft"), order), l=8)
         for row in self.rows:
@@ -107,6 +113,17 @@ class Changes:
         evidence = object.__new__(type(thinker.evidence))
         sizes = tuple(size for _, size in sorted(sizes.items()))
         evidence.__dict__ = {**thinker.evidence.__dict__, "sizes": sizes, "_scratch": []}
+        return EvidenceRecommender(thinker.policy, thinker.trie, evidence)
+
+    def with_bounds(self, pairs):
+        """The thinker of SFT with so many pairs kept of an item, and twice as many rows."""
+        thinker = self.models.reasoning("sft")
+        evidence = object.__new__(type(thinker.evidence))
+        evidence.__dict__ = {**thinker.evidence.__dict__, "_scratch": []}
+        items, offsets = self.models.split.training_sequences()
+        pairs = pairs or len(items) * REACH
+        evidence.transitions = Transitions.count(items, offsets, self.n_items, pairs)
+        evidence.memory = Memory.index(items, offsets, self.n_items, 2 * pairs)
         return EvidenceRecommender(thinker.policy, thinker.trie, evidence)
 
 
