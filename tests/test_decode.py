@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_model import SIZES, encoder_inputs, histories, small_policy, transformers_model
 
-from streamctl.decode import PolicyRecommender, exact_top, recommend
+from streamctl.decode import PolicyRecommender, exact, exact_top, recommend
 from streamctl.decode.beam import search_after
 from streamctl.decode.retrieved import retrieved_codes
 from streamctl.errors import UsageError
@@ -156,7 +156,7 @@ def test_items_are_scored_beside_the_beam_and_a_prefix_is_read_once_or_not_at_al
     monkeypatch.setattr(
         policy, "extend", lambda *given: (read.append(given[1].shape[1]), extend(*given))[1]
     )
-    leaves, scores, own = search_after(policy, trie, hidden, before, encoded, 4, also=also)
+    leaves, scores, own, _ = search_after(policy, trie, hidden, before, encoded, 4, also=also)
     torch.testing.assert_close(own, all_scores(policy, past).gather(1, also), atol=1e-4, rtol=1e-4)
     alone = search_after(policy, trie, hidden, before, encoded, 4)
     assert torch.equal(leaves, alone[0]) and alone[2].shape == (2, 0)
@@ -260,20 +260,20 @@ def test_an_empty_history_is_refused():
 
 @pytest.mark.parametrize("softmax", ["vocabulary", "catalogue"])
 @pytest.mark.parametrize("length", [0, 2])
-def test_exact_search_is_brute_force_and_says_how_little_it_expanded(length, softmax):
+def test_exact_search_is_brute_force_however_narrow_it_begins(length, softmax, monkeypatch):
+    monkeypatch.setattr(exact, "WIDTH", 1)
     policy = distinct_policy(think_codebook=4, softmax=softmax)
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3, 9])
     thoughts = torch.randint(*policy.tokens.think_range, (3, length))
     exclude = [np.arange(0, 50), np.empty(0, np.int64), np.arange(60, 110)]
-    ranking, expansions = exact_top(policy, trie, past, 7, thoughts=thoughts, exclude=exclude)
+    ranking, widths = exact_top(policy, trie, past, 7, thoughts=thoughts, exclude=exclude)
     scores = all_scores(policy, past, thoughts)
     for row, items in enumerate(exclude):
         scores[row, items] = -torch.inf
     expected, items = scores.topk(7)
     assert torch.equal(ranking.items, items)
     torch.testing.assert_close(ranking.scores, expected, atol=1e-4, rtol=1e-4)
-    inner = trie.n_nodes - len(policy.item_tokens)
-    assert (expansions >= 3).all() and (expansions < inner).all()
+    assert (widths >= 7).all() and (widths > 7).any()
 
 
 def test_exact_search_finds_what_a_narrow_beam_loses():

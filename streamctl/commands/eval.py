@@ -29,7 +29,7 @@ def command(
     recall@k is also known as HR@k: each target is looked for alone. Figures with seen items left
     in and masked are both given. Redone by itself when a stage it reads has changed.
 
-    `--decode exact` instead compares beams of 20 and 50 with best-first search of the whole
+    `--decode exact` instead compares beams of 20 and 50 with an exact search of the whole
     catalogue, and `--think-curve` measures thoughts of 0, 1, 2, 4, ... and their
     controls; both on 1,000 users unless --users says otherwise.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from streamctl import kernels
-from streamctl.decode.items import best_items, legal_nodes, together
+from streamctl.decode.items import best_items, legal_nodes, of_rows, together
 from streamctl.decode.think import greedy_thought
 from streamctl.device import autocast
 from streamctl.errors import UsageError
@@ -75,11 +75,10 @@ def recommend(
             else:
                 thought = thoughts[rows.to(thoughts.device)].to(device)
             hidden, past = policy.prompt(encoded, thought, decoder)
-            leaves, value, _ = search_after(
+            leaves, value, *_ = search_after(
                 policy, trie, hidden[:, -1:], past, encoded, max(beam, k), legal, decoder
             )
-        barred = None if exclude is None else [exclude[row] for row in rows.tolist()]
-        wanted = None if allow is None else [allow[row] for row in rows.tolist()]
+        barred, wanted = of_rows(rows, exclude), of_rows(rows, allow)
         items[rows], scores[rows] = best_items(trie, leaves, value, k, barred, wanted, seed)
     return Ranking(items, scores)
 
@@ -94,7 +93,7 @@ def search_after(
     legal: torch.Tensor | None = None,
     decoder: DecoderName = "slow",
     also: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Beam search over the codes that follow BOS.
 
     Each different prefix is read once. Over the catalogue's softmax an only continuation is
@@ -107,7 +106,7 @@ def search_after(
 
     Returns:
         leaves (B, beam) int64, -1 where fewer, and their scores (B, beam); the scores of `also`
-        (B, K), K = 0 without them.
+        (B, K), K = 0 without them; and (B,) what no prefix that was dropped is likelier than.
     """
     users, device = len(hidden), hidden.device
     also = torch.empty(users, 0, dtype=torch.int64, device=device) if also is None else also
@@ -119,6 +118,7 @@ def search_after(
     normalize = "legal" if catalogue else "vocabulary"
     logits = policy.logits(hidden).float()
     scores = policy.first_logprobs(hidden)[:, 0].gather(1, codes[..., 0])
+    dropped = torch.full((users,), -torch.inf, device=device)
     for level in range(policy.tokens.levels):
         if level:
             nodes = torch.cat([node, paths[..., level]], 1)
@@ -139,7 +139,8 @@ def search_after(
             _rows(logits, row), node, score, csr, beam, allowed=legal, normalize=normalize
         )
         row = row.gather(1, parent)
-    return node, score, scores
+        dropped = torch.maximum(dropped, score[:, -1])  # -inf while the beam has room
+    return node, score, scores, dropped
 
 
 def _rows(logits: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from streamctl.decode import beam as codes
-from streamctl.decode.items import best_items, denied, legal_nodes, together
+from streamctl.decode.items import best_items, denied, legal_nodes, of_rows, together
 from streamctl.device import autocast, derive_seed
 from streamctl.model.past import Past
 from streamctl.model.policy import Encoded, Policy
@@ -157,8 +157,7 @@ class EvidenceRecommender:
             index = rows.numpy()
             part = histories[rows]
             part = part[:, : int((part >= 0).sum(1).max())]
-            barred = None if exclude is None else [exclude[row] for row in index]
-            wanted = None if allow is None else [allow[row] for row in index]
+            barred, wanted = of_rows(rows, exclude), of_rows(rows, allow)
             parts = self.parts(part, users[index], k, length, barred, wanted)
             answer, thought = parts.best(k), parts.thought
             items[rows], scores[rows] = answer.items.cpu(), answer.scores.cpu()
@@ -243,7 +242,7 @@ class EvidenceRecommender:
             if self.mix != "item":
                 odds = torch.full_like(odds, torch.inf if self.mix == "codes" else -torch.inf)
             heavy = thought.items[:, :SCORED].clamp(min=0)
-            leaves, chance, known = codes.search_after(
+            leaves, chance, known, _ = codes.search_after(
                 policy, self.trie, hidden[:, -1:], past, encoded, max(self.beam, k), legal,
                 also=heavy,
             )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ def together(
     if exclude is None and allow is None:
         return CHUNK
     return min(CHUNK, max(1, MASKS // trie.n_nodes))
+
+
+def of_rows(rows: torch.Tensor, lists: Sequence[Any] | None) -> list[Any] | None:
+    """What some users wish; None where nobody has said anything."""
+    return None if lists is None else [lists[row] for row in rows.tolist()]
 
 
 def legal_nodes(
