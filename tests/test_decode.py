@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_model import SIZES, encoder_inputs, histories, small_policy, transformers_model
 
-from streamctl.decode import PolicyRecommender, exact, exact_top, recommend
+from streamctl.decode import PolicyRecommender, beam, recommend
 from streamctl.decode.beam import search_after
 from streamctl.decode.retrieved import retrieved_codes
 from streamctl.errors import UsageError
@@ -261,25 +261,27 @@ def test_an_empty_history_is_refused():
 @pytest.mark.parametrize("softmax", ["vocabulary", "catalogue"])
 @pytest.mark.parametrize("length", [0, 2])
 def test_exact_search_is_brute_force_however_narrow_it_begins(length, softmax, monkeypatch):
-    monkeypatch.setattr(exact, "WIDTH", 1)
+    monkeypatch.setattr(beam, "WIDTH", 1)
     policy = distinct_policy(think_codebook=4, softmax=softmax)
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [5, 3, 9])
     thoughts = torch.randint(*policy.tokens.think_range, (3, length))
     exclude = [np.arange(0, 50), np.empty(0, np.int64), np.arange(60, 110)]
-    ranking, widths = exact_top(policy, trie, past, 7, thoughts=thoughts, exclude=exclude)
+    ranking = recommend(
+        policy, trie, past, 7, thoughts=thoughts, exclude=exclude, beam=None, exact=True
+    )
     scores = all_scores(policy, past, thoughts)
     for row, items in enumerate(exclude):
         scores[row, items] = -torch.inf
     expected, items = scores.topk(7)
     assert torch.equal(ranking.items, items)
     torch.testing.assert_close(ranking.scores, expected, atol=1e-4, rtol=1e-4)
-    assert (widths >= 7).all() and (widths > 7).any()
 
 
-def test_exact_search_finds_what_a_narrow_beam_loses():
+def test_exact_search_finds_what_a_narrow_beam_loses(monkeypatch):
+    monkeypatch.setattr(beam, "WIDTH", 1)
     policy = distinct_policy()
     trie, past = catalogue(policy), histories(len(policy.item_tokens), [4] * 40)
-    best, _ = exact_top(policy, trie, past, 5)
+    best = recommend(policy, trie, past, 5, beam=None, exact=True)
     narrow = recommend(policy, trie, past, 5, beam=5, exact=True)
     assert (best.scores >= narrow.scores - 1e-4).all()
     assert not torch.equal(best.items, narrow.items)

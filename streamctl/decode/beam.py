@@ -19,6 +19,9 @@ from streamctl.model.policy import DecoderName, Encoded, Policy
 from streamctl.ranking import Ranking
 from streamctl.tokenizer.trie import PrefixTrie
 
+WIDTH = 64  # of the first beam where the true best are wanted; the next one is four times as wide
+LOGITS = 1 << 24  # held at once by a beam as wide as it needs to be
+
 
 @torch.no_grad()
 def recommend(
@@ -28,7 +31,7 @@ def recommend(
     k: int,
     *,
     think: int = 0,
-    beam: int = 50,
+    beam: int | None = 50,
     decoder: DecoderName = "slow",
     thoughts: torch.Tensor | None = None,
     exclude: Sequence[np.ndarray] | None = None,
@@ -45,7 +48,9 @@ def recommend(
     Args:
         history: (B, H) int64 items, oldest first, -1 on the right.
         think: l, think tokens before the codes, the likeliest one after the other.
-        beam: prefixes kept a level; raised to k.
+        beam: prefixes kept a level; raised to k. None: as many as the true k best items need. Each
+            further code can only lower a prefix's probability, so that a beam has found them once
+            nothing that it dropped was likelier than the k-th item.
         decoder: "slow", or "direct", which never thinks.
         thoughts: (B, l) int64 given think tokens, used instead of the model's own.
         exclude: for each user, items that must not be recommended.
@@ -65,21 +70,28 @@ def recommend(
     items = torch.full((len(history), k), -1, dtype=torch.int64, device=device)
     scores = torch.full((len(history), k), -torch.inf, device=device)
     # Users of similar lengths side by side: little of a chunk is padding.
-    order = torch.argsort(lengths, stable=True)
-    for rows in order.split(together(trie, exclude, allow)) if len(order) else ():
-        legal = legal_nodes(trie, rows, exclude, allow)
-        with autocast(device, enabled=not exact):
-            encoded = policy.encode(history[rows, : int(lengths[rows].max())])
-            if thoughts is None:
-                thought = greedy_thought(policy, encoded, think, decoder)
-            else:
-                thought = thoughts[rows.to(thoughts.device)].to(device)
-            hidden, past = policy.prompt(encoded, thought, decoder)
-            leaves, value, *_ = search_after(
-                policy, trie, hidden[:, -1:], past, encoded, max(beam, k), legal, decoder
-            )
-        barred, wanted = of_rows(rows, exclude), of_rows(rows, allow)
-        items[rows], scores[rows] = best_items(trie, leaves, value, k, barred, wanted, seed)
+    left, width = torch.argsort(lengths, stable=True), max(k, WIDTH if beam is None else beam)
+    while len(left):
+        chunk, unsure = together(trie, exclude, allow), []
+        if beam is None:
+            chunk = max(1, min(chunk, LOGITS // (width * policy.tokens.size)))
+        for rows in left.split(chunk):
+            legal = legal_nodes(trie, rows, exclude, allow)
+            with autocast(device, enabled=not exact):
+                encoded = policy.encode(history[rows, : int(lengths[rows].max())])
+                if thoughts is None:
+                    thought = greedy_thought(policy, encoded, think)
+                else:
+                    thought = thoughts[rows.to(thoughts.device)].to(device)
+                hidden, past = policy.prompt(encoded, thought, decoder)
+                leaves, value, _, dropped = search_after(
+                    policy, trie, hidden[:, -1:], past, encoded, width, legal, decoder
+                )
+            barred, wanted = of_rows(rows, exclude), of_rows(rows, allow)
+            items[rows], scores[rows] = best_items(trie, leaves, value, k, barred, wanted, seed)
+            if beam is None:
+                unsure.append(rows[scores[rows, -1] < dropped])
+        left, width = torch.cat(unsure) if unsure else left[:0], 4 * width
     return Ranking(items, scores)
 
 

@@ -7,7 +7,7 @@ import torch
 from streamctl.distributed import Share
 from streamctl.model.frozen import Branches
 from streamctl.model.past import Past
-from streamctl.model.policy import DecoderName, Encoded, Policy
+from streamctl.model.policy import Encoded, Policy
 
 
 def think_logits(policy: Policy, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -16,15 +16,13 @@ def think_logits(policy: Policy, hidden: torch.Tensor, temperature: float = 1.0)
     return torch.log_softmax(policy.logits(hidden)[..., low:high].float() / temperature, -1)
 
 
-def greedy_thought(
-    policy: Policy, encoded: Encoded, length: int, decoder: DecoderName = "slow"
-) -> torch.Tensor:
+def greedy_thought(policy: Policy, encoded: Encoded, length: int) -> torch.Tensor:
     """The likeliest think tokens, one after the other: (B, l) int64."""
     low, _ = policy.tokens.think_range
     feed = torch.full((len(encoded), 1, 1), policy.tokens.THINK, device=encoded.states.device)
     tokens, past = [feed[:, 0, :0]], None
     for _ in range(length):
-        hidden, past = policy.extend(encoded, feed, decoder, past)
+        hidden, past = policy.extend(encoded, feed, past=past)
         feed = think_logits(policy, hidden[:, :, -1]).argmax(-1, keepdim=True) + low
         tokens.append(feed[:, 0])
     return torch.cat(tokens, 1)

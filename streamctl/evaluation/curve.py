@@ -18,7 +18,7 @@ import torch
 
 from streamctl.config import EvalConfig
 from streamctl.data import Examples, Split, load_data
-from streamctl.decode import exact_top, recommend
+from streamctl.decode import recommend
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import Models
 from streamctl.files import atomic_file
@@ -145,7 +145,6 @@ def _losses(
     names = ["exact", *(f"beam {beam}" for beam in BEAMS)]
     top = {name: np.full((len(examples), DEPTH), -1, np.int64) for name in names}
     spent = dict.fromkeys(names, 0.0)
-    widths = np.zeros(len(examples), np.int64)
     with progress_bar(f"exact search, l = {length}", len(examples), "users") as bar:
         for index in batches_by_length(examples.lengths, config.batch):
             history = torch.from_numpy(examples.histories(index)).to(models.device)
@@ -153,14 +152,8 @@ def _losses(
             options = {"think": length, "seed": config.seed, "decoder": decoder}
             for name in names:
                 began = time.perf_counter()
-                if name == "exact":
-                    ranking, needed = exact_top(policy, trie, history, DEPTH, **options)
-                    widths[index] = needed
-                else:
-                    beam = int(name.split()[1])
-                    ranking = recommend(
-                        policy, trie, history, DEPTH, beam=beam, exact=True, **options
-                    )
+                beam = None if name == "exact" else int(name.split()[1])
+                ranking = recommend(policy, trie, history, DEPTH, beam=beam, exact=True, **options)
                 spent[name] += time.perf_counter() - began
                 top[name][index] = ranking.items.cpu().numpy()
             bar.advance(len(index))
@@ -175,8 +168,6 @@ def _losses(
             "same_top10": float(kept.all(1).mean()),
             "ms_per_user": 1000 * spent[name] / len(examples),
         }
-    quantiles = map(float, np.percentile(widths, (50, 95, 100)))
-    found["exact"]["width"] = dict(zip(("median", "p95", "most"), quantiles, strict=True))
     return found
 
 
@@ -218,12 +209,12 @@ def show_curve(result: Mapping[str, Any]) -> None:
         )
         for point in result["points"]
     ]
-    _print(result, head, rows, "")
+    _print(result, head, rows)
 
 
 def show_losses(result: Mapping[str, Any]) -> None:
     """Print what beams lose to exact search."""
-    head = ("ndcg@10", "recall@10", "of the true\ntop 10", "same top 10", "ms", "width")
+    head = ("ndcg@10", "recall@10", "of the true\ntop 10", "same top 10", "ms")
     rows = [
         (
             f"{length}, {name}",
@@ -232,19 +223,18 @@ def show_losses(result: Mapping[str, Any]) -> None:
             f"{row['of_true_top10']:.1%}",
             f"{row['same_top10']:.1%}",
             f"{row['ms_per_user']:.2f}",
-            f"{row['width']['median']:.0f}" if "width" in row else "",
         )
         for length, methods in result["rows"].items()
         for name, row in methods.items()
     ]
-    _print(result, head, rows, "width: the beam that is exact for every second user")
+    _print(result, head, rows)
 
 
-def _print(result: Mapping[str, Any], head: tuple, rows: list[tuple], caption: str) -> None:
+def _print(result: Mapping[str, Any], head: tuple, rows: list[tuple]) -> None:
     from rich.table import Table
 
     title = f"{result['stage']}, {result['split']} split, {result['users']:,} users"
-    table = Table("", title=title, title_justify="left", caption=caption, caption_justify="left")
+    table = Table("", title=title, title_justify="left")
     for name in head:
         table.add_column(name, justify="right")
     for row in rows:

@@ -266,8 +266,6 @@ def in_stream(x: torch.Tensor) -> torch.Tensor:
 class Encoder(nn.Module):
     """Embedded positions -> states."""
 
-    is_decoder = False
-
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.p = config.dropout
@@ -276,17 +274,9 @@ class Encoder(nn.Module):
         )
         self.final_layer_norm = RMSNorm(config)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None, *, causal: bool = False
-    ) -> torch.Tensor:
-        """States (B, S, d).
-
-        Args:
-            x: (B, S, d).
-            mask: (B, S) bool, True = real; None when nothing is padded.
-            causal: let no position see a later one.
-        """
-        bias = self.block[0].layer[0].bias(0, x.shape[1], bidirectional=not causal)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """States (B, S, d) of x (B, S, d); mask (B, S) bool, None when nothing is padded."""
+        bias = self.block[0].layer[0].bias(0, x.shape[1], bidirectional=True)
         if (ready := frozen.packed(self, frozen.PackedEncoder, x)) is not None:
             return ready(x, bias, mask)
         p = self.p * self.training
@@ -302,8 +292,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Tokens of each branch of each user -> hidden states, by teacher forcing or step by step."""
-
-    is_decoder = True
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
