@@ -23,7 +23,8 @@ from pathlib import Path
 
 # The order in which jobs begin: the comparison the table is for, then the rest.
 METHODS = (
-    "popularity", "tiger", "sasrec_ce", "stream", "sasrec_bce", "gru4rec", "bert4rec", "caser",
+    "popularity", "transitions", "knn", "tiger", "sasrec_ce", "stream", "sasrec_bce", "gru4rec",
+    "bert4rec", "caser",
 )  # fmt: skip
 INTERPRETED_ROWS = 7  # the interpreter takes milliseconds a row
 
@@ -60,8 +61,11 @@ def speed(name):
     return lambda: importlib.import_module(name).rows(device="cuda")
 
 
-def table(source, output, size, until):
-    """Jobs of `reproduce` that begin before `until` (monotonic seconds), on a copy of the run."""
+def table(source, output, size, until, device="cuda"):
+    """Jobs of `reproduce` that begin before `until` (monotonic seconds), on a copy of the run.
+
+    Without re-ranker and `ranker`: they need LightGBM, and no GPU.
+    """
     from streamctl.evaluation.reproduce import Plan, reproduce
     from streamctl.runs import RunDir
 
@@ -75,7 +79,7 @@ def table(source, output, size, until):
         left = until - time.monotonic()
         if left <= 0:
             break
-        plan = Plan(METHODS[:count], size=size, budget=left / 3600, device="cuda")
+        plan = Plan(METHODS[:count], size=size, budget=left / 3600, device=device, rerank=False)
         result = reproduce(RunDir(copy), plan)
     return result or "no time was left for a job"
 
