@@ -102,7 +102,7 @@ def _show(table: dict[str, Any]) -> None:
         columns[f"masked less\n{rivals[0]}, 95%"] = less
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     seeds = max((row["seeds"] for row in rows), default=0)
-    title = f"{table['data']}, seeds: {seeds}; masked: without items the user had; --json has more"
+    title = f"{table['data']}, seeds: {seeds}; masked: seen items left out"
     print_table(title, list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -52,6 +53,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "stream": _STREAM,
     "letter": (*_STREAM, TWIN),  # with its control, the same steps without a thought
 }
+TOGETHER = ("stream_rl", "sasrec_ce")  # re-ranked by one ranker, too: they know different things
 LETTER = ("pretrain.thoughts=vocabulary", "pretrain.retrieve=target")  # the paper's own stages
 # recall@5, ndcg@5, recall@10, ndcg@10 as printed elsewhere: leave-one-out, whole catalogue.
 PUBLISHED = {
@@ -185,7 +187,11 @@ def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
                 say(f"budget of {plan.budget} hours used up; the same command continues")
                 return write_table(run)
             if plan.rerank and job.stage("tokenizer").complete:
-                rerank(job, plan.resolve("rerank/", seed), device=plan.device)
+                config = plan.resolve("rerank/", seed)
+                rerank(job, config, device=plan.device)
+                if {"stream", "sasrec_ce"} <= set(methods):
+                    both = dataclasses.replace(config, methods=TOGETHER)
+                    rerank(job, both, device=plan.device)
             config = configs.resolve(
                 configs.EvalConfig,
                 sets=[text for text in plan.sets if text.startswith("eval.")],
@@ -309,7 +315,8 @@ def write_table(run: RunDir) -> dict[str, Any]:
             masked.setdefault(name, []).append(gains(ranks[f"{name}/masked"], 10))
     source = Path(run.stage("data").manifest["config"]["source"]).name
     published = PUBLISHED.get(source, {})
-    names = [name for name in entries if not name.endswith(RERANKED)]
+    # Methods that are re-ranked together have a row of their own, without bare figures.
+    names = dict.fromkeys(name.removesuffix(RERANKED) for name in entries)
     table = {
         "name": "reproduce",
         "data": source,
@@ -353,19 +360,18 @@ def _table_row(
     published: Sequence[float] | None,
 ) -> dict[str, Any]:
     """One method: means over seeds, bare and re-ranked, and 95% intervals of masked ndcg@10."""
-    own = entries[name]
+    own, behind = entries.get(name), entries.get(name + RERANKED)
 
     def mean(rows: Sequence[Mapping[str, Any]] | None, key: str) -> float | None:
         return statistics.fmean(row[key] for row in rows) if rows else None
 
-    row: dict[str, Any] = {"method": name, "seeds": len(own)}
+    row: dict[str, Any] = {"method": name, "seeds": len(own or behind)}
     row |= {key: mean(own, key) for key in COLUMNS}
-    behind = entries.get(name + RERANKED)
     for prefix, rows in (("", own), ("rerank_", behind)):
         inner = [entry["masked"] for entry in rows] if rows else None
         row[f"{prefix}ndcg@10_masked"] = mean(inner, "ndcg@10")
     row["rerank_ndcg@10"] = mean(behind, "ndcg@10")
-    row |= {key: mean(own, key) for key in SPENT}
+    row |= {key: mean(own or behind, key) for key in SPENT}
     row["published"] = dict(zip(COLUMNS, published, strict=True)) if published else None
     for prefix, method in (("", name), ("rerank_", name + RERANKED)):
         others = [other for other in REFERENCES if other != method and other in masked]
