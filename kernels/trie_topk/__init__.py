@@ -81,31 +81,3 @@ def trie_topk(
     trie = CsrTrie(start, token, node)
     run = implementation(__name__, backend, device.type)
     return run(logits, nodes, beam_scores, trie, k, allowed, normalize)
-
-
-def bad_node(value, n_nodes):
-    """The error for a beam that stands on no node."""
-    return KernelError(f"nodes must lie in [-1, {n_nodes}), got {value}")
-
-
-def bad_offsets(node):
-    """The error for a node whose children are not a range of edges, or outnumber the tokens."""
-    return KernelError(
-        "trie.child_start must rise from 0 to the number of edges, with at most V children a node;"
-        f" it does not at node {node}"
-    )
-
-
-def bad_token(value, vocabulary):
-    """The error for an edge whose token has no logit."""
-    return KernelError(f"trie tokens must lie in [0, {vocabulary}), got {value}")
-
-
-def bad_edge(value, n_nodes):
-    """The error for an edge that leads to no node."""
-    return KernelError(f"trie.child_node must lie in [0, {n_nodes}), got {value}")
-
-
-def bad_score():
-    """The error for scores that have no order."""
-    return KernelError("logits and beam_scores must not hold NaN or +inf where they count")

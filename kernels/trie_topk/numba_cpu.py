@@ -8,10 +8,9 @@ import torch
 
 from .. import threads
 from ..compiled import OPTIONS
-from . import bad_edge, bad_node, bad_offsets, bad_score, bad_token
+from . import reference
 
 _CHUNK_WORK = 1 << 15  # logits weighed before a second thread is worth waking
-_BAD_NODE, _BAD_OFFSETS, _BAD_TOKEN, _BAD_EDGE, _BAD_SCORE = range(1, 6)
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _INVERSE = tuple(1.0 / math.factorial(i) for i in range(14))
 _C2, _C3, _C4, _C5, _C6, _C7, _C8, _C9, _C10, _C11, _C12, _C13 = _INVERSE[2:]
@@ -82,7 +81,7 @@ def _children(nodes, child_start):
 
 
 @numba.njit(
-    numba.types.UniTuple(numba.int64, 2)(
+    numba.bool_(
         # logits as float32 and as bf16 bits: one of them is empty, so that one compilation serves
         # both
         numba.float32[:, :, :],
@@ -107,7 +106,7 @@ def _search(
     logits, logit_bits, nodes, priors, child_start, tokens, child_node, allowed,
     whole, first, last, scores, parents, out_tokens, out_nodes,
 ):  # fmt: skip
-    """Fill the outputs of users [first, last); return (error, offending value)."""
+    """Fill the outputs of users [first, last); whether there is something it cannot accept."""
     n_nodes = child_start.shape[0] - 1
     n_edges = child_node.shape[0]
     width = nodes.shape[1]
@@ -125,21 +124,21 @@ def _search(
             if node == -1:
                 continue
             if node < 0 or node >= n_nodes:
-                return _BAD_NODE, node
+                return True
             start, stop = child_start[node], child_start[node + 1]
             if start < 0 or stop > n_edges or stop - start > vocabulary or stop < start:
-                return _BAD_OFFSETS, node
+                return True
             count = kept = 0
             for edge in range(start, stop):
                 child = child_node[edge]
                 if child < 0 or child >= n_nodes:
-                    return _BAD_EDGE, child
+                    return True
                 may = not allowed.shape[0] or allowed[b, child]
                 if whole and not may:
                     continue
                 token = tokens[edge]
                 if token < 0 or token >= vocabulary:
-                    return _BAD_TOKEN, token
+                    return True
                 if half:
                     raw_bits[count] = np.uint32(logit_bits[b, w, token]) << np.uint32(16)
                 else:
@@ -152,7 +151,7 @@ def _search(
             highest = _prepare(raw, values, count)
             prior = np.float64(priors[b, w])
             if not (highest < np.inf and prior < np.inf):
-                return _BAD_SCORE, w
+                return True
             if whole:
                 legal = raw[:count].copy()
                 for token in range(vocabulary):
@@ -162,7 +161,7 @@ def _search(
                         raw[token] = logits[b, w, token]
                 top = _prepare(raw, values, vocabulary)
                 if not top < np.inf:
-                    return _BAD_SCORE, w
+                    return True
                 norm = _log_sum_exp(values, vocabulary, top) if top > -np.inf else 0.0
                 raw[:count] = legal
             else:
@@ -192,7 +191,7 @@ def _search(
         for i in range(found, k):
             scores[b, i], parents[b, i] = -np.inf, 0
             out_tokens[b, i], out_nodes[b, i] = 0, -1
-    return 0, 0
+    return False
 
 
 _NO_LOGITS = {
@@ -231,16 +230,6 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
     )
     chunks = max(1, min(2 * torch.get_num_threads(), work // _CHUNK_WORK))
     step = max(1, -(-batch // chunks))
-    for error, value in threads.over_ranges(search, batch, step):
-        if error:
-            raise _ERRORS[error](value, trie.child_start.shape[0] - 1, vocabulary)
+    if any(threads.over_ranges(search, batch, step)):
+        return reference.run(logits, nodes, beam_scores, trie, k, allowed, normalize)
     return scores, parents, out_tokens, out_nodes
-
-
-_ERRORS = {
-    _BAD_NODE: lambda value, n_nodes, vocabulary: bad_node(value, n_nodes),
-    _BAD_OFFSETS: lambda value, n_nodes, vocabulary: bad_offsets(value),
-    _BAD_TOKEN: lambda value, n_nodes, vocabulary: bad_token(value, vocabulary),
-    _BAD_EDGE: lambda value, n_nodes, vocabulary: bad_edge(value, n_nodes),
-    _BAD_SCORE: lambda value, n_nodes, vocabulary: bad_score(),
-}

@@ -1,8 +1,11 @@
-"""The definition of trie_topk, in float64 PyTorch, on the list of all legal (beam, child) pairs."""
+"""The definition of trie_topk, in float64 PyTorch, on the list of all legal (beam, child) pairs.
+
+The other backends ask it what is wrong with what they cannot accept.
+"""
 
 import torch
 
-from . import bad_edge, bad_node, bad_offsets, bad_score, bad_token
+from ..dispatch import KernelError
 
 
 def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
@@ -10,8 +13,7 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
     n_nodes = trie.child_start.shape[0] - 1
     device = logits.device
     flat = nodes.reshape(-1)
-    if flat.numel() and (flat.min() < -1 or flat.max() >= n_nodes):
-        raise bad_node(int(flat.max() if flat.max() >= n_nodes else flat.min()), n_nodes)
+    _within("nodes", flat, -1, n_nodes)
 
     # Expand every live beam's edges: `beam` and `edge` are parallel lists in (beam, child) order.
     alive = flat >= 0
@@ -20,15 +22,16 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
     counts = torch.where(alive, past - first, 0)
     wrong = (first < 0) | (past > len(trie.child_node)) | (counts < 0) | (counts > vocabulary)
     if (alive & wrong).any():
-        raise bad_offsets(int(flat[alive & wrong][0]))
+        raise KernelError(
+            "trie.child_start must rise from 0 to the number of edges, with at most V children a"
+            f" node; it does not at node {int(flat[alive & wrong][0])}"
+        )
     beam = torch.repeat_interleave(torch.arange(batch * width, device=device), counts)
     offset = torch.arange(len(beam), device=device) - (counts.cumsum(0) - counts)[beam]
     edge = first[beam] + offset
     token, node = trie.child_token[edge].long(), trie.child_node[edge]
-    if len(token) and (token.min() < 0 or token.max() >= vocabulary):
-        raise bad_token(int(token.max() if token.max() >= vocabulary else token.min()), vocabulary)
-    if len(node) and (node.min() < 0 or node.max() >= n_nodes):
-        raise bad_edge(int(node.max() if node.max() >= n_nodes else node.min()), n_nodes)
+    _within("trie tokens", token, 0, vocabulary)
+    _within("trie.child_node", node, 0, n_nodes)
     keep = torch.ones_like(beam, dtype=torch.bool)
     if allowed is not None:
         keep = allowed[beam // width, node]
@@ -43,7 +46,7 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
     if normalize == "vocabulary":
         counted = torch.cat([counted, table[used].flatten()])
     if (counted.isnan() | (counted == torch.inf)).any():
-        raise bad_score()
+        raise KernelError("logits and beam_scores must not hold NaN or +inf where they count")
     if normalize == "vocabulary":
         norm = torch.logsumexp(table, 1)
     else:
@@ -64,3 +67,9 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
         scores[b, :n], parents[b, :n] = score[best], beam[best] % width
         tokens[b, :n], children[b, :n] = token[best], node[best]
     return scores, parents, tokens, children
+
+
+def _within(name, values, low, high):
+    if values.numel() and (values.min() < low or values.max() >= high):
+        value = int(values.max() if values.max() >= high else values.min())
+        raise KernelError(f"{name} must lie in [{low}, {high}), got {value}")

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import bad_edge, bad_node, bad_offsets, bad_score, bad_token
+from . import reference
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _children_kernel(
         token = tl.load(tokens + edge, mask=inside, other=0).to(tl.int64)
         child = tl.load(children + edge, mask=inside, other=0)
         stray = inside & ((child < 0) | (child >= n_nodes))
-        error = tl.where(tl.max(stray.to(tl.int32), 0) > 0, 3, error)
+        error = tl.where(tl.max(stray.to(tl.int32), 0) > 0, 1, error)
         inside = inside & (child >= 0) & (child < n_nodes)
         may = inside
         if MASKED:
@@ -47,7 +47,7 @@ def _children_kernel(
             if WHOLE:
                 inside = may
         stray = inside & ((token < 0) | (token >= vocabulary))
-        error = tl.where(tl.max(stray.to(tl.int32), 0) > 0, 2, error)
+        error = tl.where(tl.max(stray.to(tl.int32), 0) > 0, 1, error)
         inside = inside & (token >= 0) & (token < vocabulary)
         value = tl.load(row + token * stride_v, mask=inside, other=float("-inf")).to(tl.float64)
         strange = inside & ((value != value) | (value == float("inf")))
@@ -65,14 +65,14 @@ def _children_kernel(
             value = tl.load(row + every * stride_v, mask=there, other=float("-inf"))
             value = value.to(tl.float64)
             odd = (value != value) | (value == float("inf"))
-            error = tl.where(tl.max(odd.to(tl.int32), 0) > 0, 4, error)
+            error = tl.where(tl.max(odd.to(tl.int32), 0) > 0, 1, error)
             peak = tl.maximum(highest, tl.max(value, 0))
             base = tl.where(peak > float("-inf"), peak, 0.0)
             total = total * tl.exp(highest - base) + tl.sum(tl.exp(value - base), 0)
             highest = peak
     refused = (unordered > 0) | (prior != prior) | (prior == float("inf"))
     refused = (legal > 0) & refused
-    error = tl.where(refused, 4, error)
+    error = tl.where(refused, 1, error)
     tl.store(errors + beam, error)
     norm = tl.where(total > 0, highest + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
 
@@ -106,7 +106,7 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
         return scores, parent, token, node
     low, high = nodes.aminmax()
     if low < -1 or high >= n_nodes:
-        raise bad_node(int(high if high >= n_nodes else low), n_nodes)
+        return reference.run(logits, nodes, beam_scores, trie, k, allowed, normalize)
 
     # The widest beam decides the width of the score table: at most V, whatever the catalogue.
     at = nodes.clamp_min(0)
@@ -123,7 +123,7 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
         MASKED=masked, WHOLE=normalize == "vocabulary", BLOCK=256,
     )  # fmt: skip
     if errors.any():
-        _explain(errors, nodes, trie, vocabulary, n_nodes)
+        return reference.run(logits, nodes, beam_scores, trie, k, allowed, normalize)
 
     # A stable sort, since topk does not promise the lower of equal scores first.
     ranked, place = table.sort(dim=1, descending=True, stable=True)
@@ -138,19 +138,3 @@ def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
         token[:, :kept] = torch.where(found, tokens[edge].long(), 0)
         node[:, :kept] = torch.where(found, children[edge], -1)
     return scores, parent, token, node
-
-
-def _explain(errors, nodes, trie, vocabulary, n_nodes):
-    """Raise the error that the kernel marked, with the value that caused it."""
-    beam = int(errors.nonzero()[0])
-    at = int(nodes.flatten()[beam])
-    if errors[beam] == 1:
-        raise bad_offsets(at)
-    edges = slice(int(trie.child_start[at]), int(trie.child_start[at + 1]))
-    if errors[beam] == 2:
-        token = trie.child_token[edges]
-        raise bad_token(int(token[(token < 0) | (token >= vocabulary)][0]), vocabulary)
-    if errors[beam] == 3:
-        child = trie.child_node[edges]
-        raise bad_edge(int(child[(child < 0) | (child >= n_nodes)][0]), n_nodes)
-    raise bad_score()
