@@ -67,7 +67,7 @@ def test_eq_12_and_eq_13_step_by_step_as_the_paper_has_them(mode):
         found = infer(policy, policy.encode(past), targets, 4, mode)
     for row in range(len(past)):
         tokens, states = transcription(policy, past[row], targets[row], 4, mode == "normalised")
-        assert found.tokens[row].tolist() == tokens
+        assert found.chosen[row].tolist() == tokens
         torch.testing.assert_close(found.states[row].double(), states, atol=1e-5, rtol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_eq_12_takes_the_nearest_legal_token():
     low, _ = policy.tokens.think_range
     vectors = think_vectors(policy).double()
     chosen = torch.cdist(found.residuals.double(), vectors[None]).argmin(-1)
-    assert torch.equal(found.tokens - low, chosen)
+    assert torch.equal(found.chosen - low, chosen)
 
 
 def test_thoughts_lead_to_the_target_they_were_derived_from():
@@ -87,7 +87,7 @@ def test_thoughts_lead_to_the_target_they_were_derived_from():
     past = histories(40, [5]).expand(2, -1)
     with torch.no_grad():
         found = infer(policy, policy.encode(past), torch.tensor([1, 2]), 4)
-    assert found.tokens[0].tolist() != found.tokens[1].tolist()
+    assert found.chosen[0].tolist() != found.chosen[1].tolist()
 
 
 def test_no_gradient_reaches_the_target():

@@ -341,7 +341,7 @@ def test_eq_12_inside_the_evidence_takes_the_nearest_piece_not_yet_chosen():
     tokens = policy.shared.weight.double().numpy()[policy.item_tokens.numpy()]
     items = tokens.mean(1)
     items /= np.linalg.norm(items, axis=1, keepdims=True)
-    assert steps.places.shape == (7, 4) and steps.states.shape == (7, 5, 24)
+    assert steps.chosen.shape == (7, 4) and steps.states.shape == (7, 5, 24)
     for row in range(7):
         pieces, chosen = found.items[row].tolist(), []
         for step in range(4):
@@ -351,7 +351,7 @@ def test_eq_12_inside_the_evidence_takes_the_nearest_piece_not_yet_chosen():
                 for place, piece in enumerate(pieces)
                 if piece >= 0 and place not in chosen
             }
-            place = int(steps.places[row, step])
+            place = int(steps.chosen[row, step])
             assert distance[place] == pytest.approx(min(distance.values()), abs=1e-5)
             chosen.append(place)
     # Eq. 13: what is missing after each step is MLP_r of the gap between target and state.

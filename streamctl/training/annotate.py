@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,61 +19,31 @@ from streamctl.runs import RunDir, Stage
 from streamctl.training.gathered import Gathered, last_positions
 from streamctl.training.letter import annotate as letter
 from streamctl.training.loop import Batch, fit
-from streamctl.training.losses import quantization_loss, state_target_loss
 from streamctl.training.material import Material
-
-
-@dataclass(frozen=True)
-class Inference:
-    """What iterative inference inside the evidence went through.
-
-    Attributes:
-        places: (B, l) int64, which piece each step chose; -1 once none is left.
-        states: (B, l + 1, d). residuals: (B, l, d). target: (B, d).
-    """
-
-    places: torch.Tensor
-    states: torch.Tensor
-    residuals: torch.Tensor
-    target: torch.Tensor
 
 
 def infer(
     policy: Policy, encoded: Encoded, weighed: Weighed, targets: torch.Tensor, length: int
-) -> Inference:
-    """Annotate users with the pieces of their own evidence that lead to their targets.
+) -> letter.Inference:
+    """`letter.iterate` inside the evidence: o_i is the nearest piece that is not yet chosen.
 
-        s_0 = MLP_s(d_0);  r_i = MLP_r(t - s_{i-1});  o_i = the piece not yet chosen whose vector
-        is nearest to r_i (Eq. 12);  d_i = the decoder's state at o_i;
-        s_i = MLP_s(d_0 + ... + d_i)
-
-    Vectors, states and target are taken to unit length. A step says at most log2 |evidence| bits
-    of the target, and everything it says can be found again when serving.
+    Vectors, states and target are taken to unit length; -1 is chosen once no piece is left. A step
+    says at most log2 |evidence| bits of the target, and all it says can be found when serving.
     """
-    thinker = policy.thinker
     vectors = F.normalize(policy.item_vectors(weighed.items.clamp(min=0)).detach().float(), dim=-1)
     free = weighed.items >= 0
-    target = policy.item_vectors(targets).detach().float()
-    total = encoded.mean().float()
-    states, residuals, places = [thinker.state(total)], [], []
-    feed = torch.full((len(targets), 1, 1), policy.tokens.THINK, device=targets.device)
-    _, past = policy.extend(encoded, feed)
-    for _ in range(length):
-        residual = thinker.residual(target, states[-1])
-        residuals.append(residual)
-        near = (vectors - residual.detach()[:, None]).square().sum(-1)
+
+    def nearest(residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal free
+        near = (vectors - residual[:, None]).square().sum(-1)
         place = near.masked_fill(~free, torch.inf).argmin(1, keepdim=True)
         any_left = free.any(1, keepdim=True)
         free = free.scatter(1, place, False)
-        places.append(torch.where(any_left, place, -1))
         item = weighed.items.gather(1, place).where(any_left, -1)
         hop = weighed.hops.gather(1, place).where(any_left, NOTHING)
-        hidden, past = policy.extend(encoded, policy.piece_vectors(item, hop)[:, None], past=past)
-        total = total + hidden[:, 0, 0].float()
-        states.append(thinker.state(total))
-    return Inference(
-        torch.cat(places, 1), torch.stack(states, 1), torch.stack(residuals, 1), target
-    )
+        return torch.where(any_left, place, -1)[:, 0], policy.piece_vectors(item, hop)[:, None]
+
+    return letter.iterate(policy, encoded, targets, length, nearest)
 
 
 def heads_loss(
@@ -85,12 +54,9 @@ def heads_loss(
         encoded = policy.encode(batch.history)
         weighed = weigh(policy, gathered(batch.index.cpu().numpy()))
     steps = infer(policy, encoded, weighed, batch.target, config.length)
-    items = weighed.items.gather(1, steps.places.clamp(min=0)).clamp(min=0)
+    items = weighed.items.gather(1, steps.chosen.clamp(min=0)).clamp(min=0)
     vectors = F.normalize(policy.item_vectors(items).float(), dim=-1)
-    targets = policy.item_vectors(batch.targets).float()
-    state = state_target_loss(steps.states, targets, batch.targets, first=batch.share.first)
-    quant = quantization_loss(steps.residuals, vectors)
-    return state + quant, {"state": state, "quant": quant}
+    return letter.steps_loss(policy, batch, steps, vectors)
 
 
 @torch.no_grad()
@@ -109,9 +75,9 @@ def label_all(
             targets = torch.from_numpy(examples.targets[index]).to(policy.device)
             weighed = weigh(policy, gathered(index))
             steps = infer(policy, policy.encode(history), weighed, targets, length)
-            labels[index] = steps.places.cpu().numpy()
-            chosen = weighed.items.gather(1, steps.places.clamp(min=0))
-            hit = ((chosen == targets[:, None]) & (steps.places >= 0)).any(1)
+            labels[index] = steps.chosen.cpu().numpy()
+            chosen = weighed.items.gather(1, steps.chosen.clamp(min=0))
+            hit = ((chosen == targets[:, None]) & (steps.chosen >= 0)).any(1)
             known = (weighed.items == targets[:, None]).any(1)
             counts += [int(hit.sum()), int(known.sum())]
     hit, known = (ranks().sum(counts) / max(len(examples), 1)).tolist()

@@ -11,31 +11,6 @@ import torch
 from torch import nn
 
 
-def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, tied ones once; views of the module's own."""
-    state = module.state_dict()
-    seen: dict[int, str] = {}
-    for name, tensor in state.items():
-        seen.setdefault(tensor.data_ptr() if tensor.numel() else -len(seen) - 1, name)
-    return {name: state[name] for name in seen.values()}
-
-
-def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of `weights(module)`."""
-    return {name: tensor.detach().clone() for name, tensor in weights(module).items()}
-
-
-@torch.no_grad()
-def restore(module: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    """Copy a snapshot into the module's tensors, in place.
-
-    Raises:
-        KeyError: the snapshot is of another module.
-    """
-    for name, tensor in weights(module).items():
-        tensor.copy_(saved[name])
-
-
 def prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 

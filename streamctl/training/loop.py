@@ -213,11 +213,12 @@ class _Trainer:
         allowed = safe is None or safe(valid, result.start)
         if allowed and (not result.best or valid["ndcg@10"] > result.best["ndcg@10"]):
             result.best, result.best_epoch = valid, epoch
-            self.best_weights = checkpoint.snapshot(self.module)
+            weights = self.module.state_dict()
+            self.best_weights = {name: tensor.clone() for name, tensor in weights.items()}
         self.stopped = 0 < patience <= epoch - result.best_epoch
 
     def save(self) -> None:
-        tensors = checkpoint.prefixed("module", checkpoint.weights(self.module))
+        tensors = checkpoint.prefixed("module", self.module.state_dict())
         tensors |= checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(self.optimizer))
         if self.best_weights is not None:
             tensors |= checkpoint.prefixed("best", self.best_weights)
@@ -237,7 +238,7 @@ class _Trainer:
         if loaded is None:
             return False
         tensors, meta = loaded
-        checkpoint.restore(self.module, checkpoint.take("module", tensors))
+        self.module.load_state_dict(checkpoint.take("module", tensors))
         checkpoint.restore_optimizer(self.optimizer, checkpoint.take("optimizer", tensors))
         self.best_weights = {
             name: tensor.to(device) for name, tensor in checkpoint.take("best", tensors).items()
@@ -382,7 +383,7 @@ def fit(
             state.save()
     state.check()
     if state.best_weights is not None:
-        checkpoint.restore(module, state.best_weights)
+        module.load_state_dict(state.best_weights)
     module.eval()
     result = state.result
     return result if result.best else replace(result, best_epoch=result.epochs - 1)

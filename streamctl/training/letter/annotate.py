@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,13 +31,13 @@ class Inference:
     """What iterative inference went through.
 
     Attributes:
-        tokens: (B, l) int64, o_1..o_l.
+        chosen: (B, l) int64, o_1..o_l: think tokens, or places among the user's evidence.
         states: (B, l + 1, d), s_0..s_l.
         residuals: (B, l, d), r_1..r_l.
         target: (B, d), t.
     """
 
-    tokens: torch.Tensor
+    chosen: torch.Tensor
     states: torch.Tensor
     residuals: torch.Tensor
     target: torch.Tensor
@@ -54,38 +54,54 @@ def think_vectors(policy: Policy, mode: Mode = "normalised") -> torch.Tensor:
     return F.normalize(vectors, dim=-1) if mode == "normalised" else vectors
 
 
-def infer(
-    policy: Policy, encoded: Encoded, targets: torch.Tensor, length: int, mode: Mode = "normalised"
+def iterate(
+    policy: Policy,
+    encoded: Encoded,
+    targets: torch.Tensor,
+    length: int,
+    nearest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    *,
+    normalise: bool = True,
 ) -> Inference:
     """Annotate users with the thoughts that lead to their targets.
 
-        s_0 = MLP_s(d_0);  r_i = MLP_r(t - s_{i-1});  o_i = nearest token to r_i (Eq. 12);
+        s_0 = MLP_s(d_0);  r_i = MLP_r(t - s_{i-1});  o_i = what is nearest to r_i (Eq. 12);
         d_i = the decoder's state at o_i;  s_i = MLP_s(d_0 + ... + d_i)
 
     Args:
         targets: (B,) int64 items.
-        length: l.
-        mode: `normalised` takes t, s and the token embeddings to unit length; `literal` is the
-            paper's letter.
+        nearest: residuals (B, d) -> o_i (B,), and as the decoder reads it, (B, 1, 1) tokens or
+            (B, 1, 1, d) vectors.
+        normalise: take t and s to unit length.
     """
-    thinker, low = policy.thinker, policy.tokens.think_range[0]
-    vectors = think_vectors(policy, mode).detach()
+    thinker = policy.thinker
     target = policy.item_vectors(targets).detach().float()
     total = encoded.mean().float()
-    states, residuals, tokens = [thinker.state(total)], [], []
+    states, residuals, chosen = [thinker.state(total)], [], []
     feed = torch.full((len(targets), 1, 1), policy.tokens.THINK, device=targets.device)
     _, past = policy.extend(encoded, feed)
     for _ in range(length):
-        residual = thinker.residual(target, states[-1], normalise=mode == "normalised")
-        residuals.append(residual)
-        token = kernels.nearest_codeword(residual.detach().float(), vectors)[0] + low
-        tokens.append(token)
-        hidden, past = policy.extend(encoded, token[:, None, None], past=past)
+        residuals.append(thinker.residual(target, states[-1], normalise=normalise))
+        choice, feed = nearest(residuals[-1].detach())
+        chosen.append(choice)
+        hidden, past = policy.extend(encoded, feed, past=past)
         total = total + hidden[:, 0, 0].float()
         states.append(thinker.state(total))
-    return Inference(
-        torch.stack(tokens, 1), torch.stack(states, 1), torch.stack(residuals, 1), target
-    )
+    steps = (torch.stack(each, 1) for each in (chosen, states, residuals))
+    return Inference(*steps, target)
+
+
+def infer(
+    policy: Policy, encoded: Encoded, targets: torch.Tensor, length: int, mode: Mode = "normalised"
+) -> Inference:
+    """`iterate` over the think tokens; mode `literal` leaves vectors the length that they have."""
+    low, vectors = policy.tokens.think_range[0], think_vectors(policy, mode).detach()
+
+    def nearest(residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        token = kernels.nearest_codeword(residual.float(), vectors)[0] + low
+        return token, token[:, None, None]
+
+    return iterate(policy, encoded, targets, length, nearest, normalise=mode == "normalised")
 
 
 @torch.no_grad()
@@ -97,7 +113,7 @@ def label(
     mode: Mode = "normalised",
 ) -> torch.Tensor:
     """Think tokens (B, l) int64 for histories (B, H), -1 on the right, and targets (B,)."""
-    return infer(policy, policy.encode(history), targets, length, mode).tokens
+    return infer(policy, policy.encode(history), targets, length, mode).chosen
 
 
 def _rows(examples: Examples, batch: int) -> Iterator[np.ndarray]:
@@ -129,7 +145,7 @@ def label_all(
             history = torch.from_numpy(examples.histories(rows)).to(device)
             targets = torch.from_numpy(examples.targets[rows]).to(device)
             steps = infer(policy, policy.encode(history), targets, length, mode)
-            thoughts[rows] = steps.tokens.cpu().numpy()
+            thoughts[rows] = steps.chosen.cpu().numpy()
             target, states = steps.target[:, None], steps.states.float()
             if mode == "normalised":
                 target, states = F.normalize(target, dim=-1), F.normalize(states, dim=-1)
@@ -198,8 +214,14 @@ def heads_loss(policy: Policy, batch: Batch, config: AnnotateConfig) -> tuple[to
     with torch.no_grad():
         encoded = policy.encode(batch.history)
     steps = infer(policy, encoded, batch.target, config.length, config.mode)
-    low = policy.tokens.think_range[0]
-    vectors = think_vectors(policy, config.mode)[steps.tokens - low]
+    vectors = think_vectors(policy, config.mode)
+    return steps_loss(policy, batch, steps, vectors[steps.chosen - policy.tokens.think_range[0]])
+
+
+def steps_loss(
+    policy: Policy, batch: Batch, steps: Inference, vectors: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eqs. 14 and 15 of what was gone through; vectors (B, l, d), of what was chosen."""
     targets = policy.item_vectors(batch.targets).float()
     state = state_target_loss(steps.states, targets, batch.targets, first=batch.share.first)
     quant = quantization_loss(steps.residuals, vectors)
