@@ -118,12 +118,7 @@ class Baseline(nn.Module):
 
 
 def last_states(states: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
-    """(B, d): the state at each history's last real item.
-
-    Args:
-        states: (B, H, d), a state for each position.
-        history: int64 (B, H), -1 on the right.
-    """
+    """(B, d): the state of states (B, H, d) at the last item of history (B, H), -1 on the right."""
     last = (history >= 0).sum(1) - 1
     return states[torch.arange(len(states), device=states.device), last]
 

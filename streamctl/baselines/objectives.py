@@ -104,14 +104,9 @@ def sampled_bce(
     negatives: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over T of -log sigmoid(s(target)) - sum over negatives of log(1 - sigmoid(s)).
+    """Mean over T of -log sigmoid(s(target)) - sum over negatives (T, n) of log(1 - sigmoid(s)).
 
-    Args:
-        hidden: float32 (T, d).
-        weight: float32 (N, d).
-        targets: int64 (T,).
-        negatives: int64 (T, n).
-        bias: float32 (N,) or None.
+    The other arguments are those of `catalogue_cross_entropy`.
     """
     items = torch.cat([targets[:, None], negatives], dim=1)  # (T, 1 + n)
     scores = torch.einsum("td,tnd->tn", hidden, weight[items])
@@ -125,15 +120,7 @@ def sampled_bce(
 def sample_negatives(
     taken: torch.Tensor, count: int, n_items: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Uniform items that are not among a row's own.
-
-    Args:
-        taken: int64 (B, S) items of each row's sequence; S < n_items.
-        count: negatives a row.
-        generator: on the CPU.
-
-    Returns:
-        int64 (B, count) on the device of `taken`.
+    """Uniform items (B, count) that are not among a row's own, taken (B, S) int64.
 
     Raises:
         ValueError: a row might hold the whole catalogue.

@@ -52,11 +52,8 @@ def settle(run: RunDir, config: BaselineConfig) -> BaselineConfig:
 def whole_sequences(examples: Examples, history: int) -> Examples:
     """The training prefixes whose windows tile each user's sequence, the last one first of all.
 
-    Predicting at every position of these windows gives every training target exactly once.
-
-    Args:
-        examples: every training prefix of every user, users together.
-        history: the longest window.
+    Predicting at every position of these windows, of `history` items at most, gives every training
+    target exactly once. Examples are every prefix of every user, users together.
     """
     last = np.zeros(int(examples.user.max(initial=-1)) + 1, dtype=np.int64)
     np.maximum.at(last, examples.user, examples.end)
@@ -70,12 +67,8 @@ def train_baseline(
     """Train one baseline and publish its best weights; the evaluation is `eval`'s.
 
     Args:
-        run: a run whose data stage (for tiger also its tokenizer) is complete.
         config: open settings take the method's defaults.
         warm: TIGER in another run, whose weights this one begins with.
-
-    Returns:
-        the stage `baselines/NAME`.
 
     Raises:
         UsageError: unknown name or setting.

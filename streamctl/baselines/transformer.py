@@ -23,13 +23,8 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, *, visible: torch.Tensor | None = None, causal: bool = False
     ) -> torch.Tensor:
-        """One layer.
-
-        Args:
-            x: (B, S, d).
-            visible: bool, broadcastable to (B, heads, S, S): what each position may look at.
-            causal: each position looks at itself and those before it.
-        """
+        """x (B, S, d); `visible`, bool of (B, heads, S, S), is what each position may look at, and
+        `causal` lets it look at itself and those before."""
         parts = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         rate = self.rate if self.training else 0.0

@@ -30,7 +30,6 @@ class PolicyRecommender:
         thoughts: where the think tokens come from if they are not the model's own; the first
             `think` of them are used, all if nobody says how many.
         decoder: "slow", or "direct" (which never thinks).
-        beam: width of the search over codes.
         narrow: find no more items than the beam is wide, as an evaluation of a beam must; otherwise
             it is as wide as items are asked for.
         seed: of the random order of items that share their codes.

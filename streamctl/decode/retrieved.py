@@ -10,14 +10,9 @@ from streamctl.model.policy import Policy
 
 @torch.no_grad()
 def retrieved_codes(policy: Policy, history: torch.Tensor, count: int) -> torch.Tensor:
-    """The likeliest code at each place, level by level, item after item.
+    """(B, count * m) int64: the likeliest code at each place, level by level, item after item.
 
-    Args:
-        history: (B, H) int64 items, oldest first, -1 on the right.
-        count: items to write, one or more.
-
-    Returns:
-        (B, count * m) int64 tokens, to be given to `decode.recommend` as thoughts.
+    They are given to `decode.recommend`, whose histories these are, as thoughts.
     """
     history = history.to(policy.device)
     with autocast(policy.device):

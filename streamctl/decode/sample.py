@@ -113,15 +113,8 @@ def children(trie: CsrTrie, node: torch.Tensor, vocabulary: int) -> torch.Tensor
 def rollout_logprobs(
     policy: Policy, encoded: Encoded, rollouts: Rollout, *, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each sampled token by teacher forcing, with gradients.
-
-    Args:
-        encoded: the users of the rollouts, encoded by this policy.
-
-    Returns:
-        logprobs (B, G, l + m) float32, and the decoder's states (B, G, l + m, d) at the positions
-        that predicted them.
-    """
+    """Log-probabilities (B, G, l + m) float32 of the sampled tokens by teacher forcing, with
+    gradients, and the decoder's states (B, G, l + m, d) at the positions that predicted them."""
     think, codes = rollouts.think, rollouts.codes
     length = think.shape[-1]
     inputs = torch.cat([torch.full_like(codes[..., :1], policy.tokens.BOS), codes[..., :-1]], -1)

@@ -119,15 +119,8 @@ class Attention(nn.Module):
 def relative_buckets(
     queries: torch.Tensor, keys: torch.Tensor, *, bidirectional: bool, buckets: int, limit: int
 ) -> torch.Tensor:
-    """T5's bucket of each distance key - query: exact when near, logarithmic up to `limit`.
-
-    Args:
-        queries: (T,) int64 positions.
-        keys: (S,) int64 positions.
-
-    Returns:
-        (T, S) int64 in 0..buckets-1.
-    """
+    """T5's bucket (T, S) int64 of each distance key - query, positions (S,) and (T,): exact when
+    near, logarithmic up to `limit`."""
     distance = keys[None, :] - queries[:, None]
     bucket = torch.zeros_like(distance)
     if bidirectional:
@@ -347,11 +340,7 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def initialise(module: nn.Module, config: BackboneConfig, generator: torch.Generator) -> None:
-    """T5's initial weights: normal, with the deviations that its unscaled attention needs.
-
-    Args:
-        module: an encoder or decoder of this shape.
-    """
+    """T5's initial weights: normal, with the deviations that its unscaled attention needs."""
     inner = config.heads * config.d_kv
     deviations = {
         "q.weight": (config.d_model * config.d_kv) ** -0.5,

@@ -64,10 +64,7 @@ def thoughts_logprob(
 
 
 def branches(prefix: torch.Tensor, open_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The different open prefixes of each user.
-
-    Args:
-        prefix: (B, K) int64, which prefix each item has. open_: (B, K) bool.
+    """The different prefixes of each user: prefix (B, K) int64 of each item, where open_ (B, K).
 
     Returns:
         the branch of each item (B, K), without meaning where it is not open; an item of each

@@ -37,11 +37,7 @@ class Past:
         return Past(layers, self.length)
 
     def reorder(self, parent: torch.Tensor) -> Past:
-        """Branch w continues old branch parent[:, w]; the shared prefix is not touched.
-
-        Args:
-            parent: (B, W') int64.
-        """
+        """Branch w continues old branch parent[:, w]; parent (B, W') int64."""
         rows = torch.arange(len(parent), device=parent.device)[:, None]
         layers = [
             LayerPast(x.shared, None if x.own is None else tuple(p[rows, parent] for p in x.own))

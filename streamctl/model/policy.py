@@ -158,11 +158,7 @@ class Policy(nn.Module):
 
     @classmethod
     def build(cls, config: PolicyConfig, item_tokens: torch.Tensor, seed: int) -> Policy:
-        """A new policy with T5's initial weights; the direct decoder begins as the slow one.
-
-        Args:
-            item_tokens: (N, m) int64.
-        """
+        """A new policy with T5's initial weights; the direct decoder begins as the slow one."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             policy = cls(config, item_tokens)
@@ -242,14 +238,9 @@ class Policy(nn.Module):
     def decode(
         self, encoded: Encoded, tokens: torch.Tensor, decoder: DecoderName = "slow", repeat: int = 1
     ) -> torch.Tensor:
-        """Teacher-forced hidden states.
+        """Teacher-forced hidden states (B * repeat, T, d) of tokens (B * repeat, T) or vectors.
 
-        Args:
-            tokens: (B * repeat, T) int64, or vectors (B * repeat, T, d): the `repeat` rows of a
-                user side by side; they share the user's cross-attention keys.
-
-        Returns:
-            (B * repeat, T, d).
+        The `repeat` rows of a user lie side by side and share the user's cross-attention keys.
         """
         branches = tokens.view(len(encoded), repeat, *tokens.shape[1:])
         return self.extend(encoded, branches, decoder)[0].flatten(0, 1)
@@ -289,13 +280,9 @@ class Policy(nn.Module):
         return torch.stack(logprobs, -1).view(shape)
 
     def code_logprobs(self, logits: torch.Tensor, items: torch.Tensor, level: int) -> torch.Tensor:
-        """log P(one code of each item | the codes before it).
+        """log P(one code of each item (...) | the codes before it), by their logits (..., V) fp32.
 
-        Args:
-            logits: (..., V) fp32, of `logits` after those codes. items: (...) int64.
-
-        Returns:
-            (...), normalised over what `config.softmax` names.
+        Normalised over what `config.softmax` names.
         """
         low, high = 0, self.tokens.size
         if self.config.softmax == "catalogue":
@@ -371,13 +358,9 @@ class Policy(nn.Module):
         return torch.cat([ends[..., :1, :], think, ends[..., 1:, :]], -2)
 
     def piece_vectors(self, items: torch.Tensor, hops: torch.Tensor) -> torch.Tensor:
-        """Decoder inputs of a thought's items and the hops that found them.
+        """Decoder inputs (..., l, d) of a thought's items (..., l), -1 for none, and their hops.
 
-        Args:
-            items, hops: (..., l) int64, -1 for none.
-
-        Returns:
-            (..., l, d): the sum of an item's code embeddings over sqrt(m), plus its hop's.
+        Each is the sum of the item's code embeddings over sqrt(m), plus the hop's.
         """
         tokens = self.item_tokens[items.clamp(min=0)]
         vectors = self.shared(tokens).sum(-2) * tokens.shape[-1] ** -0.5

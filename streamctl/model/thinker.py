@@ -30,14 +30,10 @@ class Thinker(nn.Module):
         self.residual_head = Head(width)
 
     def states(self, start: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-        """s_i = MLP_s(d_0 + ... + d_i).
+        """s_i = MLP_s(d_0 + ... + d_i), all of them: (..., l + 1, d).
 
-        Args:
-            start: d_0 (..., d), the mean of the encoder's states.
-            hidden: d_1..d_l (..., l, d), the decoder's last states at o_1..o_l; None for l = 0.
-
-        Returns:
-            s_0..s_l (..., l + 1, d).
+        d_0 (..., d) is the mean of the encoder's states; d_1..d_l (..., l, d), None for l = 0, are
+        the decoder's last states at o_1..o_l.
         """
         steps = start[..., None, :]
         if hidden is not None:
@@ -47,13 +43,10 @@ class Thinker(nn.Module):
     def residual(
         self, target: torch.Tensor, state: torch.Tensor, *, normalise: bool = True
     ) -> torch.Tensor:
-        """r = MLP_r(t - s) for the next step.
+        """r = MLP_r(t - s) for the next step, of the target t and the state s of the step before.
 
-        Args:
-            target: t (..., d).
-            state: s (..., d), of the step before.
-            normalise: take both to unit length first; False is the paper's letter, which lets the
-                states' growing length drown the target.
+        Both are taken to unit length first; without that, which is the paper's letter, the states'
+        growing length drowns the target.
         """
         if normalise:
             target, state = F.normalize(target, dim=-1), F.normalize(state, dim=-1)

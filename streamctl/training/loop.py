@@ -118,16 +118,8 @@ class MetricLog:
 
 
 def batches(lengths: np.ndarray, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """One epoch's batches: rows of equal history length, in a seeded random order.
-
-    Args:
-        lengths: (E,) history length of each example.
-        batch: rows a batch; the last batch of a length is smaller.
-        seed, epoch: what the order depends on, and nothing else.
-
-    Returns:
-        arrays of rows, int64; together every row once.
-    """
+    """One epoch's batches: rows (int64) of equal history length, in an order that depends on seed
+    and epoch alone; the last batch of a length is smaller. lengths: (E,), of each example."""
     random = np.random.default_rng(derive_seed(seed, "order", epoch))
     order = random.permutation(len(lengths))
     order = order[np.argsort(lengths[order], kind="stable")]
@@ -285,15 +277,13 @@ def fit(
 
     Args:
         stage: receives metrics.jsonl and the checkpoints.
-        module: on `device` already or not; parameters with `requires_grad` are trained.
+        module: its parameters with `requires_grad` are trained.
         config: the stage's own: `batch`, `lr` and `seed`, of which order and per-step randomness
             derive; where it has them `epochs`, `patience`, `weight_decay` (else 0) and `warmup`, a
             share of all steps (else 0.05).
         loss: `Batch -> (loss, metrics to log)`; called in training mode under autocast.
-        examples: rows with `.lengths`, `.targets`, `.users` and `.histories(rows)`.
         validate: called after each epoch in evaluation mode without gradients; its `ndcg@10`
             picks the best. Without it the last weights are kept.
-        epochs: instead of `config.epochs`.
         steps, validate_every: so many steps instead of epochs, in parts of `validate_every`, each
             of which is logged and judged as an epoch is.
         repeats: updates on each batch, told to the loss by `Batch.update`.
@@ -301,7 +291,6 @@ def fit(
             `config.patience`; 0 never stops early.
         start: what the module is now is a candidate, too: it ends no worse than it began.
         safe: `(metrics, those of the start) -> whether these weights may be kept`.
-        schedule: of the learning rate; `constant` for one that stays.
         before_epoch: called with the number (from 0) of an epoch about to start or continue.
 
     Raises:

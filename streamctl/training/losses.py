@@ -37,12 +37,8 @@ def sequence_loss(
 def answer_loss(
     policy: Policy, hidden: torch.Tensor, items: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Cross-entropy of an item's codes, summed over them, mean over the batch (Eqs. 10-11).
-
-    Args:
-        hidden: (B, T, d); the last m positions predict the codes.
-        items: (B,) int64.
-    """
+    """Cross-entropy of an item's codes, summed over them, mean over the batch (Eqs. 10-11); the
+    last m positions of hidden (B, T, d) predict them."""
     last = hidden[:, -policy.tokens.levels :]
     return -policy.answer_logprobs(last, items, temperature=temperature).sum(-1).mean()
 
@@ -134,14 +130,8 @@ def dpo_loss(
 
 
 def advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """(r - mean) / (std + eps) within each group; std over the group itself (no Bessel).
-
-    Args:
-        rewards: (B, G) float.
-
-    Returns:
-        (B, G); exactly zero in a group of equal rewards.
-    """
+    """(r - mean) / (std + eps) within each group of rewards (B, G); std over the group itself (no
+    Bessel). Exactly zero in a group of equal rewards."""
     centred = rewards - rewards.mean(1, keepdim=True)
     flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
     scaled = centred / (centred.square().mean(1, keepdim=True).sqrt() + ADVANTAGE_EPS)

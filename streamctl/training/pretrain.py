@@ -30,16 +30,8 @@ from streamctl.training.validation import Validator, validate
 def retrieved_tokens(
     item_tokens: torch.Tensor, look_alikes: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """c'_1..c'_q of Eq. 9: the codes of the target's nearest items, the less similar first.
-
-    Args:
-        item_tokens: (N, m) int64.
-        look_alikes: (N, n) int64, each item's n neighbours, nearest first.
-        targets: (B,) int64.
-
-    Returns:
-        (B, n * m) int64; the decoder reads them where thoughts will stand later.
-    """
+    """c'_1..c'_q of Eq. 9, (B, n * m): the codes of the target's nearest items, the less similar
+    first. look_alikes: (N, n) int64, nearest first. They stand where thoughts will stand later."""
     return item_tokens[look_alikes[targets].flip(1)].flatten(1)
 
 

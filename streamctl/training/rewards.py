@@ -29,24 +29,13 @@ class ItemParser:
 
 
 def format_reward(items: torch.Tensor) -> torch.Tensor:
-    """0 where the generated codes spell an item of the catalogue, -1 where they do not (Eq. 21).
-
-    Args:
-        items: (...) int64 from `ItemParser`, -1 where parsing failed.
-    """
+    """0 where the codes spell an item of the catalogue, -1 where `ItemParser` gave -1 (Eq. 21)."""
     return -(items < 0).float()
 
 
 def exact_match_reward(codes: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """How many codes match from the first on, up to the first that differs (Eqs. 22-23).
-
-    Args:
-        codes: (B, G, m) int64 generated tokens.
-        target: (B, m) int64 tokens of the target.
-
-    Returns:
-        (B, G) float32 in 0..m.
-    """
+    """How many codes (B, G, m) match the target's (B, m) up to the first that differs (Eqs. 22-23):
+    (B, G) float32 in 0..m."""
     return (codes == target[:, None]).long().cumprod(-1).sum(-1).float()
 
 
@@ -89,25 +78,13 @@ def similarity_reward(share: torch.Tensor) -> torch.Tensor:
 
 
 def likelihood_reward(thought: torch.Tensor, direct: torch.Tensor) -> torch.Tensor:
-    """How much the thought raises the target's log-probability, clipped to +-1 (Eq. 26).
-
-    Args:
-        thought: (B, G) log P_theta(target | thought, history).
-        direct: (B,) log P_ref(target | history) of the direct decoder.
-    """
+    """How much the thought raises the target's log-probability, clipped to +-1 (Eq. 26): with it
+    (B, G), and by the direct decoder without (B,)."""
     return (thought - direct[:, None]).clamp(-1.0, 1.0)
 
 
 def target_rank(target: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-    """1 + the number of negatives that are at least as likely as the target.
-
-    Args:
-        target: (...) log-probability of the target.
-        negatives: (..., K) of the negatives.
-
-    Returns:
-        (...) int64, 1 is the best.
-    """
+    """1 + the number of negatives (..., K) that are at least as likely as the target (...)."""
     return 1 + (negatives >= target[..., None]).sum(-1)
 
 

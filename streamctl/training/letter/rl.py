@@ -53,10 +53,8 @@ class Judge:
     ) -> dict[str, torch.Tensor]:
         """Each term (B, G), unweighted, and `items` (B, G), -1 where codes spell none.
 
-        Args:
-            encoded: the users under the policy. hidden: (B, G, T, d) its states at the positions
-                that predicted the rollouts' tokens. targets: (T,) of the whole batch, T = B in one
-                process. seed: of the pool of Eq. 25.
+        encoded and hidden (B, G, T, d), at the positions that predicted the rollouts' tokens, are
+        the policy's; targets (T,) are the whole batch's; seed is of the pool of Eq. 25.
         """
         policy = self.policy
         items = self.parser(rollouts.codes)
