@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from streamctl.baselines.hops import run_evidence
 from streamctl.data import load_data
@@ -261,10 +262,8 @@ class Recommender:
         _check(k, think)
         if not 0 <= diversity <= 1:
             raise UsageError(f"diversity is {diversity!r}; it must be 0 to 1")
-        width = max(1, *(len(one.history) for one in asked))
-        histories = torch.full((len(asked), width), -1, dtype=torch.int64)
-        for row, one in enumerate(asked):
-            histories[row, : len(one.history)] = torch.from_numpy(one.history)
+        rows = [torch.from_numpy(one.history) for one in asked]
+        histories = pad_sequence(rows, batch_first=True, padding_value=-1)
         name, method = self.method, self._method
         if not len(asked[0].history):
             name, method = POPULAR, self._popular

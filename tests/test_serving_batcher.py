@@ -50,7 +50,7 @@ async def serving(*models: Model, **settings):
     async def keep(model):
         while True:
             with contextlib.suppress(Gone):
-                await batcher.serve(model, asyncio.Future())
+                await batcher.serve(model)
 
     tasks = [asyncio.create_task(keep(model)) for model in models]
     await asyncio.sleep(0)
@@ -176,7 +176,7 @@ def test_what_a_dead_model_was_at_is_done_by_another_before_what_came_later():
         dies, lives = Model(deadly=(1,)), Model()
         dies.gate.clear()
         async with serving(max_batch=1) as batcher:
-            dying = asyncio.create_task(batcher.serve(dies, asyncio.Future()))
+            dying = asyncio.create_task(batcher.serve(dies))
             await asyncio.sleep(0)
             first = submit(batcher, 1)
             await picked_up(batcher)
@@ -184,7 +184,7 @@ def test_what_a_dead_model_was_at_is_done_by_another_before_what_came_later():
             dies.gate.set()
             with pytest.raises(Gone):
                 await dying
-            keeper = asyncio.create_task(batcher.serve(lives, asyncio.Future()))
+            keeper = asyncio.create_task(batcher.serve(lives))
             assert [(await one)[0].answer for one in (first, second)] == [2, 4]
             keeper.cancel()
         assert (dies.batches, lives.batches) == ([[1]], [[1], [2]])
@@ -208,17 +208,19 @@ def test_a_job_is_pending_at_every_moment_until_it_is_answered():
     asyncio.run(main())
 
 
-def test_a_model_that_dies_while_nobody_asks_is_missed_at_once_and_loses_no_job():
+def test_a_model_that_is_stopped_at_any_moment_loses_no_job():
     async def main():
-        idle, lives, died = Model(), Model(), asyncio.Future()
-        async with serving() as batcher:
-            serving_it = asyncio.create_task(batcher.serve(idle, died))
-            await asyncio.sleep(0)
-            died.set_result("exit code -9")
-            with pytest.raises(Gone, match="exit code -9"):
-                await serving_it
-            asked = submit(batcher, 4)
-            keeper = asyncio.create_task(batcher.serve(lives, asyncio.Future()))
+        idle, held, lives = Model(), Model(), Model()
+        held.gate.clear()
+        async with serving(max_batch=1) as batcher:
+            for model in (idle, held):
+                asked = submit(batcher, 4) if model is held else None
+                serving_it = asyncio.create_task(batcher.serve(model))
+                await asyncio.sleep(0.01)
+                serving_it.cancel("exit code -9")
+                with pytest.raises(asyncio.CancelledError):
+                    await serving_it
+            keeper = asyncio.create_task(batcher.serve(lives))
             assert (await asked)[0].answer == 8 and not idle.batches
             keeper.cancel()
 

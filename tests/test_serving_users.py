@@ -34,10 +34,9 @@ def engine(run, folder) -> Engine:
 
 def ask(engine: Engine, **query) -> dict:
     job = as_job(Query(**query), engine.store, engine.about())
-    [answer] = engine.answer([job.details], *job.group)
+    [answer] = engine.answer([job.details], **job.group)
     ids = {item: name["id"] for item, name in engine.store.names(range(200)).items()}
-    return {**answer, "items": [(ids[item], score) for item, score in answer["items"]],
-            "note": answer["note"] or job.note}  # fmt: skip
+    return {**answer, "items": [(ids[item], score) for item, score in answer["items"]]}
 
 
 def ids(engine: Engine, **query) -> list[str]:
@@ -99,9 +98,9 @@ def test_a_method_may_be_named_and_an_unknown_one_is_refused(engine):
 def test_what_shares_a_batch_changes_no_answer(engine):
     queries = [{"user_id": f"u{user:03}", "k": user, "deny": ["i001"]} for user in range(3, 20)]
     jobs = [as_job(Query(**query), engine.store, engine.about()) for query in queries]
-    together = engine.answer([job.details for job in jobs], *jobs[0].group)
+    together = engine.answer([job.details for job in jobs], **jobs[0].group)
     for job, answer in zip(jobs, together, strict=True):
-        [alone] = engine.answer([job.details], *job.group)
+        [alone] = engine.answer([job.details], **job.group)
         assert [item for item, _ in alone["items"]] == [item for item, _ in answer["items"]]
     groups = [
         as_job(Query(user_id=OLD, k=k), engine.store, engine.about()).group for k in (1, 20, 21)
@@ -170,7 +169,7 @@ def test_a_diverse_list_begins_with_the_best_and_is_less_alike(engine, run):
     lists = []
     for diversity in (0.0, 0.7):
         job = as_job(Query(user_id=OLD, k=5, diversity=diversity), engine.store, engine.about())
-        [answer] = engine.answer([job.details], *job.group)
+        [answer] = engine.answer([job.details], **job.group)
         lists.append([item for item, _ in answer["items"]])
     plain, diverse = lists
     assert diverse[0] == plain[0] and len(set(diverse)) == 5

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ MARGIN = 1.5  # of the expected wait: a batch may take longer than the latest on
 class Job(Protocol):
     """Something to compute; jobs of one `group` can share a batch."""
 
-    group: Hashable
+    group: Any
 
 
 class Busy(Exception):
@@ -82,18 +83,14 @@ class Batcher:
         """Jobs waiting or being computed."""
         return len(self._queue) + self._running
 
-    @property
-    def wait(self) -> float:
-        """Seconds until all that is here now is expected to be done."""
-        return self.pending * self._pace / max(1, self._models)
-
     def refusal(self, jobs: int, deadline: float) -> Busy | None:
         """What so many more jobs with this deadline are told, if they are not let in."""
-        late = self._running and time.monotonic() + MARGIN * self.wait > deadline
+        wait = self.pending * self._pace / max(1, self._models)
+        late = self._running and time.monotonic() + MARGIN * wait > deadline
         if not late and len(self._queue) + jobs <= self.capacity:
             return None
         REJECTED.inc(jobs)
-        return Busy(self.wait)
+        return Busy(wait)
 
     async def submit(self, jobs: Sequence[Job], deadline: float) -> list[Timed]:
         """The answers to some jobs, all of them admitted or none.
@@ -122,32 +119,31 @@ class Batcher:
             for one in waiting:
                 one.future.cancel()
 
-    async def serve(
-        self, compute: Callable[[list[Any]], Awaitable[list[Any]]], died: asyncio.Future
-    ) -> None:
+    async def serve(self, compute: Callable[[list[Any]], Awaitable[list[Any]]]) -> None:
         """Have one model compute batches until it dies; other models may do so at the same time.
+
+        Where it dies, or this is cancelled, its batch is at the head of the queue again.
 
         Args:
             compute: jobs of one group -> their answers, an exception where one has none.
-            died: done, with the reason, once the model is dead.
 
         Raises:
-            Gone: the model died; its batch is at the head of the queue again.
+            Gone: the model died.
         """
         self._models += 1
         batch: list[_Waiting] = []
         try:
             while True:
-                batch = []
-                batch = await self._next_unless(died)
+                batch = await self._next()
                 await self._compute(batch, compute)
-        except Gone as gone:
+                batch = []
+        except (Gone, asyncio.CancelledError) as ended:
             for one in reversed(batch):
                 one.tries += 1
                 if one.tries < TRIES:
                     self._queue.appendleft(one)
                 elif not one.future.done():
-                    one.future.set_exception(RuntimeError(f"{TRIES} models died over it: {gone}"))
+                    one.future.set_exception(RuntimeError(f"{TRIES} models died over it: {ended}"))
             self._arrived.set()
             raise
         finally:
@@ -177,44 +173,21 @@ class Batcher:
             else:
                 one.future.set_result(Timed(answer, waited, took, len(batch)))
 
-    async def _next_unless(self, died: asyncio.Future) -> list[_Waiting]:
-        """`_next`, for a model that may die while nobody asks for anything.
-
-        Raises:
-            Gone: it did.
-        """
-        taking = asyncio.ensure_future(self._next())
-        try:
-            await asyncio.wait((taking, died), return_when=asyncio.FIRST_COMPLETED)
-            if taking.done():
-                return taking.result()
-            raise Gone(died.result())
-        finally:
-            taking.cancel()
-
     async def _next(self) -> list[_Waiting]:
-        """The oldest job that is still wanted, and the next ones of its group."""
+        """The oldest job that is still wanted, and the next ones of its group.
+
+        A batch that is not full waits for company until its oldest job's bound.
+        """
         while True:
-            while not self._queue:
-                self._arrived.clear()
-                await self._arrived.wait()
-            await self._gather()
-            if batch := self._take():
+            self._arrived.clear()
+            oldest = self._queue[0].since if self._queue else float("inf")
+            left = oldest + self.max_wait - time.monotonic()
+            if len(self._queue) < self.max_batch and left > 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._arrived.wait(), left if self._queue else None)
+            elif batch := self._take():
                 self._running += len(batch)  # from now on, so that no job is ever in neither place
                 return batch
-
-    async def _gather(self) -> None:
-        """Wait for company until the oldest job's bound or a full batch."""
-        while self._queue and len(self._queue) < self.max_batch:
-            left = self._queue[0].since + self.max_wait - time.monotonic()
-            if left <= 0:
-                return
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(left):
-                    await self._arrived.wait()
-            except TimeoutError:
-                return
 
     def _take(self) -> list[_Waiting]:
         now = time.monotonic()

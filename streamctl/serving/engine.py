@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from streamctl.data import load_data
 from streamctl.decode.explain import explained, pairs_of
@@ -79,7 +80,8 @@ class Engine:
         size, length = self.store.base, self._split.history
         rows = (np.arange(batch * length) % size).reshape(batch, length).tolist()
         jobs = [
-            {"history": row, "user_id": None, "exclude": [], "allow": None, "k": 10} for row in rows
+            {"history": row, "user_id": None, "exclude": [], "allow": None, "k": 10, "note": None}
+            for row in rows
         ]
         for think in (0, None):
             self.answer(jobs, self.method, think, False)
@@ -99,7 +101,7 @@ class Engine:
 
         Args:
             jobs: each with `history` and `exclude`, lists of items; `allow`, one or None;
-                `user_id` or None; `k`.
+                `user_id` and `note`, or None; `k`.
             think: pieces of evidence; None: as many as the method is best with.
             explain: add the thought.
             diversity: of `Diverse`; 0 leaves the method's ranking as it is.
@@ -111,26 +113,18 @@ class Engine:
         """
         self.live.follow()
         self.load(method)
-        answers: list[dict[str, Any]] = [{}] * len(jobs)
+        answers: list[dict[str, Any] | None] = []
         asked = []
-        for place, job in enumerate(jobs):
+        for job in jobs:
             history = self._readable(job["history"], method)
-            if history and (job["allow"] is None or job["allow"]):
-                asked.append((place, job, history))
-                continue
-            note = (
-                None
-                if method == POPULAR or history
-                else (f"popular items: {method} knows none of the history's")
-            )
-            found = self.live.popular(job["k"], job["exclude"], job["allow"])
-            answers[place] = _answer(found, method if history else POPULAR, 0, note)
-        if asked:
-            with torch.inference_mode():
-                found = self._recommend(asked, method, think, explain, diversity, width)
-            for (place, _, _), answer in zip(asked, found, strict=True):
-                answers[place] = answer
-        return answers
+            if history and job["allow"] != []:
+                asked.append((job, history))
+                answers.append(None)
+            else:
+                answers.append(self._popular(job, history, method))
+        options = method, think, explain, diversity, width
+        found = iter(self._recommend(asked, *options) if asked else ())
+        return [next(found) if answer is None else answer for answer in answers]
 
     def _readable(self, history: list[int], method: str) -> list[int]:
         """What a method can read of a history, latest last."""
@@ -139,15 +133,21 @@ class Engine:
         known = self.live.known(self._loaded[method])
         return [item for item in history if item < known][-self._split.history :]
 
+    def _popular(self, job: dict[str, Any], history: list[int], method: str) -> dict[str, Any]:
+        note = job["note"]
+        if note is None and not history and method != POPULAR:
+            note = f"popular items: {method} knows none of the history's"
+        items = self.live.popular(job["k"], job["exclude"], job["allow"])
+        return _answer(items, method if history else POPULAR, 0, note)
+
+    @torch.inference_mode()
     def _recommend(
-        self, asked: list[tuple[int, dict[str, Any], list[int]]], method: str, think: int | None,
+        self, asked: list[tuple[dict[str, Any], list[int]]], method: str, think: int | None,
         explain: bool, diversity: float, width: int,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        recommender, jobs = self._loaded[method], [job for _, job, _ in asked]
-        longest = max(len(history) for _, _, history in asked)
-        histories = torch.full((len(asked), longest), -1, dtype=torch.int64)
-        for row, (_, _, history) in enumerate(asked):
-            histories[row, : len(history)] = torch.tensor(history)
+        recommender, jobs = self._loaded[method], [job for job, _ in asked]
+        rows = [torch.tensor(history) for _, history in asked]
+        histories = pad_sequence(rows, batch_first=True, padding_value=-1)
         known, removed = self.live.known(recommender), self.live.removed
 
         def within(items: Sequence[int]) -> np.ndarray:
@@ -161,19 +161,16 @@ class Engine:
         }
         asking = Diverse(recommender, self.live.vectors, diversity) if diversity else recommender
         ranking = asking.recommend(histories, width, think=think, **options)
-        used = self._budget(method) if think is None else think
+        if think is None:
+            think = int(getattr(recommender, "think", 0) or 0)
         answers = []
         for row, job in enumerate(jobs):
-            answers.append(_answer(pairs_of(ranking, row, job["k"]), method, used, None))
+            answer = _answer(pairs_of(ranking, row, job["k"]), method, think, None)
             if explain and ranking.thought is not None:
                 own = {name: options[name][row] for name in options}
-                answers[row]["explain"] = explained(
-                    recommender, histories[row], ranking, row, **own
-                )
+                answer["explain"] = explained(recommender, histories[row], ranking, row, **own)
+            answers.append(answer)
         return answers
-
-    def _budget(self, method: str) -> int:
-        return int(getattr(self._loaded.get(method), "think", 0) or 0)
 
     def similar(self, item: int, k: int) -> list[tuple[int, float]]:
         """(item, cosine of their texts) of the k items most alike to one, best first."""

@@ -167,18 +167,10 @@ class LiveCatalog:
         return self._tokenizer.encode(list(texts)), unit(self._tokenizer.vectors(list(texts)))
 
     def free(self, codes: np.ndarray) -> list[int]:
-        """The codes, with the last one moved to the nearest that no present item has.
-
-        Under a prefix whose last level is full the item shares the codes that are its own.
-        """
-        codes = [int(code) for code in codes]
-        prefix, last = (codes, 0) if self._ids.dedup else (codes[:-1], codes[-1])
-        order = np.arange(self._ids.sizes[-1])
-        if not self._ids.dedup:
-            book = self._stage.array("codebooks.npy")[-1]
-            order = np.argsort(((book - book[last]) ** 2).sum(axis=1), kind="stable")
-        held = self.store.last_codes(prefix)
-        return [*prefix, next((code for code in order.tolist() if code not in held), last)]
+        """The codes, with the last one moved to the nearest that no present item has."""
+        learned, book = codes.tolist(), self._stage.array("codebooks.npy")[-1]
+        taken = self.store.last_codes(learned[: self._ids.levels - 1])
+        return self._ids.nearest_free(learned, book, taken)
 
     def similar(self, item: int, k: int) -> list[tuple[int, float]]:
         """(item, cosine of their texts) of the k items most alike to one, best first."""

@@ -12,14 +12,17 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from streamctl.errors import StreamctlError
 from streamctl.serving.batcher import Gone
+from streamctl.serving.question import Job
 from streamctl.serving.store import Refused
 
 LINE = 1 << 28  # bytes of an answer at most
+ERRORS = {"refused": Refused, "error": StreamctlError, "failed": RuntimeError}
 
 
 class Model:
@@ -49,13 +52,17 @@ class Model:
         )  # fmt: skip
         model = cls(process)
         try:
-            model.about = await model._answer()
+            model.about = await model._read()
         except Gone as gone:
             raise StreamctlError(f"the model's process ended while it loaded ({gone})") from None
         except BaseException:
             model.kill()
             raise
         return model
+
+    async def answer(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Answers to jobs of one group."""
+        return await self.ask("answer", jobs=[job.details for job in jobs], **jobs[0].group)
 
     async def ask(self, what: str, **details: Any) -> Any:
         """The answer to one question; questions take turns.
@@ -74,23 +81,19 @@ class Model:
                 await self._process.stdin.drain()
             except (ConnectionError, RuntimeError):
                 raise Gone(await self.died()) from None
-            return await self._answer()
+            return await self._read()
 
     async def died(self) -> str:
         """Wait until the process has ended; how it did."""
         return f"exit code {await self._process.wait()}"
 
-    async def _answer(self) -> Any:
+    async def _read(self) -> Any:
         line = await self._process.stdout.readline()
         if not line.endswith(b"\n"):
             raise Gone(await self.died())
         kind, value = json.loads(line)
-        if kind == "refused":
-            raise Refused(*value)
-        if kind == "error":
-            raise StreamctlError(value)
-        if kind == "failed":
-            raise RuntimeError(value)
+        if kind in ERRORS:
+            raise ERRORS[kind](*value)
         return value
 
     async def stop(self) -> None:
@@ -136,7 +139,7 @@ def answer_questions(
         engine = Engine(folder, Store(folder, Path(store)), method=method, device=device)
         engine.warm_up(batch)
     except StreamctlError as error:
-        send("error", str(error))
+        send("error", [str(error)])
         return
     send("ready", engine.about())
     for line in sys.stdin:
@@ -146,12 +149,12 @@ def answer_questions(
         except Refused as error:
             send("refused", [error.kind, error.field, error.detail])
         except StreamctlError as error:
-            send("error", str(error))
+            send("error", [str(error)])
         except Exception as error:
             import traceback
 
             traceback.print_exc()
-            send("failed", repr(error))
+            send("failed", [repr(error)])
 
 
 if __name__ == "__main__":

@@ -19,14 +19,12 @@ class Job:
 
     Attributes:
         details: of `Engine.answer`'s jobs.
-        group: (method, think, explain, diversity, width), which all of a batch have in common:
+        group: method, think, explain, diversity and width, which all of a batch have in common:
             nothing in a batch may change another's answer.
-        note: why the answer is not this user's own, if it is not.
     """
 
     details: dict[str, Any]
-    group: tuple[str, int | None, bool, float, int]
-    note: str | None = None
+    group: dict[str, Any]
 
 
 def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") -> Job:
@@ -62,14 +60,19 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
         "exclude": sorted({*denied, *(seen if query.exclude_seen else ())}),
         "allow": None if allow is None else sorted(allow),
         "k": query.k,
+        "note": note,
     }
-    if note is not None:
-        return Job(details, (POPULAR, 0, False, 0.0, BEAM), note)
-    think = None if query.think == "auto" else query.think
     width = BEAM
     while width < query.k:
         width *= 2
-    return Job(details, (method, think, query.explain, query.diversity, width))
+    group = {
+        "method": method,
+        "think": None if query.think == "auto" else query.think,
+        "explain": query.explain,
+        "diversity": query.diversity,
+        "width": width,
+    }
+    return Job(details, group)
 
 
 def in_words(answer: dict[str, Any], store: Store) -> dict[str, Any]:

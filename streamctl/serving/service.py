@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -14,34 +15,20 @@ from streamctl.errors import StreamctlError, close_matches
 from streamctl.progress import say, warn
 from streamctl.runs import RunDir
 from streamctl.serving import metrics
-from streamctl.serving.batcher import Batcher, Busy, Gone, Late, Timed
+from streamctl.serving.batcher import Batcher, Busy, Gone, Late
 from streamctl.serving.keys import KeyRing
 from streamctl.serving.model import Model
 from streamctl.serving.problems import Problem
-from streamctl.serving.question import Job, as_job, in_words
+from streamctl.serving.question import as_job, in_words
 from streamctl.serving.schemas import NewItem, Query, Taken
 from streamctl.serving.store import Store
 
-AGAIN_S = (0.0, 1.0, 5.0, 30.0)  # before another try to start a model in a dead one's place
+RETRY_S = 5.0  # before another try to start a model in a dead one's place
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server runs.
-
-    Attributes:
-        run: the run's folder.
-        method: that answers where a query names none; None: the run's best.
-        store: folder of what changes while serving; by default inside the run's folder.
-        keys: the key file.
-        open_to_all: answer without keys on an address that others can reach.
-        origins: of web pages elsewhere that may call the API (CORS).
-        workers: model processes.
-        max_batch, max_wait_ms, queue: the batcher's bounds.
-        deadline_ms: for requests that name none.
-        drain_s: seconds that a stopping server goes on answering, marked as not ready.
-        threads: CPU threads of one model. Matrices of one request are too small to share.
-    """
+    """How a server runs: the options of `streamctl serve`, whose help says what they mean."""
 
     run: Path
     host: str = "127.0.0.1"
@@ -58,7 +45,7 @@ class Settings:
     queue: int = 128
     deadline_ms: int = 1000
     drain_s: float = 1.0
-    threads: int = 1
+    threads: int = 1  # of one model: matrices of one request are too small to share
 
 
 class Served:
@@ -75,8 +62,8 @@ class Served:
             capacity=settings.queue,
         )
         self.models: list[Model] = []
-        self._keepers: list[asyncio.Task] = []
         self.about: dict[str, Any] = {}
+        self._tasks: list[asyncio.Task] = []
 
     async def start(self) -> None:
         """Load all models; ready when it returns.
@@ -84,53 +71,46 @@ class Served:
         Raises:
             StreamctlError: the run cannot be served.
         """
-        starting = [asyncio.ensure_future(self._start()) for _ in range(self.settings.workers)]
+        self._tasks = [asyncio.create_task(self._start()) for _ in range(self.settings.workers)]
         try:
-            models = await asyncio.gather(*starting)
+            models = await asyncio.gather(*self._tasks)
         except BaseException:
-            for one in await asyncio.gather(*starting, return_exceptions=True):
-                if isinstance(one, Model):
-                    one.kill()
+            await self.stop()
             raise
         self.about = models[0].about
-        self._keepers = [asyncio.create_task(self._keep(model)) for model in models]
+        self._tasks = [asyncio.create_task(self._keep(model)) for model in models]
         metrics.ITEMS.set(self.store.count())
 
     async def _start(self) -> Model:
         settings = self.settings
         model = await Model.start(
-            run=str(self.run.path),
-            store=str(self.folder),
-            method=settings.method,
-            device=settings.device,
-            threads=settings.threads,
-            batch=settings.max_batch,
-        )
-        self._here(model)
-        return model
-
-    def _here(self, model: Model) -> None:
+            run=str(self.run.path), store=str(self.folder), method=settings.method,
+            device=settings.device, threads=settings.threads, batch=settings.max_batch,
+        )  # fmt: skip
         self.models.append(model)
         metrics.MODELS.set(len(self.models))
+        return model
 
     async def _keep(self, model: Model) -> None:
         """Have a model answer; when it dies, another."""
         while True:
-            died = asyncio.ensure_future(model.died())
+            serving = asyncio.create_task(self.batcher.serve(model.answer))
             try:
-                await self.batcher.serve(lambda jobs, model=model: _compute(model, jobs), died)
-            except Gone as gone:
-                self.models.remove(model)
-                metrics.MODELS.set(len(self.models))
-                metrics.DEATHS.inc()
-                warn(f"a model's process ended ({gone}); another takes its place")
-            for tries in range(10**9):
-                await asyncio.sleep(AGAIN_S[min(tries, len(AGAIN_S) - 1)])
+                how = await model.died()
+            except asyncio.CancelledError:
+                serving.cancel()
+                raise
+            serving.cancel(how)
+            self.models.remove(model)
+            metrics.MODELS.set(len(self.models))
+            metrics.DEATHS.inc()
+            warn(f"a model's process ended ({how}); another takes its place")
+            while model not in self.models:
                 try:
                     model = await self._start()
-                    break
                 except StreamctlError as error:
                     warn(f"no model can take its place: {error}")
+                    await asyncio.sleep(RETRY_S)
 
     async def ask(self, what: str, **details: Any) -> Any:
         """One model's answer to a question that is no recommendation.
@@ -138,32 +118,21 @@ class Served:
         Raises:
             Problem: 503 while there is none.
         """
-        for _ in range(2):
-            if not self.models:
-                break
-            try:
-                return await self.models[0].ask(what, **details)
-            except Gone:
-                await asyncio.sleep(0.05)  # its keeper takes it off the list
+        for model in list(self.models):
+            with contextlib.suppress(Gone):
+                return await model.ask(what, **details)
         raise Problem(503, "the model is loading", retry_after=2)
 
     async def stop(self) -> None:
         """Answer what waits, then end the models."""
         while self.models and self.batcher.pending:
             await asyncio.sleep(0.01)
-        for task in self._keepers:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(model.stop() for model in self.models))
         self.store.close()
         self.slow.close()
-
-
-async def _compute(model: Model, jobs: list[Job]) -> list[Any]:
-    group = dict(
-        zip(("method", "think", "explain", "diversity", "width"), jobs[0].group, strict=True)
-    )
-    return await model.ask("answer", jobs=[job.details for job in jobs], **group)
 
 
 class Service:
@@ -246,7 +215,7 @@ class Service:
         for number, query in enumerate(queries):
             prefix = f"/requests/{number}" if len(queries) > 1 else ""
             jobs.append(as_job(query, served.store, served.about, prefix))
-        for method in {job.group[0] for job in jobs} - set(served.about["loaded"]):
+        for method in {job.group["method"] for job in jobs} - set(served.about["loaded"]):
             # Loading is not what a deadline is for, and every model needs it.
             await asyncio.gather(*(model.ask("load", method=method) for model in served.models))
             served.about["loaded"].append(method)
@@ -259,7 +228,18 @@ class Service:
         except Late:
             raise Problem(504, f"no answer within {limit * 1000:.0f} ms") from None
         took = time.monotonic() - arrived
-        return [_answer(served, job, timed, took) for job, timed in zip(jobs, answers, strict=True)]
+        model = {key: served.about[key] for key in ("run", "stage", "hash")}
+        found = []
+        for timed in answers:
+            answer = timed.answer
+            metrics.LATENCY.labels(answer["method"], answer["think"]).observe(took)
+            timing = {
+                "queue_ms": round(timed.queue_s * 1e3, 2),
+                "compute_ms": round(timed.compute_s * 1e3, 2),
+                "batch": timed.batch,
+            }
+            found.append({**in_words(answer, served.store), "model": model, "timing": timing})
+        return found
 
     async def add(self, new: NewItem) -> dict[str, Any]:
         """Add an item; it is on the disk and can be recommended when this returns.
@@ -330,18 +310,3 @@ class Service:
 
 def _too_many(busy: Busy) -> Problem:
     return Problem(429, "too many requests wait already", retry_after=busy.seconds)
-
-
-def _answer(served: Served, job: Job, timed: Timed, took: float) -> dict[str, Any]:
-    answer = timed.answer
-    metrics.LATENCY.labels(answer["method"], answer["think"]).observe(took)
-    return {
-        **in_words(answer, served.store),
-        "note": answer["note"] or job.note,
-        "model": {key: served.about[key] for key in ("run", "stage", "hash")},
-        "timing": {
-            "queue_ms": round(timed.queue_s * 1e3, 2),
-            "compute_ms": round(timed.compute_s * 1e3, 2),
-            "batch": timed.batch,
-        },
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 
 import numpy as np
 
@@ -54,10 +55,13 @@ def extend(old: RunDir, run: RunDir) -> Stage:
             texts = [catalog.texts[item] for item in fresh]
             vectors[fresh] = tokenizer.vectors(texts)
             book = source.array("codebooks.npy")[-1]
-            held = {tuple(row) for row in ids.codes.tolist()}
+            taken: dict[tuple[int, ...], set[int]] = defaultdict(set)
+            for *prefix, last in ids.codes.tolist():
+                taken[tuple(prefix)].add(last)
             for item, learned in zip(fresh, tokenizer.encode(texts).tolist(), strict=True):
-                codes[item] = _free(learned, ids, book, held)
-                held.add(tuple(codes[item].tolist()))
+                others = taken[tuple(learned[: ids.levels - 1])]
+                codes[item] = ids.nearest_free(learned, book, others)
+                others.add(int(codes[item, -1]))
         if "collaborative.npy" in source.manifest["artifacts"]:
             together = source.array("collaborative.npy")
             extended = np.zeros((len(known), together.shape[1]), np.float32)
@@ -75,13 +79,3 @@ def extend(old: RunDir, run: RunDir) -> Stage:
         stage.save_json("report.json", extended_ids.report())
         stage.publish(extended_from=source.hash, new_items=len(fresh))
     return run.stage("tokenizer")
-
-
-def _free(learned: list[int], ids: SemanticIds, book: np.ndarray, held: set) -> list[int]:
-    """Codes that nobody has, as near to the learned ones as the last level allows."""
-    prefix, size = (learned, ids.sizes[-1]) if ids.dedup else (learned[:-1], ids.sizes[-1])
-    order = np.arange(size)
-    if not ids.dedup:
-        order = np.argsort(((book - book[learned[-1]]) ** 2).sum(1), kind="stable")
-    free = (code for code in order.tolist() if (*prefix, code) not in held)
-    return [*prefix, next(free, int(order[0]))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,24 @@ class SemanticIds:
     def tokens(self, think_codebook: int = 0) -> Tokens:
         """The vocabulary of a model that reads and writes these codes."""
         return Tokens(self.sizes, think_codebook, self.dedup)
+
+    def nearest_free(
+        self, learned: list[int], codebook: np.ndarray, taken: Container[int]
+    ) -> list[int]:
+        """The codes of a new item: the learned ones, the last moved to the nearest that is free.
+
+        Where none is free under their prefix the item shares the learned codes.
+
+        Args:
+            learned: what the quantizer makes of the item. codebook: the last level's, (K, d).
+            taken: last codes of the items with the same prefix.
+        """
+        order = np.arange(self.sizes[-1])
+        if not self.dedup:
+            distances = ((codebook - codebook[learned[-1]]) ** 2).sum(axis=1)
+            order = np.argsort(distances, kind="stable")
+        last = next((code for code in order.tolist() if code not in taken), int(order[0]))
+        return [*learned[: self.levels - 1], last]
 
     def report(self) -> dict[str, Any]:
         """Usage, entropy and perplexity of each level, collisions, and the quantizer's figures."""
