@@ -141,11 +141,10 @@ def table(receipt: Mapping[str, Any]) -> str:
 
 def commands() -> str:
     """Every command by group."""
-    groups = {"data": [f"data {name}" for _, name in cli.DATA_COMMANDS]}
-    for _, name in cli.COMMANDS:
-        groups.setdefault(cli.group_of(name).lower(), []).append(name)
-    rows = [[group, ", ".join(f"`streamctl {name}`" for name in names)]
-            for group, names in groups.items()]  # fmt: skip
+    rows = []
+    for group, names in cli.GROUPS.items():
+        words = "streamctl data" if group == cli.DATA else "streamctl"
+        rows.append([group.lower(), ", ".join(f"`{words} {name}`" for name in names)])
     return markdown(["", "commands"], rows)
 
 

@@ -14,49 +14,21 @@ import typer.core
 from streamctl.distributed import is_main, joined
 from streamctl.errors import StreamctlError
 
-# (module below streamctl.commands, command name): in the order of work, as --help lists them.
-COMMANDS = (
-    ("tokenize", "tokenize"),
-    ("pretrain", "pretrain"),
-    ("annotate", "annotate"),
-    ("sft", "sft"),
-    ("rl", "rl"),
-    ("baseline", "baseline"),
-    ("rerank", "rerank"),
-    ("eval", "eval"),
-    ("refit", "refit"),
-    ("update", "update"),
-    ("reproduce", "reproduce"),
-    ("recommend", "recommend"),
-    ("serve", "serve"),
-    ("run", "run"),
-    ("demo", "demo"),
-    ("doctor", "doctor"),
-)
-# What --help puts together; the rest is for use.
+# What --help puts together, in the order of work. A command is the module of its name below
+# streamctl.commands; those of `data` begin with data_.
+DATA = "Data"
 GROUPS = {
+    DATA: ("prepare", "fetch", "synth", "doctor", "export"),
     "Train": ("tokenize", "pretrain", "annotate", "sft", "rl", "run", "demo"),
     "Evaluate": ("baseline", "rerank", "eval", "reproduce"),
+    "Use": ("refit", "update", "recommend", "serve", "doctor"),
 }
-DATA, USE = "Data", "Use"
-DATA_COMMANDS = (
-    ("data_prepare", "prepare"),
-    ("data_fetch", "fetch"),
-    ("data_synth", "synth"),
-    ("data_doctor", "doctor"),
-    ("data_export", "export"),
-)
 
 
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"streamctl {version('streamctl')}")
         raise typer.Exit
-
-
-def group_of(name: str) -> str:
-    """The group of a command that is not of `data`."""
-    return next((group for group, names in GROUPS.items() if name in names), USE)
 
 
 class _DataFirst(typer.core.TyperGroup):
@@ -85,11 +57,14 @@ def build_app() -> typer.Typer:
         no_args_is_help=True,
     )
     app.add_typer(data, name="data", rich_help_panel=DATA)
-    for group, commands in ((data, DATA_COMMANDS), (app, COMMANDS)):
-        for module, name in commands:
+    for panel, names in GROUPS.items():
+        for name in names:
+            module = f"data_{name}" if panel == DATA else name
             function = importlib.import_module(f"streamctl.commands.{module}").command
-            panel = None if group is data else group_of(name)
-            group.command(name=name, rich_help_panel=panel)(function)
+            if panel == DATA:
+                data.command(name=name)(function)
+            else:
+                app.command(name=name, rich_help_panel=panel)(function)
 
     @app.callback()
     def main_options(

@@ -13,11 +13,10 @@ file or the new one and never half of one.
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +49,6 @@ class RunDir:
     def command(self, stage: str) -> str:
         """The command line that makes `stage` of this run."""
         return self.stage(stage).command
-
-    def again(self, name: str, changes: Sequence[str] = ()) -> str:
-        """The command line that makes a stage anew (`Stage.again`)."""
-        return self.stage(name).again(changes)
 
     def stage(self, name: str) -> Stage:
         """A stage, complete or not."""
@@ -88,7 +83,7 @@ class RunDir:
             raise StreamctlError(
                 f"stage {name} is stale: {' and '.join(stale)} changed after it was made",
                 where=self.path,
-                run=self.again(name),
+                run=stage.again(),
             )
         stage.verify()
         for parent in stage.manifest["parents"]:
@@ -120,16 +115,20 @@ class RunDir:
         if not job.main:
             yield writer if job.agree() else None
             return
-        with self._lock(name):
+        busy = StreamctlError(
+            f"another process is working on stage {name}",
+            where=self.path,
+            run="wait for it to end, or use another --run",
+        )
+        with locked(self.path / f".{name.replace('/', '-')}.lock", busy):
             wanted = self._prepare(writer, force)
             job.agree(wanted)
             yield writer if wanted else None
 
     def _prepare(self, writer: StageWriter, force: bool) -> bool:
         """Make the folder ready to begin or to continue; False when the stage is complete."""
-        config, hashes = writer.config, writer.parents
         if writer.complete and not force:
-            self._check_same(writer, config, hashes)
+            self._check_same(writer)
             writer.verify()
             return False
         if writer.name in SINGLE and ranks().count > 1:
@@ -137,28 +136,27 @@ class RunDir:
                 f"stage {writer.name} is made by one process",
                 run=f"{self.command(writer.name)} (without torchrun) before the others",
             )
-        progress = writer.path / ".progress"
-        state = {"config": to_dict(config), "parents": hashes}
-        same = (
-            not writer.complete
-            and (progress / "state.json").is_file()
-            and read_json(progress / "state.json") == json.loads(json.dumps(state))
+        record = writer.path / ".progress" / "state.json"
+        state = json.loads(
+            json.dumps({"config": to_dict(writer.config), "parents": writer.parents})
         )
+        same = not writer.complete and record.is_file() and read_json(record) == state
         if not same:
             begun = writer.resumed and not writer.complete
             kept = self._set_aside(writer.path)
             if begun:
-                rest = (
-                    f"the unfinished work is kept as {writer.name}.previous"
-                    if kept
-                    else f"{writer.name}.previous still holds the last complete stage"
-                )
+                previous = f"{writer.name}.previous"
                 warn(
                     f"{writer.name} starts again, for its settings or parents have changed since "
-                    f"it was started; {rest}"
+                    "it was started; "
+                    + (
+                        f"the unfinished work is kept as {previous}"
+                        if kept
+                        else f"{previous} still holds the last complete stage"
+                    )
                 )
-            _write_config(writer.path / "config.toml", config)
-            with atomic_file(progress / "state.json") as path:
+            _write_config(writer.path / "config.toml", writer.config)
+            with atomic_file(record) as path:
                 path.write_text(json.dumps(state), encoding="utf-8")
         for leftover in writer.path.rglob(".*.part"):  # of a process that was killed
             leftover.unlink()
@@ -166,12 +164,12 @@ class RunDir:
             (writer.path / "metrics.jsonl").unlink(missing_ok=True)
         return True
 
-    def _check_same(self, stage: Stage, config: Any, hashes: Mapping[str, str]) -> None:
-        old, new = stage.manifest["config"], json.loads(json.dumps(to_dict(config)))
+    def _check_same(self, stage: StageWriter) -> None:
+        """Refuse a complete stage that was made with other settings or parents."""
+        made = stage.manifest
+        old, new = made["config"], json.loads(json.dumps(to_dict(stage.config)))
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        stale = [
-            key for key, value in hashes.items() if stage.manifest["parents"].get(key) != value
-        ]
+        stale = [key for key, value in stage.parents.items() if made["parents"].get(key) != value]
         if not changed and not stale:
             return
         changes: list[str] = []
@@ -179,14 +177,14 @@ class RunDir:
             differences = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
             what = f"stage {stage.name} is complete with other settings ({differences})"
             if stage.name != "data":
-                known = (key for key in changed if key in new)
-                changes = [f"{config.section}.{key}={as_text(new[key])}" for key in known]
+                section = stage.config.section
+                changes = [f"{section}.{key}={as_text(new[key])}" for key in changed if key in new]
         else:
             what = f"stage {stage.name} is stale: {' and '.join(stale)} changed after it was made"
         raise StreamctlError(
             what,
             where=self.path,
-            run=f"{self.again(stage.name, changes)} (keeps the old one as {stage.name}.previous)",
+            run=f"{stage.again(changes)} (keeps the old one as {stage.name}.previous)",
         )
 
     def _set_aside(self, folder: Path) -> bool:
@@ -208,19 +206,10 @@ class RunDir:
         folder.rename(previous)
         return True
 
-    def _lock(self, name: str) -> AbstractContextManager[None]:
-        busy = StreamctlError(
-            f"another process is working on stage {name}",
-            where=self.path,
-            run="wait for it to end, or use another --run",
-        )
-        return locked(self.path / f".{name.replace('/', '-')}.lock", busy)
-
 
 def _write_config(path: Path, config: Any) -> None:
     import tomli_w
 
-    buffer = io.BytesIO()
-    tomli_w.dump({config.section: to_dict(config)}, buffer)
     with atomic_file(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+        text = tomli_w.dumps({config.section: to_dict(config)})
+        temporary.write_text(text, encoding="utf-8")

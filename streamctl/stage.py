@@ -92,21 +92,11 @@ class Stage:
         path = self.path / MANIFEST
         manifest = read_json(path, run=self.again())
         if not isinstance(manifest, dict) or not manifest.keys() >= _ESSENTIAL:
-            raise StreamctlError(
-                "the manifest is damaged (it is not one of a stage)", where=path, run=self.again()
-            )
+            raise self._error("the manifest is damaged (it is not one of a stage)", path)
         if manifest.get("schema") != SCHEMA:
-            raise StreamctlError(
-                "this stage was made by another version of streamctl",
-                where=self.path,
-                run=self.again(),
-            )
+            raise self._error("this stage was made by another version of streamctl", self.path)
         if "seal" in manifest and manifest["seal"] != _seal(manifest):
-            raise StreamctlError(
-                "the manifest is damaged (its checksum does not match)",
-                where=path,
-                run=self.again(),
-            )
+            raise self._error("the manifest is damaged (its checksum does not match)", path)
         return manifest
 
     @property
@@ -129,16 +119,14 @@ class Stage:
             StreamctlError: the manifest lists no such artifact, or it is gone.
         """
         if name not in self.manifest["artifacts"]:
-            raise StreamctlError(
-                f"stage {self.name} has no artifact {name}", where=self.path, run=self.again()
-            )
+            raise self._error(f"stage {self.name} has no artifact {name}", self.path)
         path = self.path / name
         if not path.is_file():
-            raise self._artifact("is missing", path)
+            raise self._error("artifact is missing", path)
         return path
 
-    def _artifact(self, problem: str, path: Path) -> StreamctlError:
-        return StreamctlError(f"artifact {problem}", where=path, run=self.again())
+    def _error(self, what: str, where: Path) -> StreamctlError:
+        return StreamctlError(what, where=where, run=self.again())
 
     def array(self, name: str) -> np.ndarray:
         """A `.npy` artifact."""
@@ -155,11 +143,10 @@ class Stage:
             StreamctlError: naming the first artifact that is missing or has changed.
         """
         for name, expected in self.manifest["artifacts"].items():
-            path = self.path / name
-            if not path.is_file():
-                raise self._artifact("is missing", path)
+            path = self.file(name)
             if file_hash(path) != expected:
-                raise self._artifact("is damaged (its hash differs from manifest.json)", path)
+                what = "artifact is damaged (its hash differs from manifest.json)"
+                raise self._error(what, path)
 
 
 class StageWriter(Stage):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from streamctl.commands.options import Force, Json, Run, option, print_next
+from streamctl.commands.options import Job, option, stage_command
 
 
+@stage_command("config", "sets", "device")
 def command(
-    run: Run,
+    job: Job,
     users: int = option("Users of the shop.", default=3000),
     items: int = option("Items of the shop, 20 or more.", default=600),
-    seed: int = option("Seed; the same seed makes the same shop.", default=0),
-    json_: Json = False,
-    force: Force = False,
 ) -> None:
     """Make a synthetic shop whose users follow multi-step projects, as the data of a run.
 
@@ -24,8 +22,6 @@ def command(
     """
     from streamctl.commands.data_prepare import render
     from streamctl.data import synthesize
-    from streamctl.runs import RunDir
 
-    render(synthesize(RunDir(run), users=users, items=items, seed=seed, force=force), json_)
-    if not json_:
-        print_next(command, RUN=run)
+    stage = synthesize(job.folder, users=users, items=items, seed=job.seed or 0, force=job.force)
+    render(stage, job.json)

@@ -90,5 +90,5 @@ def render(stage: Stage, json_: bool, *, strict: bool = False) -> None:
         raise StreamctlError(
             "the think labels have collapsed",
             where=stage.root,
-            run=RunDir(stage.root).again("annotate", ["annotate.fit_epochs=0"]),
+            run=RunDir(stage.root).stage("annotate").again(["annotate.fit_epochs=0"]),
         )

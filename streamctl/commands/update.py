@@ -7,18 +7,11 @@ from typing import Annotated
 
 import typer
 
-from streamctl.commands.options import Config, Device, Json, Run, Seed, Sets, print_json, print_next
+from streamctl.commands.options import Job, print_json, stage_command
 
 
-def command(
-    old: Annotated[Path, typer.Argument(help="The run to go on from.")],
-    run: Run,
-    seed: Seed = None,
-    config: Config = None,
-    set_: Sets = None,
-    device: Device = "auto",
-    json_: Json = False,
-) -> None:
+@stage_command("force")
+def command(job: Job, old: Annotated[Path, typer.Argument(help="The run to go on from.")]) -> None:
     """Make the stages of a newer log from an older run's: its codes stay, its weights train on.
 
     Items that both know keep their codes, new ones get free codes by their text. Pretraining
@@ -34,9 +27,10 @@ def command(
     from streamctl.evaluation.update import update
     from streamctl.runs import RunDir
 
-    made = update(RunDir(old), RunDir(run), file=config, sets=set_ or (), seed=seed, device=device)
-    if json_:
-        print_json({"run": str(run), "stages": made})
+    made = update(
+        RunDir(old), job.folder, file=job.config, sets=job.sets, seed=job.seed, device=job.device
+    )
+    if job.json:
+        print_json({"run": str(job.run), "stages": made})
     else:
-        typer.echo(f"{run}: {', '.join(made)}")
-        print_next(command, RUN=run)
+        typer.echo(f"{job.run}: {', '.join(made)}")

@@ -72,7 +72,7 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._running = 0  # jobs being computed
         self._models = 0
-        self._pace = 0.0  # seconds a job, of the latest batches
+        self._pace = 0.0  # seconds a job, mean of the latest batches
 
     def __len__(self) -> int:
         """Jobs waiting."""
@@ -161,7 +161,7 @@ class Batcher:
             self._running -= len(batch)
         took = time.monotonic() - started
         pace = took / len(batch)
-        self._pace = max(pace, 0.7 * self._pace + 0.3 * pace)  # slow batches count at once
+        self._pace += (0.3 if self._pace else 1.0) * (pace - self._pace)
         BATCH.observe(len(batch))
         for one, answer in zip(batch, answers, strict=True):
             if one.future.done():
