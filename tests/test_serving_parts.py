@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 
@@ -61,9 +62,9 @@ def test_items_and_users_of_the_run_are_there_with_what_they_are(run, store):
 
 def test_what_one_connection_writes_every_other_sees(run, folder, store):
     other = Store(run, folder)
-    before = other.version(), other.changes()
+    before = other.changes()
     item = add(store, "new-1", "Lip balm", {"brand": "Wren"})
-    assert (other.version(), other.changes()) != before
+    assert other.changes() != before
     assert other.index("new-1") == item == store.base
     [(number, id_, text, codes, vector)] = other.added_since(0)
     assert (number, id_, text, codes) == (item, "new-1", "Lip balm", [1, 2, 3])
@@ -142,7 +143,7 @@ def test_an_unknown_id_or_field_is_refused_with_its_place_and_the_nearest(store)
     assert error.value.field == "/filter/brnd"
     with pytest.raises(Refused):
         store.take("u001", ["nothing"])
-    assert store.changes() == [0, 0, 0, 0]
+    assert store.changes() == (None, None, None, None)
 
 
 TAKE_MANY = """
@@ -166,6 +167,20 @@ def test_a_change_that_fails_half_way_leaves_nothing(store):
         store.add("half", "Half", "Half", {})
         raise RuntimeError
     assert store.index("half") is None and found(store, "half") == []
+
+
+def test_what_a_full_disk_refuses_is_said_and_the_next_change_is_stored(run, folder, store):
+    def refuse(action, what, *_):
+        commits = action == sqlite3.SQLITE_TRANSACTION and what == "COMMIT"
+        return sqlite3.SQLITE_DENY if commits else sqlite3.SQLITE_OK
+
+    item = store.describe([0])[0]["id"]
+    store._db.set_authorizer(refuse)
+    with pytest.raises(StreamctlError, match="cannot be stored"):
+        store.take("first", [item])
+    store._db.set_authorizer(None)
+    store.take("second", [item])
+    assert [Store(run, folder).user(name) for name in ("first", "second")] == [None, [0]]
 
 
 def test_a_file_that_is_no_store_is_named(run, folder):

@@ -41,7 +41,7 @@ class LiveCatalog:
         self._newcomers = 0
         self._parts: list[Any] = []  # methods, and those inside them
         self._evidence: list[Evidence] = []
-        self._seen = {"version": None, "number": 0, "removed": 0, "taken": 0, "forgotten": 0}
+        self._seen = {"changes": None, "number": 0, "removed": 0, "taken": 0, "forgotten": 0}
         self._stage = run.stage("tokenizer")
         self._tokenizer: Tokenizer | None = None
         self.vectors = np.empty((store.base, 0), np.float32)
@@ -82,8 +82,8 @@ class LiveCatalog:
     def follow(self) -> None:
         """Take over what was written to the store, by whichever process."""
         seen, store = self._seen, self.store
-        version = store.version(), store.changes()
-        if version == seen["version"]:
+        changes = store.changes()
+        if changes == seen["changes"]:
             return
         self.add(store.added_since(seen["number"]))
         gone, seen["removed"] = store.removed_since(seen["removed"])
@@ -95,7 +95,7 @@ class LiveCatalog:
             self._number(user)
         for evidence in self._evidence:
             self._learn(evidence, forgotten, taken)
-        seen["number"], seen["version"] = store.last_number(), version
+        seen["number"], seen["changes"] = store.last_number(), changes
 
     def add(self, items: list[tuple[int, str, str, list[int] | None, np.ndarray]]) -> None:
         """Make live items known to all methods: codes, vectors, the trie, neighbours.
@@ -186,15 +186,12 @@ class LiveCatalog:
         self, k: int, exclude: Sequence[int], allow: Sequence[int] | None
     ) -> list[tuple[int, float]]:
         """(item, interactions) of the k items that were taken most often."""
-        counts = self._counts.astype(np.float64)
-        if allow is not None:
-            mask = np.full(len(counts), True)
-            mask[list(allow)] = False
-            counts[mask] = -1
-        counts[list(exclude)] = -1
-        counts[self.removed] = -1
-        best = np.argsort(-counts, kind="stable")[:k]
-        return [(item, float(counts[item])) for item in best.tolist() if counts[item] >= 0]
+        wanted = np.full(len(self._counts), allow is None)
+        wanted[list(allow or ())] = True
+        wanted[[*exclude, *self.removed]] = False
+        items = np.flatnonzero(wanted)
+        best = items[np.argsort(-self._counts[items], kind="stable")[:k]]
+        return [(item, float(self._counts[item])) for item in best.tolist()]
 
 
 def _inside(recommender: Recommender) -> Iterator[Any]:

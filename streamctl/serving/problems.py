@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class Problem(Exception):
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
 
     def response(self) -> JSONResponse:
-        body = {
+        body = {  # by hand: pydantic takes no lone surrogates, which a request may hold
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
@@ -78,9 +79,7 @@ class ProblemResponse(JSONResponse):
     media_type = MEDIA_TYPE
 
     def render(self, content: Any) -> bytes:
-        """JSON in ASCII: a request may hold lone surrogates, which UTF-8 cannot carry."""
-        import json
-
+        """JSON in ASCII: UTF-8 cannot carry lone surrogates either."""
         return json.dumps(content).encode("ascii")
 
 
@@ -99,38 +98,35 @@ def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def install(app: FastAPI) -> None:
     """Answer every error of the application with problem+json."""
 
-    @app.exception_handler(Problem)
-    async def problem(_: Request, error: Problem) -> JSONResponse:
-        return error.response()
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        return _as_problem(error).response()
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> JSONResponse:
-        status = {"invalid": 422, "unknown": 404, "taken": 409}[error.kind]
-        errors = [(error.field, error.detail)]
-        return Problem(status, f"{error.field}: {error.detail}", errors=errors).response()
+    kinds = Problem, Refused, StreamctlError, RequestValidationError, HTTPException, Exception
+    for kind in kinds:
+        app.add_exception_handler(kind, answer)
 
-    @app.exception_handler(StreamctlError)
-    async def failed(_: Request, error: StreamctlError) -> JSONResponse:
-        return Problem(503, str(error)).response()
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        found: dict[str, list[str]] = {}
-        for one in error.errors()[:20]:
-            field, text = _field_error(one)
-            found.setdefault(field, []).append(text)
-        # One value that is none of several types is at fault once.
-        errors = [(field, ", or ".join(texts)) for field, texts in found.items()]
-        detail = "; ".join(f"{field}: {text}" for field, text in errors[:3])
-        return Problem(422, detail, errors=errors).response()
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return Problem(error.status_code, str(error.detail), headers=error.headers).response()
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return Problem(500, "the server failed; its log has the traceback").response()
+def _as_problem(error: Exception) -> Problem:
+    match error:
+        case Problem():
+            return error
+        case Refused(kind=kind, field=field, detail=detail):
+            status = {"invalid": 422, "unknown": 404, "taken": 409}[kind]
+            return Problem(status, f"{field}: {detail}", errors=[(field, detail)])
+        case StreamctlError():
+            return Problem(503, str(error))
+        case HTTPException(status_code=status):
+            return Problem(status, str(error.detail), headers=error.headers)
+        case RequestValidationError():
+            found: dict[str, list[str]] = {}
+            for one in error.errors()[:20]:
+                field, text = _field_error(one)
+                found.setdefault(field, []).append(text)
+            # One value that is none of several types is at fault once.
+            errors = [(field, ", or ".join(texts)) for field, texts in found.items()]
+            detail = "; ".join(f"{field}: {text}" for field, text in errors[:3])
+            return Problem(422, detail, errors=errors)
+    return Problem(500, "the server failed; its log has the traceback")
 
 
 def _field_error(error: dict[str, Any]) -> tuple[str, str]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,10 +249,8 @@ class Service:
         """
         served, text = self.served, new.text or new.title
         served.store.check_new(new.id, new.fields)
-        try:
+        with _insufficient_storage():
             await served.ask("add", id_=new.id, title=new.title, text=text, fields=new.fields)
-        except StreamctlError as error:
-            raise Problem(507, f"the item cannot be added: {error}") from error
         metrics.ITEMS.set(served.store.count())
         return served.store.item(new.id)
 
@@ -264,10 +261,8 @@ class Service:
             Refused: as the store says.
             Problem: 507 if the disk refuses.
         """
-        try:
+        with _insufficient_storage():
             await asyncio.to_thread(getattr(self.served.slow, method), *values)
-        except (OSError, sqlite3.Error) as error:
-            raise Problem(507, f"the change cannot be stored: {error}") from error
         metrics.ITEMS.set(self.served.store.count())
 
     async def take(self, taken: Taken) -> dict[str, Any]:
@@ -310,3 +305,11 @@ class Service:
 
 def _too_many(busy: Busy) -> Problem:
     return Problem(429, "too many requests wait already", retry_after=busy.seconds)
+
+
+@contextlib.contextmanager
+def _insufficient_storage() -> Iterator[None]:
+    try:
+        yield
+    except StreamctlError as error:
+        raise Problem(507, str(error)) from error

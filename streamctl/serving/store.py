@@ -215,18 +215,22 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A transaction that keeps other writers out from its first look; synced at its end."""
+        """A transaction that keeps other writers out from its first look; synced at its end.
+
+        Raises:
+            StreamctlError: the disk refuses; nothing of it is stored.
+        """
         with self._lock:
             if self._db.in_transaction:  # part of a larger one
                 yield
                 return
-            self._db.execute("BEGIN IMMEDIATE")
             try:
-                yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+                self._db.execute("BEGIN IMMEDIATE")
+                with self._db:  # commits, or rolls back
+                    yield
+            except sqlite3.Error as error:
+                what = f"the change cannot be stored: {error}"
+                raise StreamctlError(what, where=self.folder) from error
 
     # Items
 
@@ -480,10 +484,6 @@ class Store:
 
     # What others changed
 
-    def version(self) -> int:
-        """A number that is another one after another connection has changed something."""
-        return self._one("PRAGMA data_version")
-
     def added_since(self, number: int) -> list[tuple[int, str, str, list[int] | None, np.ndarray]]:
         """(dense index, id, text, codes, vector) of the present live items after one.
 
@@ -525,8 +525,8 @@ class Store:
         rows = self._all("SELECT seq, user FROM forgotten WHERE seq > ? ORDER BY seq", seq)
         return [user for _, user in rows], rows[-1][0] if rows else seq
 
-    def changes(self) -> list[int]:
-        """What is another list after anything has changed."""
-        last = "SELECT coalesce(max(%s), 0) FROM %s"
-        tables = ("number", "items"), ("seq", "removed"), ("seq", "interactions")
-        return [self._one(last % one) for one in (*tables, ("seq", "forgotten"))]
+    def changes(self) -> tuple[int, ...]:
+        """Another tuple after anything has changed, by whichever connection."""
+        keys = "items.number", "removed.seq", "interactions.seq", "forgotten.seq"
+        last = ", ".join(f"(SELECT max({key}) FROM main.{key.split('.')[0]})" for key in keys)
+        return self._all(f"SELECT {last}")[0]
