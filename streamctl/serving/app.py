@@ -269,7 +269,7 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
         return service.served.store.described_user(id, service.served.about["history"])
 
     @app.get("/v1/run", responses=described(401, 421, 503), **options)
-    async def run() -> schemas.RunReport:
+    async def run() -> dict[str, Any]:
         """The run: its stages, the metrics table, training curves, and how codes are used."""
         return await service.served.ask("report")
 

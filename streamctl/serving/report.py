@@ -91,18 +91,17 @@ def curves(path: Path, stage: str) -> list[dict[str, Any]]:
     series: dict[str, list[tuple[float, float]]] = {}
     if not path.is_file():
         return []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8", errors="replace").splitlines(), 1
-    ):
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        place = next((record[key] for key in ("epoch", "step") if key in record), number)
+        place = record.get("epoch", record.get("step", number))
         for metric, value in record.items():
-            known = isinstance(value, int | float) and not isinstance(value, bool)
+            numeric = isinstance(value, int | float) and not isinstance(value, bool)
             silent = metric in ("epoch", "step", "round") or metric.endswith(_SILENT)
-            if known and np.isfinite(value) and not silent:
+            if numeric and np.isfinite(value) and not silent:
                 series.setdefault(metric, []).append((place, value))
     found = []
     for metric, points in series.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -198,6 +198,3 @@ class Health(BaseModel):
     model: Model | None = None
     method: str | None = Field(None, description="What answers where a query names no method.")
     methods: list[str] = Field(default_factory=list, description="Those that the run has.")
-
-
-RunReport = dict[str, Any]
