@@ -43,15 +43,6 @@ def _like(dtype: torch.dtype, *widths: int) -> torch.dtype:
     return dtype if pairs else torch.float32
 
 
-def _stacked(weights: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:
-    """A weight of every layer: (layers, tiles, words, WIDTH)."""
-    return np.stack([tiles.pack(weight, dtype) for weight in weights])
-
-
-def _norms(layers: list[nn.Module]) -> np.ndarray:
-    return np.stack([layer.weight.detach().float().numpy() for layer in layers])
-
-
 def _numpy(x: torch.Tensor) -> np.ndarray:
     """float32, or the bits of bf16, of any shape and strides."""
     return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
@@ -115,7 +106,8 @@ class _PackedStack:
         self.dtype, self.like = dtype, _like(dtype, d_model, d_ff, self.d_kv)
         self.eps = np.float32(stack.final_layer_norm.eps)
         layers = [layer for block in stack.block for layer in block.layer]
-        self.norms = _norms([*(layer.layer_norm for layer in layers), stack.final_layer_norm])
+        norms = [*(layer.layer_norm for layer in layers), stack.final_layer_norm]
+        self.norms = np.stack([norm.weight.detach().float().numpy() for norm in norms])
         attentions = [block.layer[0].SelfAttention for block in stack.block]
         joined = [torch.cat([a.q.weight, a.k.weight, a.v.weight]) for a in attentions]
         self.joined = self.stacked(joined)
@@ -125,7 +117,8 @@ class _PackedStack:
         self.down = self.stacked([layer.wo.weight for layer in feed_forward])
 
     def stacked(self, weights: list[torch.Tensor]) -> np.ndarray:
-        return _stacked(weights, self.like)
+        """A weight of every layer: (layers, tiles, words, WIDTH)."""
+        return np.stack([tiles.pack(weight, self.like) for weight in weights])
 
     def kept(self, layers: int, users: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for keys and values as `passes` lays them out, zero."""
@@ -416,7 +409,8 @@ def _question(
 ) -> tuple[str, dict[str, Callable[[], Any]]]:
     """What `choice.fastest` is asked: the shapes, and the two ways."""
     users, length, _ = sample.shape
-    shapes = "/".join("x".join(map(str, weight.shape)) for weight in _first_layer(module))
+    weights = [weight for weight in module.parameters() if weight.ndim == 2][:8]
+    shapes = "/".join("x".join(map(str, weight.shape)) for weight in weights)
     name = f"{kind.__name__} {len(list(module.parameters()))} weights {shapes}"
     name += f" {dtype} {users} users of {length}, {torch.get_num_threads()} threads"
 
@@ -431,10 +425,6 @@ def _question(
         return run
 
     return name, {way: by(way) for way in WAYS[1:]}
-
-
-def _first_layer(module: nn.Module) -> list[torch.Tensor]:
-    return [weight for weight in module.parameters() if weight.ndim == 2][:8]
 
 
 def _count(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -155,30 +155,23 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     return _Dropout.apply(x, p) if _compiled(x) else F.dropout(x, p)
 
 
-def _weigh(
-    scores: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    """`softmax` of contiguous scores into `out`."""
-    width = scores.shape[-1]
-    source, target = array(scores), array(out)
-    added = _NO_ROWS[torch.float32]
-    if bias is not None:
-        added = bias.detach().float().contiguous().view(-1, width).numpy()
-    open_keys = _NO_MASK if mask is None else mask.numpy()
-    per_user = max(1, len(source) // max(1, len(open_keys)))
-
-    def run(first, last):
-        loops.softmax_forward(source, added, open_keys, per_user, first, last, target)
-
-    threads.over_ranges(run, len(source), max(1, RANGE // max(1, width)))
-
-
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, bias, mask):
         scores = scores.contiguous()
         out = torch.empty_like(scores)
-        _weigh(scores, bias, mask, out)
+        width = scores.shape[-1]
+        source, target = array(scores), array(out)
+        added = _NO_ROWS[torch.float32]
+        if bias is not None:
+            added = bias.detach().float().contiguous().view(-1, width).numpy()
+        open_keys = _NO_MASK if mask is None else mask.numpy()
+        per_user = max(1, len(source) // max(1, len(open_keys)))
+
+        def run(first, last):
+            loops.softmax_forward(source, added, open_keys, per_user, first, last, target)
+
+        threads.over_ranges(run, len(source), max(1, RANGE // max(1, width)))
         ctx.save_for_backward(out)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return out

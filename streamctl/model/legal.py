@@ -23,20 +23,13 @@ class LegalCodes:
         """Args: item_tokens: (N, m) int64, the tokens of every item."""
         self.item_tokens = item_tokens
         trie = PrefixTrie(item_tokens.cpu().numpy())
-        path = [trie.parent[trie.leaf]]
-        while len(path) < tokens.levels:
-            path.append(trie.parent[path[-1]])
-        parent = trie.parent[1:]  # of edge e, which leads to node e + 1
-        depth = np.zeros(trie.n_nodes, np.int64)
-        for level in range(1, tokens.levels):
-            depth[trie.child_node[depth[parent] == level - 1]] = level
-        starts = np.array([tokens.level_range(level)[0] for level in range(tokens.levels)])
-        code = trie.child_token - starts[depth[parent]]
+        prefix = trie.paths(torch.arange(len(item_tokens))).numpy()
+        starts = [tokens.level_range(level)[0] for level in range(tokens.levels)]
+        code = item_tokens.cpu().numpy() - np.array(starts)
         # Nodes are numbered level by level, so that those with children come first.
-        packed = np.zeros((int(parent.max()) + 1, -(-max(tokens.sizes) // 8)), np.uint8)
-        np.bitwise_or.at(packed, (parent, code >> 3), (1 << (code & 7)).astype(np.uint8))
+        packed = np.zeros((int(prefix.max()) + 1, -(-max(tokens.sizes) // 8)), np.uint8)
+        np.bitwise_or.at(packed, (prefix, code >> 3), (1 << (code & 7)).astype(np.uint8))
         device = item_tokens.device
-        prefix = np.stack(path[::-1], 1)
         choice = np.diff(trie.child_start)[prefix] > 1
         last = choice.shape[1] - 1 - choice[:, ::-1].argmax(1)
         self.prefix = torch.from_numpy(prefix).to(device)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -303,10 +304,10 @@ def fit(
         )
     module.to(device)
     patience = getattr(config, "patience", 0) if patience is None else patience
-    order = _Order(np.asarray(examples.lengths), config.batch, config.seed)
+    per_epoch = len(batches(np.asarray(examples.lengths), config.batch, config.seed, 0))
     if steps is None:
-        steps = order.per_epoch * (config.epochs if epochs is None else epochs)
-    every = order.per_epoch if validate_every is None else validate_every
+        steps = per_epoch * (config.epochs if epochs is None else epochs)
+    every = per_epoch if validate_every is None else validate_every
     optimizer = checkpoint.adamw(
         module.parameters(), config.lr, getattr(config, "weight_decay", 0.0)
     )
@@ -327,14 +328,15 @@ def fit(
             state.judge(state.result.start, 0, None)
             state.result.epochs = 0
             state.save()
+        stream = _load(examples, config, per_epoch, range(state.step, steps), device)
         # Parts are counted as they are judged: one may have been saved whole and not judged yet.
         while state.result.epochs * every < steps and not state.stopped:
             end = min((state.result.epochs + 1) * every, steps)
             if before_epoch is not None:
-                before_epoch(min(state.step, end - 1) // order.per_epoch)
+                before_epoch(min(state.step, end - 1) // per_epoch)
             began, begun_at = time.monotonic(), state.weight
             module.train()
-            for data in _load(examples, order, range(state.step, end), device):
+            for data in islice(stream, end - state.step):
                 warmup = getattr(config, "warmup", 0.05)
                 rate = schedule(state.step, steps, config.lr, warmup)
                 for update in range(repeats):
@@ -378,34 +380,22 @@ def fit(
     return result if result.best else replace(result, best_epoch=result.epochs - 1)
 
 
-class _Order:
-    """Which rows each step trains on."""
-
-    def __init__(self, lengths: np.ndarray, batch: int, seed: int):
-        self._lengths, self._batch, self.seed = lengths, batch, seed
-        self._epoch, self._rows = 0, batches(lengths, batch, seed, 0)
-        self.per_epoch = len(self._rows)
-
-    def at(self, step: int) -> tuple[np.ndarray, int, int]:
-        """Rows of a step counted over all epochs; its epoch and its place in it."""
-        epoch, place = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            self._rows = batches(self._lengths, self._batch, self.seed, epoch)
-            self._epoch = epoch
-        return self._rows[place], epoch, place
-
-
-def _load(examples: Examples, order: _Order, steps: range, device: torch.device) -> Iterator[Batch]:
-    """The process's share of the batch of each step."""
-    targets, users = np.asarray(examples.targets), np.asarray(examples.users)
+def _load(
+    examples: Examples, config: Any, per_epoch: int, steps: range, device: torch.device
+) -> Iterator[Batch]:
+    """The process's share of the batch of each step, counted over all epochs."""
+    lengths, targets, users = map(np.asarray, (examples.lengths, examples.targets, examples.users))
     for step in steps:
-        whole, epoch, place = order.at(step)
+        epoch, place = divmod(step, per_epoch)
+        if step == steps.start or not place:
+            order = batches(lengths, config.batch, config.seed, epoch)
+        whole = order[place]
         share = ranks().share(len(whole))
         index = share.of(whole)
         arrays = (index, examples.histories(index), targets[index], users[index], targets[whole])
         tensors = (torch.as_tensor(np.ascontiguousarray(a), dtype=torch.int64) for a in arrays)
         moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        step_seed = derive_seed(order.seed, "step", epoch, place)
+        step_seed = derive_seed(config.seed, "step", epoch, place)
         yield Batch(*moved, share, step_seed, epoch, step)
 
 
