@@ -117,10 +117,7 @@ def rollout_logprobs(
     gradients, and the decoder's states (B, G, l + m, d) at the positions that predicted them."""
     think, codes = rollouts.think, rollouts.codes
     length = think.shape[-1]
-    inputs = torch.cat([torch.full_like(codes[..., :1], policy.tokens.BOS), codes[..., :-1]], -1)
-    if length:
-        begin = torch.full_like(think[..., :1], policy.tokens.THINK)
-        inputs = torch.cat([begin, think, inputs], -1)
+    inputs = torch.cat([policy.around(think), codes[..., :-1]], -1)
     hidden, _ = policy.extend(encoded, inputs)
     parts = []
     if length:

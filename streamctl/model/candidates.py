@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from streamctl.model.policy import Encoded, Policy
-from streamctl.tokenizer.tokens import Tokens
 
 
 def thoughts_logprob(
@@ -24,11 +23,7 @@ def thoughts_logprob(
     Returns:
         (B, G, K) float32.
     """
-    begin = think.new_full((*think.shape[:2], 1), Tokens.BOS)
-    prompt = begin
-    if think.shape[2]:
-        prompt = torch.cat([torch.full_like(begin, Tokens.THINK), think, begin], 2)
-    hidden, past = policy.extend(encoded, prompt)
+    hidden, past = policy.extend(encoded, policy.around(think))
     users, group = think.shape[:2]
     codes = policy.item_tokens[items]  # (B, K, m)
     first = policy.first_logprobs(hidden[:, :, -1])

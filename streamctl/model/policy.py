@@ -319,13 +319,11 @@ class Policy(nn.Module):
             predicts token i + 1; `bos` is given and never predicted: its label is -100.
         """
         codes = self.item_tokens[items]
-        begin = codes.new_full((len(codes), 1), Tokens.BOS)
-        answer = torch.cat([begin, codes[:, :-1]], 1)
-        if think is None or not think.shape[1]:
-            return answer, codes
-        start = torch.full_like(begin, Tokens.THINK)
-        ignored = torch.full_like(begin, IGNORED)
-        return torch.cat([start, think, answer], 1), torch.cat([think, ignored, codes], 1)
+        think = codes[:, :0] if think is None else think
+        inputs = torch.cat([self.around(think), codes[:, :-1]], 1)
+        if not think.shape[1]:
+            return inputs, codes
+        return inputs, torch.cat([think, torch.full_like(codes[:, :1], IGNORED), codes], 1)
 
     def prompt(
         self,
@@ -341,18 +339,17 @@ class Policy(nn.Module):
         Returns:
             hidden (B, l + 2 or 1, d), and a past that all branches of a user share.
         """
-        begin = torch.full((len(encoded), 1), Tokens.BOS, device=encoded.states.device)
-        tokens = begin
-        if think is not None and think.shape[1]:
-            tokens = self.around(think)
-        hidden, past = self.extend(encoded, tokens[:, None], decoder)
+        if think is None:
+            think = torch.empty(len(encoded), 0, dtype=torch.int64, device=encoded.states.device)
+        hidden, past = self.extend(encoded, self.around(think)[:, None], decoder)
         return hidden[:, 0], past.share()
 
     def around(self, think: torch.Tensor) -> torch.Tensor:
-        """`[think, o_1..o_l, bos]` of tokens (..., l) or vectors (..., l, d)."""
+        """`[think, o_1..o_l, bos]` of tokens (..., l), or `[bos]`; or of vectors (..., l, d)."""
         if not think.is_floating_point():
-            begin = torch.full_like(think[..., :1], Tokens.BOS)
-            return torch.cat([torch.full_like(begin, Tokens.THINK), think, begin], -1)
+            begin = think.new_full((*think.shape[:-1], 1), Tokens.BOS)
+            start = torch.full_like(begin, Tokens.THINK)
+            return torch.cat([start, think, begin], -1) if think.shape[-1] else begin
         ends = self.shared.weight[[Tokens.THINK, Tokens.BOS]].to(think.dtype)
         ends = ends.expand(*think.shape[:-2], 2, -1)
         return torch.cat([ends[..., :1, :], think, ends[..., 1:, :]], -2)
