@@ -34,7 +34,7 @@ from streamctl.training import checkpoint, sft
 from streamctl.training.gathered import Gathered, first_pieces, last_positions
 from streamctl.training.loop import CLIP_NORM, Batch, batches
 from streamctl.training.losses import answer_loss
-from streamctl.training.pretrain import Retrieved, direct_loss, pretrain_loss
+from streamctl.training.pretrain import direct_loss, pretrain_loss
 
 BATCH = 256
 EVIDENCE = ("step/evidence", "step/weighing")
@@ -156,7 +156,7 @@ def evidence_rows(device: str, repeats: int, now, count: int, **sizes) -> list[d
     gathered = Gathered(evidence, split.train.subset(rows))
     examples = gathered.examples
     gathered(np.arange(1))  # kept in memory, as after the first step of a training
-    retrieved = Retrieved(first_pieces(evidence, examples, config.neighbours))
+    retrieved = first_pieces(evidence, examples, config.neighbours)
     held = torch.from_numpy(np.isin(rows, last_positions(split.train, config.hold)))
     labels = torch.zeros(len(rows), annotated.length, dtype=torch.int64)
     policy, plain, thinker = (

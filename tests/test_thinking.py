@@ -30,7 +30,7 @@ from streamctl.training.annotate import heads_loss, infer, label_all
 from streamctl.training.gathered import Gathered
 from streamctl.training.loop import Batch, batches
 from streamctl.training.material import Material
-from streamctl.training.pretrain import Retrieved
+from streamctl.training.pretrain import pieces_loss
 from streamctl.training.rl import Explorer
 from streamctl.training.sft import Tuner, choice_logprobs, only_thinking
 
@@ -438,7 +438,7 @@ def test_pretraining_reads_pieces_of_the_history_even_where_there_are_fewer_than
     whole = evidence.gather(split.train.histories(np.arange(9)), split.train.users[:9])
     assert pieces[:9, :, 0].tolist() == whole.items.tolist()
     batch = batch_of(split.train, np.flatnonzero(split.train.lengths == 2)[:6])
-    loss = Retrieved(pieces).loss(policy, batch, policy.encode(batch.history), PretrainConfig())
+    loss = pieces_loss(policy, batch, policy.encode(batch.history), pieces, PretrainConfig())
     loss.backward()
     assert torch.isfinite(loss) and policy.weighing.hop.weight.grad.abs().sum() > 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,49 +38,40 @@ def retrieved_tokens(
 STANDARD = 4096  # examples from which features are standardised
 
 
-@dataclass(frozen=True)
-class Retrieved:
-    """Eq. 9's retrieved items, from the history alone: pieces of the user's evidence.
+def pieces_loss(
+    policy: Policy, batch: Batch, encoded: Encoded, pieces: torch.Tensor, config: PretrainConfig
+) -> torch.Tensor:
+    """The answer's cross-entropy after the first 0 < n <= q pieces of the user's evidence.
 
-    Attributes:
-        pieces: (E, q, 2) int64, items and hops of each example, -1 for none.
+    They are given in training as in serving, so nothing is learned of predicting them; n is drawn
+    for the batch. pieces: (E, q, 2) int64, items and hops of each example, -1 for none.
     """
-
-    pieces: torch.Tensor
-
-    def loss(
-        self, policy: Policy, batch: Batch, encoded: Encoded, config: PretrainConfig
-    ) -> torch.Tensor:
-        """The answer's cross-entropy after the first 0 < n <= q pieces, n drawn for the batch.
-
-        They are given in training as in serving, so nothing is learned of predicting them.
-        """
-        most = self.pieces.shape[1]
-        drawn = torch.randint(most, (), generator=batch.generator("retrieved"))
-        some = self.pieces[batch.index.cpu(), : int(drawn) + 1].to(batch.target.device)
-        items, hops = some.unbind(-1)
-        vectors = policy.piece_vectors(items, hops.where(items >= 0, NOTHING))
-        answer = policy.embed(policy.target_inputs(batch.target)[0])
-        inputs = torch.cat([policy.around(vectors)[:, :-1], answer], 1)
-        hidden = policy.decode(encoded, inputs)
-        return answer_loss(policy, hidden, batch.target, config.temperature)
+    drawn = torch.randint(pieces.shape[1], (), generator=batch.generator("retrieved"))
+    some = pieces[batch.index.cpu(), : int(drawn) + 1].to(batch.target.device)
+    items, hops = some.unbind(-1)
+    vectors = policy.piece_vectors(items, hops.where(items >= 0, NOTHING))
+    answer = policy.embed(policy.target_inputs(batch.target)[0])
+    hidden = policy.decode(encoded, torch.cat([policy.around(vectors)[:, :-1], answer], 1))
+    return answer_loss(policy, hidden, batch.target, config.temperature)
 
 
 def pretrain_loss(
-    policy: Policy, batch: Batch, look_alikes: torch.Tensor | Retrieved, config: PretrainConfig
+    policy: Policy, batch: Batch, retrieved: torch.Tensor, config: PretrainConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Eq. 10 for the slow decoder's long answer plus the direct decoder's cross-entropy."""
+    """Eq. 10 for the slow decoder's long answer plus the direct decoder's cross-entropy.
+
+    retrieved: Eq. 9's items, as `pieces_loss` or as `retrieved_tokens` (N, n) takes them.
+    """
     encoded = policy.encode(batch.history)
-    if isinstance(look_alikes, Retrieved):
-        slow = look_alikes.loss(policy, batch, encoded, config)
-        direct = direct_loss(policy, batch, encoded, config.temperature)
-        return slow + config.direct_weight * direct, {"slow": slow, "direct": direct}
-    retrieved = retrieved_tokens(policy.item_tokens, look_alikes, batch.target)
-    inputs, _ = policy.target_inputs(batch.target, retrieved)
-    hidden = policy.decode(encoded, inputs)
-    practice = policy.logits(hidden[:, : retrieved.shape[1]])
-    slow = sequence_loss(practice, retrieved, config.temperature)
-    slow = slow + answer_loss(policy, hidden, batch.target, config.temperature)
+    if retrieved.ndim == 3:
+        slow = pieces_loss(policy, batch, encoded, retrieved, config)
+    else:
+        tokens = retrieved_tokens(policy.item_tokens, retrieved, batch.target)
+        inputs, _ = policy.target_inputs(batch.target, tokens)
+        hidden = policy.decode(encoded, inputs)
+        practice = policy.logits(hidden[:, : tokens.shape[1]])
+        slow = sequence_loss(practice, tokens, config.temperature)
+        slow = slow + answer_loss(policy, hidden, batch.target, config.temperature)
     direct = direct_loss(policy, batch, encoded, config.temperature)
     return slow + config.direct_weight * direct, {"slow": slow, "direct": direct}
 
@@ -140,14 +131,14 @@ def pretrain(
             examples = examples.subset(last_positions(examples, config.positions))
         if config.retrieve == "history":
             count = config.neighbours
-            look_alikes = Retrieved(first_pieces(material.evidence, examples, count))
+            retrieved = first_pieces(material.evidence, examples, count)
         else:
-            look_alikes = material.look_alikes(where, config.neighbours)
-            count = look_alikes.shape[1]
+            retrieved = material.look_alikes(where, config.neighbours)
+            count = retrieved.shape[1]
         validator = Validator(policy, material, config.seed)
         result = fit(
             stage, policy, config,
-            loss=lambda batch: pretrain_loss(policy, batch, look_alikes, config),
+            loss=lambda batch: pretrain_loss(policy, batch, retrieved, config),
             examples=examples, validate=lambda: validator(decoder="direct"),
             start=warm is not None, device=where, title="pretrain",
         )  # fmt: skip
