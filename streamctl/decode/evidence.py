@@ -26,16 +26,11 @@ NOTHING = len(HOPS)  # the hop of no item
 
 @dataclass(frozen=True)
 class Weighed:
-    """Pieces of evidence and what they weigh.
+    """Pieces of evidence and what they weigh."""
 
-    Attributes:
-        items, hops: (B, C) int64; item -1 and hop `NOTHING` where there is none.
-        logits: (B, C) float32, -inf where there is none or it is barred.
-    """
-
-    items: torch.Tensor
-    hops: torch.Tensor
-    logits: torch.Tensor
+    items: torch.Tensor  # (B, C) int64, -1 where there is none
+    hops: torch.Tensor  # (B, C) int64, `NOTHING` where there is none
+    logits: torch.Tensor  # (B, C) float32, -inf where there is none or it is barred
 
     def heaviest(self, length: int) -> Weighed:
         """The thought of the `length` heaviest items, whose weights sum to one over them."""
@@ -264,19 +259,13 @@ class EvidenceRecommender:
 
 @dataclass(frozen=True)
 class Parts:
-    """The items of some users' answers, unordered, and what each is weighed by.
+    """The items of some users' answers, unordered, and what each is weighed by."""
 
-    Attributes:
-        thought: (B, l). odds: (B,) log odds of the codes against the thought.
-        items: (B, K) int64: the thought's, then the beam's that are not among them; -1 for none.
-        codes, weights: (B, K) float32, log P(codes | history, thought) and log w.
-    """
-
-    thought: Weighed
-    odds: torch.Tensor
-    items: torch.Tensor
-    codes: torch.Tensor
-    weights: torch.Tensor
+    thought: Weighed  # (B, l)
+    odds: torch.Tensor  # (B,) log odds of the codes against the thought
+    items: torch.Tensor  # (B, K) int64: the thought's, then the beam's others; -1 for none
+    codes: torch.Tensor  # (B, K) float32, log P(codes | history, thought)
+    weights: torch.Tensor  # (B, K) float32, log w
 
     def best(self, k: int, shift: float = 0.0) -> Ranking:
         """The k most likely items, the log odds shifted."""

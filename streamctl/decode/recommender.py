@@ -25,23 +25,19 @@ class PolicyRecommender:
     """`ranking.Recommender` over one of a policy's decoders.
 
     Attributes:
-        policy, trie: the model, on its device, and the catalogue it may recommend.
-        think: l, think tokens before the codes; 0 answers at once.
         thoughts: where the think tokens come from if they are not the model's own; the first
             `think` of them are used, all if nobody says how many.
-        decoder: "slow", or "direct" (which never thinks).
         narrow: find no more items than the beam is wide, as an evaluation of a beam must; otherwise
             it is as wide as items are asked for.
-        seed: of the random order of items that share their codes.
     """
 
-    policy: Policy
-    trie: PrefixTrie
-    think: int = 0
+    policy: Policy  # on its device
+    trie: PrefixTrie  # what it may recommend
+    think: int = 0  # l, think tokens before the codes; 0 answers at once
     thoughts: Thoughts | None = None
-    decoder: Literal["slow", "direct"] = "slow"
+    decoder: Literal["slow", "direct"] = "slow"  # direct never thinks
     beam: int = 50
-    seed: int = 0
+    seed: int = 0  # of the random order of items that share their codes
     narrow: bool = False
 
     def recommend(

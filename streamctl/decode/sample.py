@@ -18,18 +18,14 @@ from streamctl.tokenizer.trie import PrefixTrie
 class Rollout:
     """A GRPO group for each user.
 
-    Attributes:
-        think: (B, G, l) int64 think tokens.
-        codes: (B, G, m) int64 tokens sampled after BOS: from the whole vocabulary, so that a
-            rollout may be no item at all, or from the catalogue's.
-        logprobs: (B, G, l + m) float32, log-probability of each sampled token when it was drawn.
-        legal: (B, G, m, V) bool, the tokens each code was drawn from; None for all of them.
+    Codes are sampled from the whole vocabulary, so that a rollout may be no item at all, or from
+    the catalogue's.
     """
 
-    think: torch.Tensor
-    codes: torch.Tensor
-    logprobs: torch.Tensor
-    legal: torch.Tensor | None = None
+    think: torch.Tensor  # (B, G, l) int64 think tokens
+    codes: torch.Tensor  # (B, G, m) int64 tokens sampled after BOS
+    logprobs: torch.Tensor  # (B, G, l + m) float32, of each sampled token when it was drawn
+    legal: torch.Tensor | None = None  # (B, G, m, V) bool, what codes were drawn from; None: all
 
     @property
     def group(self) -> int:

@@ -37,28 +37,24 @@ class PolicyConfig:
     """Shape of a policy.
 
     Attributes:
-        sizes: codes of each level of an item, a de-duplication digit included.
-        history: encoder positions, m an item ("codes") or one an item ("items").
-        think_codebook: tokens that only thoughts use; 0 lets thoughts use the item codes' tokens.
         softmax: what an item's codes are normalised over: the "vocabulary" (Eq. 11), or the codes
             that continue a prefix of the "catalogue", so that items alone have probability.
-        dedup: whether the last level is a de-duplication digit.
         thoughts: what a thought is made of: the user's "evidence", weighed, or tokens of the
             "vocabulary" (the paper's letter).
     """
 
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # codes of each level of an item, a de-duplication digit included
     layers: int = 2
     decoder_layers: int = 2
     d_model: int = 64
     heads: int = 4
     d_kv: int = 16
     d_ff: int = 256
-    history: Literal["codes", "items"] = "items"
+    history: Literal["codes", "items"] = "items"  # encoder positions: m an item, or one
     dropout: float = 0.1
-    think_codebook: int = 0
+    think_codebook: int = 0  # tokens that only thoughts use; 0: they use those of the item codes
     softmax: Softmax = "vocabulary"
-    dedup: bool = False
+    dedup: bool = False  # whether the last level is a de-duplication digit
     thoughts: Thoughts = "vocabulary"
 
     @classmethod
@@ -89,15 +85,10 @@ class PolicyConfig:
 
 @dataclass
 class Encoded:
-    """Users as the decoders see them.
+    """Users as the decoders see them."""
 
-    Attributes:
-        states: (B, S, d), the encoder's output.
-        mask: (B, S) bool, True where real; None when nothing is padded.
-    """
-
-    states: torch.Tensor
-    mask: torch.Tensor | None
+    states: torch.Tensor  # (B, S, d), the encoder's output
+    mask: torch.Tensor | None  # (B, S) bool, True where real; None when nothing is padded
     # Cross-attention keys and values by decoder, gradient mode and autocast, computed once.
     memories: dict[tuple[str, bool, bool], Memory] = field(default_factory=dict, repr=False)
 

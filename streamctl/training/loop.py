@@ -64,27 +64,16 @@ Safe = Callable[[Mapping[str, float], Mapping[str, float]], bool]
 
 @dataclass
 class FitResult:
-    """What was kept.
+    """What was kept, where an epoch may be a part of so many steps."""
 
-    Attributes:
-        best: metrics of the kept weights.
-        best_epoch: the epoch (from 0) they are of, or the part of so many steps; -1: the start's.
-        epochs: how many were trained.
-        steps: training steps in all.
-        start: metrics before any training, where the start was a candidate.
-        validations: metrics after each epoch, with `step`.
-        losses: that of the first step, then the mean of each epoch.
-        first_rows: examples in the first step.
-    """
-
-    best: dict[str, float] = field(default_factory=dict)
-    best_epoch: int = -1
-    epochs: int = 0
-    steps: int = 0
-    start: dict[str, float] = field(default_factory=dict)
-    validations: list[dict[str, float]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    first_rows: int = 1
+    best: dict[str, float] = field(default_factory=dict)  # metrics of the kept weights
+    best_epoch: int = -1  # the epoch (from 0) they are of; -1: the start's
+    epochs: int = 0  # how many were trained
+    steps: int = 0  # of training, in all
+    start: dict[str, float] = field(default_factory=dict)  # metrics of a start that is a candidate
+    validations: list[dict[str, float]] = field(default_factory=list)  # of each epoch, with `step`
+    losses: list[float] = field(default_factory=list)  # of the first step, means of the epochs
+    first_rows: int = 1  # examples in the first step
 
 
 class MetricLog:

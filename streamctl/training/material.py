@@ -21,21 +21,13 @@ from streamctl.tokenizer.trie import PrefixTrie
 
 @dataclass(frozen=True)
 class Material:
-    """The inputs of training.
+    """The inputs of training."""
 
-    Attributes:
-        split: train, valid and test examples.
-        ids: the Semantic IDs.
-        neighbours: (N, K) int64 text neighbours of each item, nearest first.
-        vectors: (N, D) float32 unit rows, the items' text.
-        hops: the most pieces of each hop of evidence.
-    """
-
-    split: Split
+    split: Split  # train, valid and test examples
     ids: SemanticIds
-    neighbours: np.ndarray
-    vectors: np.ndarray
-    hops: tuple[int, ...] = SIZES
+    neighbours: np.ndarray  # (N, K) int64 text neighbours of each item, nearest first
+    vectors: np.ndarray  # (N, D) float32 unit rows, the items' text
+    hops: tuple[int, ...] = SIZES  # the most pieces of each hop of evidence
 
     @classmethod
     def load(cls, run: RunDir) -> Material:

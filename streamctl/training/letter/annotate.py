@@ -28,19 +28,12 @@ FEWEST_CHAINS = 1 / 10  # distinct chains, as a share of distinct targets
 
 @dataclass(frozen=True)
 class Inference:
-    """What iterative inference went through.
+    """What iterative inference went through."""
 
-    Attributes:
-        chosen: (B, l) int64, o_1..o_l: think tokens, or places among the user's evidence.
-        states: (B, l + 1, d), s_0..s_l.
-        residuals: (B, l, d), r_1..r_l.
-        target: (B, d), t.
-    """
-
-    chosen: torch.Tensor
-    states: torch.Tensor
-    residuals: torch.Tensor
-    target: torch.Tensor
+    chosen: torch.Tensor  # (B, l) int64, o_1..o_l: think tokens, or places among the evidence
+    states: torch.Tensor  # (B, l + 1, d), s_0..s_l
+    residuals: torch.Tensor  # (B, l, d), r_1..r_l
+    target: torch.Tensor  # (B, d), t
 
 
 def think_vectors(policy: Policy, mode: Mode = "normalised") -> torch.Tensor:

@@ -26,18 +26,12 @@ FIRST_KL = 1e-6
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores rollouts with the five rewards; nothing here carries a gradient.
+    """Scores rollouts with the five rewards; nothing here carries a gradient."""
 
-    Attributes:
-        policy: in training; Eqs. 26 and 27 ask its current likelihoods.
-        reference: the frozen SFT policy; its direct decoder is Eq. 26's reference.
-        parser: from codes to items. look_alikes: (N, K) hard negatives of Eq. 27.
-    """
-
-    policy: Policy
-    reference: Policy
+    policy: Policy  # in training; Eqs. 26 and 27 ask its current likelihoods
+    reference: Policy  # the frozen SFT policy; its direct decoder is Eq. 26's reference
     parser: rewards.ItemParser
-    look_alikes: torch.Tensor
+    look_alikes: torch.Tensor  # (N, K) hard negatives of Eq. 27
     config: RlConfig
 
     @torch.no_grad()
