@@ -75,7 +75,7 @@ def test_what_the_source_is_comes_first(tmp_path):
     source = write(tmp_path / "s", healthy())
     first = examine(source, DataConfig(source=str(source))).findings[0]
     size = (source / "interactions.csv").stat().st_size
-    assert f"table: interactions.csv ({size / 1000:.0f} kB), items.jsonl (" in first.what
+    assert f"table: interactions.csv ({size / 1000:.1f} kB), items.jsonl (" in first.what
     assert "320 interactions of 40 users and 20 items; 20 described items, columns: title" in (
         first.what
     )

@@ -366,7 +366,8 @@ def test_exact_search_is_the_yardstick_of_beams(run):
         # A beam wider than the whole catalogue loses nothing.
         assert row["beam 50"]["same_top10"] == 1.0
         assert row["beam 50"]["ndcg@10"] == pytest.approx(row["exact"]["ndcg@10"])
-    curve.show_losses(found)
+    columns, rows = curve.loss_rows(found)
+    assert len(rows) == 6 and all(len(row) == len(columns) for row in rows)
 
 
 def test_think_curve_has_every_length_and_its_controls(run, monkeypatch):
@@ -382,7 +383,8 @@ def test_think_curve_has_every_length_and_its_controls(run, monkeypatch):
     }
     assert all(point["ms_per_user"] > 0 for point in found["points"])
     assert stage.file("think-curve.png").stat().st_size > 10_000
-    curve.show_curve(found)
+    columns, rows = curve.curve_rows(found)
+    assert len(rows) == 6 and all(len(row) == len(columns) for row in rows)
 
 
 def test_a_policy_that_thinks_with_evidence_goes_through_all_stages_and_has_its_controls(

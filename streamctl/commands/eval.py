@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from streamctl.commands.options import Job, option, print_json, stage_command, switch
+from streamctl.commands.options import Job, option, print_json, print_table, stage_command, switch
 
 if TYPE_CHECKING:
     from streamctl.config import EvalConfig
@@ -55,16 +55,18 @@ def _measure(job: Job, settings: EvalConfig, curve: bool) -> None:
     """The think curve, or exact search beside beams."""
     from streamctl.evaluation import curve as curves
 
-    measure, name, show = (
-        (curves.think_curve, "points.json", curves.show_curve)
+    measure, name, rows_of = (
+        (curves.think_curve, "points.json", curves.curve_rows)
         if curve
-        else (curves.beam_losses, "losses.json", curves.show_losses)
+        else (curves.beam_losses, "losses.json", curves.loss_rows)
     )
     stage = measure(job.folder, settings, device=job.device)
+    result = stage.json(name)
     if job.json:
-        print_json(stage.json(name))
+        print_json(result)
         return
-    show(stage.json(name))
+    title = f"{result['stage']}, {result['split']} split, {result['users']:,} users"
+    print_table(title, *rows_of(result))
     if curve:
         typer.echo(f"plot: {stage.path / 'think-curve.png'}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from rich.filesize import decimal
 
 from streamctl.config import DataConfig
 from streamctl.data.catalog import Catalog
@@ -107,7 +108,7 @@ def examine(
 
 def files_found(raw: RawLog) -> Iterator[Finding]:
     """What the source is: its files, their sizes, what is in them."""
-    sizes = ", ".join(f"{path.name} ({_bytes(path.stat().st_size)})" for path in raw.files)
+    sizes = ", ".join(f"{path.name} ({decimal(path.stat().st_size)})" for path in raw.files)
     described = ""
     if raw.catalogue is not None:
         columns = ", ".join(raw.catalogue.columns) or "none"
@@ -425,11 +426,3 @@ def as_published(facts: dict[str, Any]) -> Iterator[Finding]:
         )
     else:
         yield Finding("published", "good", f"as {known['name']} in {known['source']}")
-
-
-def _bytes(size: int) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -14,8 +14,8 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from streamctl.errors import StreamctlError
 from streamctl.files import atomic_file, disk_errors
@@ -112,15 +112,12 @@ class _Part:
         self.target, self.url = target, url
         self.path = target.with_name(f".{target.name}.part")
         self._about = target.with_name(f".{target.name}.part.json")
-        self.version: str | None = None
-        try:
+        about = None
+        with suppress(OSError, ValueError):
             about = json.loads(self._about.read_text(encoding="utf-8"))
-            known = about["url"] == url and isinstance(about["version"], str)
-        except (OSError, ValueError, KeyError, TypeError):
-            known = False
-        if known and self.path.is_file():
-            self.version = about["version"]
-        else:
+        known = isinstance(about, dict) and about.get("url") == url and self.path.is_file()
+        self.version: str | None = about.get("version") if known else None
+        if self.version is None:
             self.discard()
 
     @property
@@ -164,38 +161,23 @@ def _receive(url: str, part: _Part) -> bool:
         part.discard()  # longer than the file: not a piece of it
         return False
     with answer:
-        start, total = _extent(answer)
-        if start != part.size or answer.status != 206:
+        piece = re.match(r"bytes (\d+)-\d+/(\d+)$", answer.headers.get("Content-Range", ""))
+        length = piece[2] if piece else answer.headers.get("Content-Length", "")
+        total = int(length) if length.isascii() and length.isdigit() else None
+        if answer.status != 206 or piece is None or int(piece[1]) != part.size:
             part.begin(answer.headers.get("ETag") or answer.headers.get("Last-Modified"))
-            if start:
+            if answer.status == 206:
                 return False  # it sends another piece than was asked for
-        title = part.target.name
-        with progress_bar(title, max((total or 1) >> 20, 1), "MB") as bar:
+        with progress_bar(part.target.name, max((total or 1) >> 20, 1), "MB") as bar:
             bar.start_at(part.size >> 20)
-            _append(answer, part, bar)
-    return total is None or part.size == total
-
-
-def _append(answer: Any, part: _Part, bar: Any) -> None:
-    shown = part.size >> 20
-    with disk_errors(part.path):
-        handle = open(part.path, "ab")  # noqa: SIM115 - network errors are not the disk's
-    with handle:
-        while block := answer.read(_BLOCK):
             with disk_errors(part.path):
-                handle.write(block)
-            here = handle.tell() >> 20
-            bar.advance(here - shown)
-            shown = here
-
-
-def _extent(answer: Any) -> tuple[int, int | None]:
-    """(first byte of what comes, length of the whole file or None) by an answer's headers."""
-    if answer.status == 206:
-        found = re.match(r"bytes (\d+)-\d+/(\d+)$", answer.headers.get("Content-Range", ""))
-        return (int(found[1]), int(found[2])) if found else (-1, None)
-    length = answer.headers.get("Content-Length", "")
-    return 0, int(length) if length.isascii() and length.isdigit() else None
+                handle = open(part.path, "ab")  # noqa: SIM115 - network errors are not the disk's
+            with handle:
+                while block := answer.read(_BLOCK):
+                    with disk_errors(part.path):
+                        handle.write(block)
+                    bar.advance((handle.tell() >> 20) - bar.done)
+    return total is None or part.size == total
 
 
 def damage(path: Path, name: str, md5: str | None) -> str | None:

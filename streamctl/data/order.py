@@ -11,7 +11,7 @@ import numpy as np
 from streamctl.config import DataConfig
 from streamctl.data.clean import LEFT, moment, moment_text, parse_events
 from streamctl.data.log import InteractionLog, forget, ranges
-from streamctl.data.sources.raw import RawLog
+from streamctl.data.sources.raw import RawLog, sql_text
 from streamctl.data.statistics import id_rank
 from streamctl.device import derive_seed
 from streamctl.errors import StreamctlError, UsageError
@@ -42,7 +42,7 @@ def number(raw: RawLog, config: DataConfig) -> tuple[InteractionLog, list[str]]:
     if raw.timed:
         chosen["t"] = np.int64
     if len(set(weights.values())) > 1:
-        cases = " ".join(f"WHEN {_text(name)} THEN {w!r}" for name, w in weights.items())
+        cases = " ".join(f"WHEN {sql_text(name)} THEN {w!r}" for name, w in weights.items())
         chosen[f"(CASE event {cases} END)::FLOAT"] = np.float32
     part = "part, " if raw.split else ""
     query = f"SELECT {', '.join(chosen)} FROM {LEFT} ORDER BY u, {part}t, row"
@@ -71,10 +71,6 @@ def number(raw: RawLog, config: DataConfig) -> tuple[InteractionLog, list[str]]:
     if config.ties != "keep" and (raw.timed or config.ties == "runs"):
         _shuffle(log, id_rank(names) if config.ties == "runs" else None, config.seed)
     return log, names
-
-
-def _text(name: str) -> str:
-    return "'" + name.replace("'", "''") + "'"
 
 
 def _cuts(raw: RawLog, config: DataConfig, offsets: np.ndarray) -> np.ndarray | None:

@@ -84,15 +84,12 @@ def read_table(table: Any, name: str) -> pa.RecordBatchReader:
     names = [field for field in reader.schema.names if not field.startswith("__index_level_")]
     if not names:
         raise UsageError(f"{name}: a table without columns")
-    fields = [(column, _plain_type(reader.schema.field(column).type)) for column in names]
-    schema = pa.schema(fields)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for batch in reader:
-            columns = [_plain(batch.column(column)) for column in names]
-            yield pa.RecordBatch.from_arrays(columns, schema=schema)
-
-    return pa.RecordBatchReader.from_batches(schema, batches())
+    schema = pa.schema([(name, _plain_type(reader.schema.field(name).type)) for name in names])
+    batches = (
+        pa.record_batch([_plain(batch[field.name], field.type) for field in schema], schema)
+        for batch in reader
+    )
+    return pa.RecordBatchReader.from_batches(schema, batches)
 
 
 def keep(table: Any, file: Path, name: str) -> None:
@@ -113,12 +110,10 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
     return pa.large_string() if pa.types.is_string_view(kind) else kind
 
 
-def _plain(column: pa.Array) -> pa.Array:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(column.type):
-        return _plain(column.dictionary).take(column.indices)
-    return column.cast(_plain_type(column.type))
+def _plain(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    if hasattr(column, "dictionary"):
+        return column.dictionary.cast(kind).take(column.indices)
+    return column.cast(kind)
 
 
 @contextmanager

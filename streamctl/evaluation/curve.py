@@ -22,7 +22,7 @@ from streamctl.decode import recommend
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import Models
 from streamctl.files import atomic_file
-from streamctl.progress import plain_console, progress_bar
+from streamctl.progress import progress_bar
 from streamctl.ranking import (
     Ranking,
     Recommender,
@@ -198,45 +198,22 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         figure.savefig(target, format="png", dpi=150)
 
 
-def show_curve(result: Mapping[str, Any]) -> None:
-    """Print the points of a think curve."""
-    head = ("ndcg@10", "masked", "recall@10", "ms")
+def curve_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of a think curve, for people."""
+    keys = ("ndcg@10", "ndcg@10_masked", "recall@10", "ms_per_user")
     rows = [
-        (
-            f"{point['kind']}, l = {point['length']}, beam {point['beam']}",
-            *(f"{point[key]:.4f}" for key in ("ndcg@10", "ndcg@10_masked", "recall@10")),
-            f"{point['ms_per_user']:.2f}",
-        )
+        [f"{point['kind']}, l = {point['length']}, beam {point['beam']}", *(point[k] for k in keys)]
         for point in result["points"]
     ]
-    _print(result, head, rows)
+    return ["", "ndcg@10", "masked", "recall@10", "ms"], rows
 
 
-def show_losses(result: Mapping[str, Any]) -> None:
-    """Print what beams lose to exact search."""
-    head = ("ndcg@10", "recall@10", "of the true\ntop 10", "same top 10", "ms")
+def loss_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of what beams lose to exact search, for people."""
+    keys = ("ndcg@10", "recall@10", "of_true_top10", "same_top10", "ms_per_user")
     rows = [
-        (
-            f"{length}, {name}",
-            f"{row['ndcg@10']:.4f}",
-            f"{row['recall@10']:.4f}",
-            f"{row['of_true_top10']:.1%}",
-            f"{row['same_top10']:.1%}",
-            f"{row['ms_per_user']:.2f}",
-        )
+        [f"{length}, {name}", *(row[key] for key in keys)]
         for length, methods in result["rows"].items()
         for name, row in methods.items()
     ]
-    _print(result, head, rows)
-
-
-def _print(result: Mapping[str, Any], head: tuple, rows: list[tuple]) -> None:
-    from rich.table import Table
-
-    title = f"{result['stage']}, {result['split']} split, {result['users']:,} users"
-    table = Table("", title=title, title_justify="left")
-    for name in head:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    plain_console().print(table)
+    return ["", "ndcg@10", "recall@10", "of the true\ntop 10", "same\ntop 10", "ms"], rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -182,57 +182,40 @@ class Row:
 
 def _thinking_controls(run: RunDir) -> tuple[Row, ...]:
     """What a claim about thinking is held against, by what thoughts are made of."""
-    pretrain = run.stage("pretrain")
+    control, pretrain = partial(Row, control=True), run.stage("pretrain")
     if pretrain.complete and pretrain.manifest["config"]["thoughts"] == "evidence":
         needs = ("tokenizer", "annotate", "sft")
+        direct = "no thought: the direct decoder that was trained beside the slow one"
+        random = "every piece of evidence is another item, at random, with the same features"
         return (
-            Row(
-                "l0",
-                needs,
-                lambda models: models.generative("sft", decoder="direct"),
-                control=True,
-                note="no thought: the direct decoder that was trained beside the slow one",
-            ),
-            Row(
-                "random_evidence",
-                needs,
-                lambda models: models.random("sft"),
-                control=True,
-                note="every piece of evidence is another item, at random, with the same features",
-            ),
+            control("l0", needs, lambda of: of.generative("sft", decoder="direct"), note=direct),
+            control("random_evidence", needs, lambda of: of.random("sft"), note=random),
             *(
-                Row(
+                control(
                     f"{part}_alone",
                     needs,
-                    lambda models, part=part: models.reasoning("sft", mix=part),
-                    control=True,
+                    lambda of, part=part: of.reasoning("sft", mix=part),
                     note=f"the same thought, answered by the {part} alone",
                 )
                 for part in ("weights", "codes")
             ),
         )
+    seen = "an upper bound that has seen the answer: its thoughts come from the target"
     return (
-        Row(
-            "no_thinking",
-            ("tokenizer", TWIN),
-            lambda models: models.generative(TWIN),
-            control=True,
-        ),
+        control("no_thinking", ("tokenizer", TWIN), lambda of: of.generative(TWIN)),
         *(
-            Row(
+            control(
                 f"random_thinking{suffix}",
                 ("tokenizer", "annotate", stage),
-                lambda models, stage=stage: models.random(stage),
-                control=True,
+                lambda of, stage=stage: of.random(stage),
             )
             for stage, suffix in (("sft", ""), ("rl", "_rl"))
         ),
-        Row(
+        control(
             "oracle_thinking",
             ("tokenizer", "annotate", "sft"),
-            lambda models: models.oracle("sft"),
-            control=True,
-            note="an upper bound that has seen the answer: its thoughts come from the target",
+            lambda of: of.oracle("sft"),
+            note=seen,
         ),
     )
 

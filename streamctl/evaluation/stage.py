@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from streamctl.evaluation.report import plot_all
 from streamctl.evaluation.rerank import ranks_by_folds
 from streamctl.progress import say
 from streamctl.ranking import (
-    Interval,
     Recommender,
     bootstrap_mean,
     evaluate,
@@ -136,22 +136,21 @@ def _made(run: RunDir, row: Row) -> dict[str, str]:
     return {name: run.stage(name).hash for name in dict.fromkeys(("data", *row.stages))}
 
 
+@dataclass
 class _Table:
     """Ranks and figures of the rows so far; a checkpoint after each row."""
 
-    def __init__(
-        self,
-        stage: StageWriter,
-        config: EvalConfig,
-        examples: Examples,
-        deciders: Examples,
-        n_items: int,
-        facts: ItemFacts,
-    ):
-        self.stage, self.config, self.n_items, self.facts = stage, config, n_items, facts
-        self.examples, self.deciders = examples, deciders  # to test on, and to choose by
-        loaded = stage.load_checkpoint()
-        tensors, meta = loaded if loaded else ({}, {"entries": {}, "latency": {}})
+    stage: StageWriter
+    config: EvalConfig
+    examples: Examples  # to test on
+    deciders: Examples  # to choose by
+    n_items: int
+    facts: ItemFacts
+
+    def __post_init__(self) -> None:
+        empty = ({}, {"entries": {}, "latency": {}})
+        tensors, meta = self.stage.load_checkpoint() or empty
+        self.drawn = {"resamples": self.config.bootstrap, "seed": self.config.seed}
         self.ranks = {name: tensor.numpy() for name, tensor in tensors.items()}
         self.entries: dict[str, dict[str, Any]] = meta["entries"]
         self.latency: dict[str, float] = meta["latency"]
@@ -170,7 +169,8 @@ class _Table:
                 facts=self.facts,
             )
             self.ranks[f"{name}/masked" if masked else name] = done.ranks
-            interval = self.bootstrap(done.ranks)
+            users = self.examples.users
+            interval = bootstrap_mean(gains(done.ranks, 10), users=users, **self.drawn)
             found[masked] = done.metrics | {"interval": [interval.low, interval.high]}
             if not masked:
                 self.latency[name] = done.ms_per_user
@@ -178,13 +178,6 @@ class _Table:
                 method=name, masked=masked, **done.metrics, ms_per_user=round(done.ms_per_user, 4)
             )
         return {**found[False], "masked": found[True]}
-
-    def bootstrap(self, ranks: np.ndarray) -> Interval:
-        """Interval of a row's own ndcg@10."""
-        return bootstrap_mean(
-            gains(ranks, 10), users=self.examples.users, resamples=self.config.bootstrap,
-            seed=self.config.seed,
-        )  # fmt: skip
 
     def add(self, name: str, recommender: Recommender, decided: bool) -> None:
         """Evaluate one row and keep it, so that an interruption does not lose it.
@@ -220,17 +213,14 @@ class _Table:
         found: dict[str, Any] = {"method": best, "ndcg@10": float(scores[best]), "next": None}
         if len(order) > 1:
             pair = self.ranks[CHOICE + best], self.ranks[CHOICE + order[1]]
-            options = {"resamples": self.config.bootstrap, "seed": self.config.seed}
-            options["users"] = self.deciders.users
-            interval = paired_difference(*pair, **options).as_dict()
-            found["next"] = {"method": order[1], **interval}
+            interval = paired_difference(*pair, users=self.deciders.users, **self.drawn)
+            found["next"] = {"method": order[1], **interval.as_dict()}
         return found
 
     def compare(self, name: str) -> dict[str, dict[str, Any]]:
         """Paired differences of a row to those it is measured by, where they are present."""
         found = {}
-        options = {"resamples": self.config.bootstrap, "seed": self.config.seed}
-        options["users"] = self.examples.users
+        options = {"users": self.examples.users, **self.drawn}
         for other in ("tiger", *AGAINST.get(name, ())):
             if other == name or other not in self.ranks:
                 continue

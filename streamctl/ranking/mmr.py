@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,20 +30,10 @@ class Diverse:
         self.recommender, self.diversity = recommender, diversity
         self._vectors = torch.from_numpy(vectors)
 
-    def recommend(
-        self,
-        histories: torch.Tensor,
-        k: int,
-        *,
-        exclude: Sequence[np.ndarray] | None = None,
-        allow: Sequence[np.ndarray | None] | None = None,
-        **options: Any,
-    ) -> Ranking:
+    def recommend(self, histories: torch.Tensor, k: int, **options: Any) -> Ranking:
         """As `Recommender.recommend`; scores are the method's own, no longer in their order."""
         wanted = CANDIDATES * k if self.diversity else k
-        wide = self.recommender.recommend(
-            histories, wanted, exclude=exclude, allow=allow, **options
-        )
+        wide = self.recommender.recommend(histories, wanted, **options)
         return mmr(wide, self._vectors, k, self.diversity)
 
 

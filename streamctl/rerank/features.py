@@ -35,14 +35,8 @@ def feature_names(methods: Sequence[str]) -> list[str]:
     """Names of the columns, for reports."""
     own = [f"{what} of {method}" for method in methods for what in OF_METHOD]
     rest = ["cosine with the last item", "highest cosine with one of the last", "log popularity"]
-    return [
-        *FEATURES[:OF_HOPS],
-        *own,
-        *rest,
-        "log length of the history",
-        "had before",
-        "times had",
-    ]
+    rest += ["log length of the history", "had before", "times had"]
+    return [*FEATURES[:OF_HOPS], *own, *rest]
 
 
 def candidates(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,21 +35,10 @@ class Reranker:
         """Pieces of evidence that the first method thinks with if nobody asks for another l."""
         return int(getattr(self.methods[0], "think", 0) or 0)
 
-    def recommend(
-        self,
-        histories: torch.Tensor,
-        k: int,
-        *,
-        users: np.ndarray | None = None,
-        think: int | None = None,
-        exclude: Sequence[np.ndarray] | None = None,
-        allow: Sequence[np.ndarray | None] | None = None,
-    ) -> Ranking:
+    def recommend(self, histories: torch.Tensor, k: int, **options: Any) -> Ranking:
         """The k best candidates by the ranker (`ranking.Recommender`)."""
-        found = candidates(
-            self.methods, self.evidence, histories, max(k, self.depth), users=users, think=think,
-            exclude=exclude, allow=allow,
-        )  # fmt: skip
+        depth = max(k, self.depth)
+        found = candidates(self.methods, self.evidence, histories, depth, **options)
         items, scores = ordered(found.items, self.ranker.scores(found.items, found.features), k)
         return Ranking(torch.from_numpy(items), torch.from_numpy(scores), found.rankings[0].thought)
 

@@ -91,7 +91,7 @@ class RawLog:
         # Nothing is fetched from elsewhere. What goes to disk is written once, not logged, and
         # texts that are read once are not worth the time to compress them.
         self.con.execute(f"""
-            SET temp_directory = '{self.folder.name.replace("'", "''")}';
+            SET temp_directory = {sql_text(self.folder.name)};
             SET memory_limit = '{MEMORY}'; SET checkpoint_threshold = '1TB';
             SET autoinstall_known_extensions = false; SET timezone = 'UTC';
             SET force_compression = 'uncompressed';
@@ -205,7 +205,7 @@ class RawLog:
         link = Path(self.folder.name) / "source"
         link.unlink(missing_ok=True)
         link.symlink_to(file.resolve())
-        return "'" + str(link).replace("'", "''") + "'"
+        return sql_text(str(link))
 
     def bad_share(self, damage: Damage) -> float:
         """Share of a file's lines that are bad, rounded up to a thousandth."""
@@ -281,6 +281,11 @@ def database_errors(where: Path | None = None) -> Iterator[None]:
         ) from error
     except duckdb.Error as error:
         raise StreamctlError(f"cannot be read: {first_sentence(error)}", where=where) from error
+
+
+def sql_text(text: str) -> str:
+    """A text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def first_sentence(error: BaseException) -> str:
