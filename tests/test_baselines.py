@@ -287,10 +287,10 @@ def test_whole_sequences_predict_every_training_target_once():
     rows = whole_sequences(split.train, 3)
     found = [
         (int(user), place)
-        for user, start, end in zip(rows.user, rows.start, rows.end, strict=True)
+        for user, start, end in zip(rows.users, rows.start, rows.end, strict=True)
         for place in range(start + 1, end + 1)
     ]
-    wanted = list(zip(split.train.user.tolist(), split.train.end.tolist(), strict=True))
+    wanted = list(zip(split.train.users.tolist(), split.train.end.tolist(), strict=True))
     assert sorted(found) == sorted(wanted)
 
 

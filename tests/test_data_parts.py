@@ -172,7 +172,7 @@ def test_at_a_moment_nobodys_future_is_in_anybodys_training(rows, first, second)
                             (split.test, second, 99)):  # fmt: skip
         moments = log.timestamps[view.end]
         assert ((moments >= low) & (moments < high)).all()
-        assert (view.end > log.offsets[view.user]).all()  # something is before every target
+        assert (view.end > log.offsets[view.users]).all()  # something is before every target
         for example, seen in enumerate(view.seen(np.arange(len(view)))):
             assert len(seen) == view.end[example] - log.offsets[view.user[example]]
     assert facts["train_prefixes"] == len(split.train)

@@ -55,9 +55,9 @@ def whole_sequences(examples: Examples, history: int) -> Examples:
     Predicting at every position of these windows, of `history` items at most, gives every training
     target exactly once. Examples are every prefix of every user, users together.
     """
-    last = np.zeros(int(examples.user.max(initial=-1)) + 1, dtype=np.int64)
-    np.maximum.at(last, examples.user, examples.end)
-    return examples.subset((last[examples.user] - examples.end) % history == 0)
+    last = np.zeros(int(examples.users.max(initial=-1)) + 1, dtype=np.int64)
+    np.maximum.at(last, examples.users, examples.end)
+    return examples.subset((last[examples.users] - examples.end) % history == 0)
 
 
 def train_baseline(

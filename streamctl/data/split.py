@@ -24,23 +24,19 @@ class Examples:
     Attributes:
         items: int32 (T,) the log's flat items.
         offsets: int64 (U + 1,) the log's user boundaries.
-        user, start, end: int64 (E,); example e's history is items[start:end], oldest first, at
-            most `Split.history` items of that user, and its target is items[end].
+        users: int64 (E,), dense index of each example's user.
+        start, end: int64 (E,); example e's history is items[start:end], oldest first, at most
+            `Split.history` items of that user, and its target is items[end].
     """
 
     items: np.ndarray
     offsets: np.ndarray
-    user: np.ndarray
+    users: np.ndarray
     start: np.ndarray
     end: np.ndarray
 
     def __len__(self) -> int:
         return len(self.end)
-
-    @property
-    def users(self) -> np.ndarray:
-        """int64 (E,): dense user index of each example."""
-        return self.user
 
     @property
     def targets(self) -> np.ndarray:
@@ -69,13 +65,13 @@ class Examples:
 
         Unlike the history this reaches back to the user's first interaction.
         """
-        first, last = self.offsets[self.user[index]], self.end[index]
+        first, last = self.offsets[self.users[index]], self.end[index]
         return [self.items[a:b].astype(np.int64) for a, b in zip(first, last, strict=True)]
 
     def subset(self, index: np.ndarray) -> Examples:
         """The examples at `index` (int (B,) or bool (E,)), in that order."""
         return Examples(
-            self.items, self.offsets, self.user[index], self.start[index], self.end[index]
+            self.items, self.offsets, self.users[index], self.start[index], self.end[index]
         )
 
 

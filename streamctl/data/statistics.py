@@ -111,50 +111,39 @@ def _share(part: int, rest: int) -> float | None:
 
 def order_fault(facts: dict[str, Any]) -> tuple[str, str, str] | None:
     """(level, what, remedy) if the order of the sequences has to do with item ids."""
-    share, above, timed = (
-        facts["ascending_ids"],
-        facts["test_id_above_valid_id"],
-        facts["order"] == "time",
-    )
+    share, above = facts["ascending_ids"], facts["test_id_above_valid_id"]
+    timed, tied = facts["order"] == "time", facts["tied_neighbours"]
+    harmless = "nothing here: `data prepare` numbers items at random; other tools may not"
     if share is not None and facts["interactions"] >= 50 and not 1 - SORTED < share < SORTED:
         sure = f"({share:.0%} of neighbouring items have ascending ids; 50% is unbiased)"
-        if timed and facts["tied_neighbours"] < 0.5:
-            return (
-                "note",
-                f"item ids follow the times {sure}: later items have higher ids",
-                "nothing here: `data prepare` numbers items at random; other tools may not",
-            )
-        if timed:
+        if not timed:
             return (
                 "error",
-                f"the sequences are sorted by item id {sure}: most times are equal, and what is "
-                "taken at the same time is in the order of ids",
-                "--ties shuffle, or times that are finer",
+                f"the sequences are sorted by item id, not by time {sure}: every result on them is "
+                "meaningless",
+                "get the log with its timestamps, or --ties runs (a lower bound)",
             )
+        if tied < 0.5:
+            what = f"item ids follow the times {sure}: later items have higher ids"
+            return "note", what, harmless
         return (
             "error",
-            f"the sequences are sorted by item id, not by time {sure}: every result on them is "
-            "meaningless",
-            "get the log with its timestamps, or --ties runs (a lower bound)",
+            f"the sequences are sorted by item id {sure}: most times are equal, and what is "
+            "taken at the same time is in the order of ids",
+            "--ties shuffle, or times that are finer",
         )
     # Chance (4 sigma) is allowed for.
-    if above is not None and abs(above - 0.5) > max(TIE_BIAS, 2 / facts["users"] ** 0.5):
-        if timed and not facts["tied_neighbours"]:
-            return (
-                "note",
-                f"item ids follow the times: P(id of the test item > id of the valid item) is "
-                f"{above:.2f}, and no times are equal",
-                "nothing here: `data prepare` numbers items at random; other tools may not",
-            )
-        return (
-            "warning",
-            f"P(id of the test item > id of the valid item) is {above:.2f}, 0.50 is unbiased: "
-            "items taken at the same time were sorted by id, or ids follow the time",
-            "--ties "
-            + ("shuffle" if timed else "runs (a lower bound)")
-            + ", or state it with results",
-        )
-    return None
+    if above is None or abs(above - 0.5) <= max(TIE_BIAS, 2 / facts["users"] ** 0.5):
+        return None
+    chance = f"P(id of the test item > id of the valid item) is {above:.2f}"
+    if timed and not tied:
+        return "note", f"item ids follow the times: {chance}, and no times are equal", harmless
+    return (
+        "warning",
+        f"{chance}, 0.50 is unbiased: items taken at the same time were sorted by id, or ids "
+        "follow the time",
+        f"--ties {'shuffle' if timed else 'runs (a lower bound)'}, or state it with results",
+    )
 
 
 def warn_about(facts: dict[str, Any]) -> None:

@@ -1,17 +1,17 @@
-"""The evaluation for people: a table in the terminal and plots as PNG."""
+"""The evaluation for people: a table in the terminal and a plot as PNG."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from streamctl.progress import plain_console
-from streamctl.runs import RunDir, atomic_file
+from streamctl.runs import atomic_file
 
 TITLES = {
     "popularity": "Popularity",
@@ -120,51 +120,28 @@ def show(result: Mapping[str, Any]) -> None:
         )
 
 
-def plot_all(run: RunDir, result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write the plots there is data for: ndcg.png, training.png, codes.png."""
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Bars of unmasked ndcg@10 with 95% intervals over users, as PNG; controls in grey."""
     import matplotlib
 
     matplotlib.use("Agg")
-    plots = {"ndcg.png": plot_ndcg(result)}
-    curves = training_curves(run)
-    if curves:
-        plots["training.png"] = plot_training(curves)
-    if run.stage("tokenizer").complete:
-        plots["codes.png"] = plot_codes(run.stage("tokenizer").json("report.json"))
-    written = []
-    for name, figure in plots.items():
-        with atomic_file(folder / name) as path:
-            figure.savefig(path, format="png", dpi=150)
-        written.append(folder / name)
-    return written
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=_MUTED)
-    return figure, axes
-
-
-def plot_ndcg(result: Mapping[str, Any]) -> Any:
-    """Bars of unmasked ndcg@10 with 95% intervals over users; controls in grey."""
     rows = [
-        (TITLES.get(name, name), row, group)
-        for group in ("methods", "controls")
+        (TITLES.get(name, name), row, colour)
+        for group, colour in (("methods", _BLUE), ("controls", _GREY))
         for name, row in result[group].items()
     ][::-1]
-    figure, (axis,) = _figure(8, 1.2 + 0.36 * len(rows))
-    values = [row["ndcg@10"] for _, row, _ in rows]
-    low, high = zip(*(row["interval"] for _, row, _ in rows), strict=True)
-    below = [v - a for v, a in zip(values, low, strict=True)]
-    above = [b - v for v, b in zip(values, high, strict=True)]
-    colours = [_BLUE if group == "methods" else _GREY for _, _, group in rows]
-    axis.barh([title for title, _, _ in rows], values, color=colours)
-    axis.errorbar(values, range(len(rows)), xerr=[below, above], fmt="none", ecolor=_INK, capsize=3)
+    figure = Figure(figsize=(8, 1.2 + 0.36 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(colors=_MUTED)
+    titles, entries, colours = zip(*rows, strict=True)
+    values = np.array([entry["ndcg@10"] for entry in entries])
+    low, high = np.array([entry["interval"] for entry in entries]).T
+    axis.barh(titles, values, color=colours)
+    around = [values - low, high - values]
+    axis.errorbar(values, range(len(rows)), xerr=around, fmt="none", ecolor=_INK, capsize=3)
     for place, (value, end) in enumerate(zip(values, high, strict=True)):
         axis.annotate(f"{value:.4f}", (end, place), (5, 0), textcoords="offset points", va="center")
     axis.set_xlim(0, 1.15 * max(high) or 1)
@@ -173,61 +150,5 @@ def plot_ndcg(result: Mapping[str, Any]) -> Any:
         f"{result['split']} split, {result['users']:,} users: methods (blue) and controls (grey)",
         loc="left",
     )
-    return figure
-
-
-def training_curves(run: RunDir) -> dict[str, list[dict[str, float]]]:
-    """The logged records of every stage of the run that trains, by stage name."""
-    curves = {}
-    folders = [*run.path.glob("*/metrics.jsonl"), *run.path.glob("baselines/*/metrics.jsonl")]
-    for path in sorted(folders):
-        name = str(path.parent.relative_to(run.path))
-        if ".previous" in name or not run.stage(name).complete:
-            continue
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if any("valid/ndcg@10" in record or "loss" in record for record in records):
-            curves[name] = records
-    return curves
-
-
-def plot_training(curves: Mapping[str, list[dict[str, float]]]) -> Any:
-    """Training loss and validation ndcg@10 of each stage over its share of logged records."""
-    figure, (left, right) = _figure(12, 4.5, 2)
-    for name, records in curves.items():
-        for axis, key in ((left, "loss"), (right, "valid/ndcg@10")):
-            points = [
-                (place / max(1, len(records) - 1), record[key])
-                for place, record in enumerate(records)
-                if key in record
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=name)
-    left.set_title("training loss", loc="left")
-    right.set_title("validation ndcg@10", loc="left")
-    for axis in (left, right):
-        axis.set_xlabel("progress of the stage (0 = first record, 1 = last)")
-        if axis.lines:
-            axis.legend(frameon=False, fontsize="small")
-    return figure
-
-
-def plot_codes(report: Mapping[str, Any]) -> Any:
-    """Share of each level's codes that are used, and their perplexity as a share of all codes."""
-    levels = report["levels"]
-    names = [f"level {number}\n{level['codes']} codes" for number, level in enumerate(levels, 1)]
-    figure, (axis,) = _figure(2 + 1.3 * len(levels), 4)
-    width = 0.38
-    for offset, key, label, colour in (
-        (-width / 2, "usage", "used", _BLUE),
-        (width / 2, "perplexity", "perplexity / codes", _GREY),
-    ):
-        values = [level[key] / (level["codes"] if key == "perplexity" else 1) for level in levels]
-        places = [place + offset for place in range(len(levels))]
-        bars = axis.bar(places, values, width, label=label, color=colour)
-        axis.bar_label(bars, [f"{value:.0%}" for value in values], fontsize="small")
-    axis.set_xticks(range(len(levels)), names)
-    axis.set_ylim(0, 1.25)
-    axis.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
-    axis.set_title(f"code usage, {report['collision_rate']:.1%} of items collide", loc="left")
-    axis.legend(frameon=False, ncols=2, loc="upper right", fontsize="small")
-    return figure
+    with atomic_file(path) as part:
+        figure.savefig(part, format="png", dpi=150)

@@ -15,7 +15,7 @@ from streamctl.config import EvalConfig, to_dict
 from streamctl.data import Examples, load_data
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import RERANKED, Models, Row, choose_rows
-from streamctl.evaluation.report import plot_all
+from streamctl.evaluation.report import plot
 from streamctl.evaluation.rerank import ranks_by_folds
 from streamctl.progress import say
 from streamctl.ranking import (
@@ -282,7 +282,7 @@ def _publish(
     kept = {name: torch.from_numpy(ranks) for name, ranks in table.ranks.items()}
     stage.save_tensors(RANKS, kept | {"users": torch.from_numpy(table.examples.users.copy())})
     extra = {"latency_ms": table.latency, "winner": result["winner"]}
-    plot_all(run, _joined(result, extra), stage.path)
+    plot(_joined(result, extra), stage.path / "ndcg.png")
     stage.publish(**extra)
 
 

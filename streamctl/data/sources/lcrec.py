@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator
 from glob import escape
 from pathlib import Path
@@ -13,7 +12,7 @@ from streamctl.data.sources.items import make_table
 from streamctl.data.sources.raw import ItemTable, RawLog
 from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.source import Files, Source, beside, matches, only
-from streamctl.data.sources.text import damaged, open_binary, plain_name, writable, wrong_encoding
+from streamctl.data.sources.text import numbered, plain_name, writable
 from streamctl.errors import StreamctlError
 
 
@@ -26,25 +25,16 @@ def _find(path: Path) -> Files | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    import zstandard
-
-    try:
-        with open_binary(path) as handle:
-            content = handle.read()
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise damaged(path, error) from error
-    if not content.strip():
+    text = "\n".join(line for _, line in numbered(path))
+    if not text.strip():
         raise StreamctlError("the file is empty", where=path)
     try:
-        value = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise wrong_encoding(path, content.count(b"\n", 0, error.start) + 1) from error
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise StreamctlError(f"not JSON: {error.msg}", where=path, line=error.lineno) from error
-    except RecursionError as error:
-        raise StreamctlError("not such a file: JSON nested too deep", where=path) from error
-    except ValueError as error:
-        raise StreamctlError("not such a file: JSON with a huge number", where=path) from error
+    except (RecursionError, ValueError) as error:
+        told = "not such a file: JSON nested too deep, or with a huge number"
+        raise StreamctlError(told, where=path) from error
     if not isinstance(value, dict) or not value:
         raise StreamctlError("holds no object of users or items", where=path)
     return value
