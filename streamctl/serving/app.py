@@ -26,7 +26,6 @@ from streamctl.serving.problems import Problem, described
 from streamctl.serving.service import Service, Settings
 
 MAX_BODY = 1 << 20  # bytes
-TOO_LARGE = f"the body is larger than {MAX_BODY} bytes"
 PAGE = Path(__file__).parent / "page"
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -94,10 +93,6 @@ class Limits:
             await self.app(scope, receive, send)
             return
         send = self._with_headers(scope, send)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared[:20]) > MAX_BODY:
-            await Problem(413, TOO_LARGE).response()(scope, receive, send)
-            return
         if scope["method"] == "POST" and scope["path"].startswith("/v1/recommend"):
             refusal = self.service.refusal()
             if refusal is not None:
@@ -111,7 +106,7 @@ class Limits:
             received += len(message.get("body", b""))
             if received > MAX_BODY:
                 # Of all exceptions FastAPI lets only this one through while it reads a body.
-                raise HTTPException(413, TOO_LARGE)
+                raise HTTPException(413, f"the body is larger than {MAX_BODY} bytes")
             return message
 
         await self.app(scope, counting, send)

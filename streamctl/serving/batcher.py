@@ -8,18 +8,12 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from streamctl.serving.metrics import BATCH, EXPIRED, QUEUE, REJECTED, WAIT
 
 TRIES = 3  # models that may die over a job before it is the job that is at fault
 MARGIN = 1.5  # of the expected wait: a batch may take longer than the latest ones did
-
-
-class Job(Protocol):
-    """Something to compute; jobs of one `group` can share a batch."""
-
-    group: Any
 
 
 class Busy(Exception):
@@ -50,7 +44,7 @@ class Timed:
 
 @dataclass(eq=False)
 class _Waiting:
-    job: Job
+    job: Any
     deadline: float
     future: asyncio.Future
     since: float = field(default_factory=time.monotonic)
@@ -58,7 +52,7 @@ class _Waiting:
 
 
 class Batcher:
-    """Jobs, oldest first, for one or several models.
+    """Jobs, oldest first, for one or several models; those of one `group` may share a batch.
 
     Args:
         max_batch: most jobs in a batch.
@@ -92,7 +86,7 @@ class Batcher:
         REJECTED.inc(jobs)
         return Busy(wait)
 
-    async def submit(self, jobs: Sequence[Job], deadline: float) -> list[Timed]:
+    async def submit(self, jobs: Sequence[Any], deadline: float) -> list[Timed]:
         """The answers to some jobs, all of them admitted or none.
 
         Args:

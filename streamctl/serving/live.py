@@ -146,13 +146,12 @@ class LiveCatalog:
         evidence.append_all([(self._number(user), items) for user, items in taken])
 
     def _number(self, user: str) -> int:
-        """Under which number a user's interactions are counted."""
-        if user not in self._numbers:
-            known = self.store.number_in_log(user)
-            if known is None:
-                known, self._newcomers = self._log.n_users + self._newcomers, self._newcomers + 1
-            self._numbers[user] = known
-        return self._numbers[user]
+        """Under which number a user's interactions are counted from now on."""
+        number = self.owner(user)
+        if number < 0:
+            number, self._newcomers = self._log.n_users + self._newcomers, self._newcomers + 1
+        self._numbers[user] = number
+        return number
 
     def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """int64 (n, learned levels) codes and float32 (n, dim) unit vectors of new texts.
