@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,31 +130,28 @@ class Limits:
         return sending
 
 
-async def _reader(request: Request, credentials: Credentials) -> None:
-    _authorize(request, credentials, "read")
+def _guard(needed: str) -> Callable[..., Awaitable[None]]:
+    """What lets a request pass that may read, or write."""
 
-
-async def _writer(request: Request, credentials: Credentials) -> None:
-    _authorize(request, credentials, "write")
-
-
-def _authorize(request: Request, credentials: Credentials, needed: str) -> None:
-    service: Service = request.app.state.service
-    if needed == "read" and not service.keys.guards_reading:
-        # Without keys a page from elsewhere must not reach us under a name of its own.
-        if service.settings.open_to_all or is_loopback(request.url.hostname or ""):
-            return
-        raise Problem(421, "without API keys only requests to localhost are answered")
-    if credentials is None:
-        if not service.keys.guards_reading:
+    async def authorize(request: Request, credentials: Credentials) -> None:
+        service: Service = request.app.state.service
+        if needed == "read" and not service.keys.guards_reading:
+            # Without keys a page from elsewhere must not reach us under a name of its own.
+            if service.settings.open_to_all or is_loopback(request.url.hostname or ""):
+                return
+            raise Problem(421, "without API keys only requests to localhost are answered")
+        if credentials is None and not service.keys.guards_reading:
             raise Problem(403, "changes are made only with a write key, and none is set")
-        headers = {"WWW-Authenticate": "Bearer"}
-        raise Problem(401, "an API key is needed: Authorization: Bearer KEY", headers=headers)
-    right = service.keys.right_of(credentials.credentials)
-    if right is None:
-        raise Problem(401, "unknown API key", headers={"WWW-Authenticate": "Bearer"})
-    if needed == "write" and right != "write":
-        raise Problem(403, "this API key may read only")
+        asked = {"WWW-Authenticate": "Bearer"}
+        if credentials is None:
+            raise Problem(401, "an API key is needed: Authorization: Bearer KEY", headers=asked)
+        right = service.keys.right_of(credentials.credentials)
+        if right is None:
+            raise Problem(401, "unknown API key", headers=asked)
+        if needed == "write" and right != "write":
+            raise Problem(403, "this API key may read only")
+
+    return authorize
 
 
 def is_loopback(host: str) -> bool:
@@ -167,8 +164,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-READ = [Depends(_reader)]
-WRITE = [Depends(_writer)]
+READ, WRITE = ([Depends(_guard(right))] for right in ("read", "write"))
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
