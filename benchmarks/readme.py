@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import scale_tables, settings_table
+from benchmarks.scale_tables import markdown
 from docs import draw
 from streamctl import cli
 
@@ -24,11 +25,6 @@ BRIEF = (
     "stream_rl", "l0", "random",
 )  # fmt: skip
 NONE = "No receipt is here yet: `streamctl reproduce` and `benchmarks/thinker.py` make them."
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def interval(found: Mapping[str, float] | list[float] | None) -> str:

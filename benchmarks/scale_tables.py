@@ -11,7 +11,7 @@ CORES = 10_000
 RL_ROLLOUTS = 10_000 * 128 * 16  # steps, users, group
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -19,7 +19,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def throughput(receipt: Receipt) -> str:
     """What each stage gets through in a core-second."""
     rows = [[row["stage"], f"{row['per_core_s']:,.0f} {row['unit']}"] for row in receipt["stages"]]
-    return _table(["stage", "per core-second"], rows)
+    return markdown(["stage", "per core-second"], rows)
 
 
 def prepare(receipt: Receipt) -> str:
@@ -44,7 +44,7 @@ def ranks(receipt: Receipt) -> str:
         rows.append([row["stage"], str(row["steps"]), f"{row['largest_relative']:.1e}",
                      *seconds, kept])  # fmt: skip
     head = ["stage", "steps", "largest relative difference of the loss, 2 ranks to 1"]
-    table = _table([*head, "seconds, 1", "seconds, 2", "after a killed rank"], rows)
+    table = markdown([*head, "seconds, 1", "seconds, 2", "after a killed rank"], rows)
     same = "identical" if receipt["eval"]["identical_artifacts"] else "different"
     return f"{table}\n\n`eval`: {same} artifacts."
 
@@ -72,7 +72,7 @@ def growth(receipt: Receipt) -> str:
     hours = (last["items"] - last["distinct"]) * ms / 3.6e6
     full = moved["trie_bytes_per_item"]
     names = receipt["codes"] ** receipt["levels"] / 1e9
-    return f"""{_table(head, rows)}
+    return f"""{markdown(head, rows)}
 
 - **Codes.** {receipt["codes"]}^{receipt["levels"]} names {names:.1f} billion items, and yet at
   {last["items"]:,} items {last["sharing"]:.0%} share theirs: the space is not filled evenly.
@@ -116,7 +116,7 @@ def arithmetic(receipts: Mapping[str, Receipt]) -> str:
             f"{10e6 * 4 * 8 * 2 / 10e9 * 1000:.0f} ms on 10 Gbit/s",
         ],
     ]
-    return _table(["what", "figure"], rows)
+    return markdown(["what", "figure"], rows)
 
 
 BLOCKS: dict[str, Callable[[Receipt], str]] = {

@@ -233,11 +233,11 @@ def test_rl_begins_at_ratio_one_and_keeps_its_thoughts_for_every_update():
     first = explorer.loss(batch)[1]
     assert first["ratio"].item() == pytest.approx(1, abs=1e-5)
     assert first["kl"].item() == pytest.approx(0, abs=1e-7)
-    places = explorer._explored[0].places
+    places = explorer._explored[0]
     with torch.no_grad():
         policy.weighing.linear.weight.add_(0.5)
     later = explorer.loss(Batch(**{**vars(batch), "update": 1}))[1]
-    assert torch.equal(explorer._explored[0].places, places)
+    assert torch.equal(explorer._explored[0], places)
     assert later["ratio"].item() != pytest.approx(1, abs=1e-3)
     assert later["reward"].item() == first["reward"].item()
 

@@ -41,10 +41,8 @@ class HopBaseline(Baseline):
     def __init__(self, config: BaselineConfig, split: Split, evidence: Evidence):
         super().__init__(config, split)
         self.evidence = evidence
-        counts = split.popularity()
-        places = np.empty(len(counts))
-        places[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
-        self.register_buffer("popular", torch.from_numpy(-places / len(counts)).float())
+        places = np.argsort(np.argsort(-split.popularity(), kind="stable"))
+        self.register_buffer("popular", torch.from_numpy(-places / len(places)).float())
 
     @classmethod
     def build(cls, run: RunDir, config: BaselineConfig) -> Self:

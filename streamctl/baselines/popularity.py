@@ -24,11 +24,9 @@ class Popularity(Baseline):
     def __init__(self, config: BaselineConfig, split: Split):
         super().__init__(config, split)
         counts = split.popularity()
-        order = np.argsort(-counts, kind="stable")
-        places = np.empty_like(order)
-        places[order] = np.arange(len(order))
+        places = np.argsort(np.argsort(-counts, kind="stable"))
         # The count decides and the place, below 1, breaks ties; exact in float64.
-        self.register_buffer("scores", torch.from_numpy(counts - places / len(order)))
+        self.register_buffer("scores", torch.from_numpy(counts - places / len(counts)))
 
     def score(self, history: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         return self.scores.expand(len(history), -1)

@@ -26,19 +26,11 @@ from streamctl.training.sft import choice_logprobs, only_thinking, target_logpro
 from streamctl.training.validation import Validator, validate
 
 
-@dataclass
-class Group:
-    """Sampled thoughts of a batch: places (B, G, l) int64, and the log-probability of each choice
-    when it was drawn (B, G, l)."""
-
-    places: torch.Tensor
-    logprobs: torch.Tensor
-
-
-def sample_group(
+def sample_places(
     weighed: Weighed, group: int, length: int, temperature: float, batch: Batch
-) -> Group:
-    """G thoughts of each user, chosen piece by piece without replacement from the weights."""
+) -> torch.Tensor:
+    """(B, G, l) int64, -1 for none: G thoughts of each user, chosen piece by piece without
+    replacement from the weights."""
     generator = batch.generator("thoughts")
     logits = (weighed.logits / temperature)[:, None].expand(-1, group, -1)
     left = logits.masked_fill(torch.isinf(logits), -1e9)
@@ -48,8 +40,7 @@ def sample_group(
         there = left.gather(-1, place) > -1e8
         places.append(torch.where(there, place, -1))
         left = left.scatter(-1, place, -1e9)
-    places = torch.cat(places, -1)
-    return Group(places, choice_logprobs(logits, places))
+    return torch.cat(places, -1)
 
 
 @dataclass
@@ -76,13 +67,11 @@ class Explorer:
         weighed = weigh(policy, pieces)
         if batch.update == 0:
             self._explored = self._explore(batch, pieces, weighed)
-        group, reference, terms = self._explored
+        places, behaviour, reference, terms = self._explored
         reward = sum(getattr(config, f"{name}_weight") * value for name, value in terms.items())
-        logits = weighed.logits[:, None].expand(-1, config.group, -1) / config.temperature
-        logprobs = choice_logprobs(logits, group.places)
         loss, metrics = grpo_loss(
-            logprobs, group.logprobs, reference, advantages(reward), clip=config.clip,
-            kl_weight=config.kl_weight, ratio=config.ratio,
+            self._logprobs(weighed, places), behaviour, reference, advantages(reward),
+            clip=config.clip, kl_weight=config.kl_weight, ratio=config.ratio,
         )  # fmt: skip
         anchor = weighing_loss(weighed, batch.target) / self.gathered.known
         metrics |= {"reward": reward.mean(), "anchor": anchor.detach()}
@@ -90,19 +79,24 @@ class Explorer:
         metrics["zero_variance_groups"] = (reward == reward[:, :1]).all(1).float().mean()
         return loss + config.anchor_weight * anchor, metrics
 
-    @torch.no_grad()
-    def _explore(
-        self, batch: Batch, pieces: Pieces, weighed: Weighed
-    ) -> tuple[Group, torch.Tensor, dict[str, torch.Tensor]]:
-        """Thoughts for all updates on a batch, their choices' log-probabilities (B, G, l) under the
-        reference, and their rewards."""
-        config = self.config
-        group = sample_group(weighed, config.group, self.think, config.temperature, batch)
-        frozen = weigh(self.reference, pieces)
-        logits = frozen.logits[:, None].expand(-1, config.group, -1) / config.temperature
-        return group, choice_logprobs(logits, group.places), self.rewards(batch, weighed, group)
+    def _logprobs(self, weighed: Weighed, places: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each choice (B, G, l)."""
+        logits = weighed.logits[:, None].expand(-1, self.config.group, -1)
+        return choice_logprobs(logits / self.config.temperature, places)
 
-    def rewards(self, batch: Batch, weighed: Weighed, group: Group) -> dict[str, torch.Tensor]:
+    @torch.no_grad()
+    def _explore(self, batch: Batch, pieces: Pieces, weighed: Weighed) -> tuple:
+        """Thoughts for all updates on a batch: their places, log-probabilities of the choices when
+        they were drawn and under the reference, and their rewards."""
+        config = self.config
+        places = sample_places(weighed, config.group, self.think, config.temperature, batch)
+        behaviour = self._logprobs(weighed, places)
+        reference = self._logprobs(weigh(self.reference, pieces), places)
+        return places, behaviour, reference, self.rewards(batch, weighed, places)
+
+    def rewards(
+        self, batch: Batch, weighed: Weighed, places: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Each term (B, G).
 
         likelihood: the gain in the target's log-probability over l = 0 (Eq. 26). ranking: the
@@ -110,9 +104,9 @@ class Explorer:
         item that are the target's, up to the first that differs (Eqs. 22-23).
         """
         policy, target = self.policy, batch.target
-        users, count, length = group.places.shape
-        thought = weighed.chosen(group.places.clamp(min=0))
-        chosen = group.places >= 0
+        users, count, length = places.shape
+        thought = weighed.chosen(places.clamp(min=0))
+        chosen = places >= 0
         flat = Weighed(
             *(
                 field.flatten(0, 1)
