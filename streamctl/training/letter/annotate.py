@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from streamctl.device import autocast
 from streamctl.distributed import ranks
 from streamctl.model.policy import Encoded, Policy
 from streamctl.progress import console, progress_bar, say
+from streamctl.ranking.evaluate import batches_by_length
 from streamctl.training.loop import Batch
 from streamctl.training.losses import quantization_loss, state_target_loss
 
@@ -109,15 +110,6 @@ def label(
     return infer(policy, policy.encode(history), targets, length, mode).chosen
 
 
-def _rows(examples: Examples, batch: int) -> Iterator[np.ndarray]:
-    """All rows in order of history length; the rows of a batch have one length."""
-    order = np.argsort(examples.lengths, kind="stable")
-    cuts = np.flatnonzero(np.diff(examples.lengths[order])) + 1
-    for bucket in np.split(order, cuts):
-        for start in range(0, len(bucket), batch):
-            yield bucket[start : start + batch]
-
-
 @torch.no_grad()
 def label_all(
     policy: Policy, examples: Examples, length: int, mode: Mode, batch: int, title: str = "annotate"
@@ -134,7 +126,7 @@ def label_all(
     thoughts = np.zeros((len(examples), length), np.int32)
     distance = torch.zeros(length + 1, dtype=torch.float64, device=device)
     with progress_bar(title, len(examples), "sequences") as bar, autocast(device):
-        for rows in ranks().mine(list(_rows(examples, batch))):
+        for rows in ranks().mine(list(batches_by_length(examples.lengths, batch))):
             history = torch.from_numpy(examples.histories(rows)).to(device)
             targets = torch.from_numpy(examples.targets[rows]).to(device)
             steps = infer(policy, policy.encode(history), targets, length, mode)
