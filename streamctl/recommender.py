@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from streamctl.baselines.hops import run_evidence
-from streamctl.data import load_data
+from streamctl.data import load_data, stranger_note
 from streamctl.data.sources.items import id_text
 from streamctl.data.tables import read_table
 from streamctl.decode.explain import SHOWN, explained, grounds
@@ -90,7 +90,7 @@ class Recommender:
         """The k best items of the whole catalogue: item_id, title, score, best first.
 
         A history of no items, or a user whom the log lacks, is answered with the popular items, and
-        stderr says so. The metadata of the schema name the `method`.
+        stderr says so. The schema's metadata hold the `method`, and as `note` what stderr says.
 
         Args:
             history: item ids, oldest first.
@@ -108,11 +108,12 @@ class Recommender:
         """
         asked = self._question(history, user, exclude, allow, keep_seen)
         method, ranking = self._ask([asked], k, think, diversity)
+        told = {"method": method}
         if not len(asked.history):
-            unknown = "the history is empty" if user is None else f"the log has no user {user!r}"
-            say(f"{unknown}: the popular items answer")
+            told["note"] = stranger_note(user if history is None else None)
+            say(told["note"])
         items, scores = _listed(ranking, 0)
-        return self._table(items, score=scores).replace_schema_metadata({"method": method})
+        return self._table(items, score=scores).replace_schema_metadata(told)
 
     def recommend_many(
         self, users: Any, k: int = 10, *, think: int | None = None, exclude: Iterable[Any] = (),
@@ -122,7 +123,8 @@ class Recommender:
 
         Returns:
             these columns, its rows in their order; `items` and `scores`, lists, best first;
-            `method`; and `problem`: why a row has no answer, or null.
+            `method`; `note`: why the popular items answer, or null; and `problem`: why a row has
+            no answer, or null.
 
         Raises:
             UsageError: no table, neither column, or a number out of its range.
@@ -138,15 +140,19 @@ class Recommender:
             )
         self._question([], None, exclude, allow, keep_seen)  # mistakes of the call, not of a row
         found: dict[str, list[Any]] = {
-            name: [None] * len(table) for name in ("items", "scores", "method", "problem")
+            name: [None] * len(table) for name in ("items", "scores", "method", "note", "problem")
         }
         asked: list[tuple[int, _Question]] = []
         for place, row in enumerate(table.to_pylist()):
             given = row.get("history"), row.get("user_id")
             try:
-                asked.append((place, self._question(*given, exclude, allow, keep_seen)))
+                question = self._question(*given, exclude, allow, keep_seen)
             except StreamctlError as error:
                 found["problem"][place] = str(error)
+                continue
+            asked.append((place, question))
+            if not len(question.history):
+                found["note"][place] = stranger_note(given[1] if given[0] is None else None)
         asked.sort(key=lambda pair: len(pair[1].history))
         empty = sum(not len(question.history) for _, question in asked)
         for part in (asked[:empty], asked[empty:]):
@@ -233,7 +239,9 @@ class Recommender:
 
     def _user(self, user: Any) -> int:
         """Number of a user, -1 for None and for a stranger."""
-        return -1 if user is None else self._users.get(*_texts([user], "user"), -1)
+        if user is None:
+            return -1
+        return self._users.get(*map(self._catalog.read_id, _texts([user], "user")), -1)
 
     def _taken(self, user: Any) -> np.ndarray:
         number = self._user(user)
@@ -247,7 +255,10 @@ class Recommender:
         allow: Iterable[Any] | None, keep_seen: bool,
     ) -> _Question:  # fmt: skip
         if history is None and user is None:
-            raise UsageError("give a history (item ids, oldest first) or a user")
+            raise UsageError(
+                "give a history (item ids, oldest first) or a user",
+                run="recommend(history=[...]) or recommend(user=...)",
+            )
         seen = self._taken(user) if history is None else self._items(history, "history")
         barred = [self._catalog.find(item) for item in _texts(exclude, "exclude")]
         barred = [item for item in barred if item is not None]

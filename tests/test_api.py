@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from serving_run import make_run
+from typer.testing import CliRunner
 
 import streamctl as sc
+from streamctl import cli
+from streamctl.baselines.train import train_baseline
+from streamctl.config import BaselineConfig
 from streamctl.data import load_data
 from streamctl.evaluation.methods import load_method
 from streamctl.retrieval.transitions import pair_weights
 from streamctl.runs import RunDir
+from streamctl.serving.question import as_job
+from streamctl.serving.schemas import Query
+from streamctl.serving.store import Store
 from streamctl.tokenizer import vectors
 
 SERVING = ("fastapi", "starlette", "uvicorn", "prometheus_client", "httptools", "uvloop")
@@ -131,7 +139,7 @@ def test_a_mistake_in_fit_is_told_before_anything_is_trained(tmp_path, log):
     data = sc.prepare(*log, tmp_path / "run", min_user=3, min_item=1)
     for options, message in (({"pretrian": {"epochs": 2}}, "did you mean pretrain"),
                              ({"pretrain": {"epoch": 2}}, "did you mean epochs"),
-                             ({"pretrain": 2}, "a stage takes a table"),
+                             ({"pretrain": 2}, "a stage with a table"),
                              ({"size": "huge"}, "tiny, small, paper")):  # fmt: skip
         with pytest.raises(sc.StreamctlError, match=message):
             sc.fit(data, **options)
@@ -205,7 +213,8 @@ def test_a_history_of_no_items_gets_the_popular_ones(rec, run, capsys):
     assert told.schema.metadata[b"method"] == b"popularity"
     best = [load_data(run)[0].index(item) for item in told["item_id"].to_pylist()]
     assert counts[best].tolist() == sorted(counts, reverse=True)[:4]
-    assert "popular items answer" in capsys.readouterr().err
+    assert told.schema.metadata[b"note"] == b"popular items: the history is empty"
+    assert "popular items: the history is empty" in capsys.readouterr().err
     assert rec.recommend(user="nobody", k=4).equals(told)
     assert len(rec.history("nobody")) == 0 == len(rec.explain(user="nobody"))
 
@@ -218,7 +227,15 @@ def test_a_table_of_users_is_answered_as_each_would_be_alone(rec):
         "age": [1, 2, 3, 4, 5, 6],
     })  # fmt: skip
     told = rec.recommend_many(given, k=3)
-    assert told.column_names == ["user_id", "history", "items", "scores", "method", "problem"]
+    assert told.column_names == [
+        "user_id",
+        "history",
+        "items",
+        "scores",
+        "method",
+        "note",
+        "problem",
+    ]
     rows = told.to_pylist()
     alone = [rec.recommend(user=users[0], k=3), rec.recommend(["i001", "i002"], user=users[1], k=3),
              rec.recommend(user=users[2], k=3)]  # fmt: skip
@@ -226,6 +243,10 @@ def test_a_table_of_users_is_answered_as_each_would_be_alone(rec):
         assert row["items"] == one["item_id"].to_pylist() and row["problem"] is None
         assert row["scores"] == pytest.approx(one["score"].to_pylist(), rel=1e-4)
     assert [row["method"] for row in rows] == ["stream_sft"] * 3 + ["popularity"] * 2 + [None]
+    assert [row["note"] for row in rows] == [
+        None, None, None, "popular items: nothing is known of user 'nobody'",
+        "popular items: the history is empty", None,
+    ]  # fmt: skip
     assert rows[3]["problem"] is None and "unknown" in rows[5]["problem"]
     assert len(rec.recommend_many(given.head(0))) == 0
     with pytest.raises(sc.StreamctlError, match="no column user_id or history"):
@@ -309,3 +330,56 @@ def test_recommend_needs_nothing_of_what_serving_needs(run, rec, tmp_path, many)
     told = json.loads(answer.stdout)
     assert told["items"] == rec.recommend(["i001", "i005"], k=3).to_pylist()
     assert [row["item_id"] for row in told["history"]] == ["i001", "i005"] and told["thought"]
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> Path:
+    """A run of popularity alone; ids are numbers, and one item's id holds a comma."""
+    path = tmp_path_factory.mktemp("numbers") / "run"
+    rows = [(f"{user:02}", item, step) for user in range(8)
+            for step, item in enumerate(["1", "2.0", " 7", "a,b", "3"])]  # fmt: skip
+    names = ("user_id", "item_id", "timestamp")
+    log = {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    sc.prepare(pa.table(log), run=path, ids="number", min_user=3, min_item=1)
+    train_baseline(RunDir(path), BaselineConfig(name="popularity"))
+    return path
+
+
+def test_ids_read_as_numbers_are_found_in_any_writing(counted, tmp_path):
+    rec = sc.load(counted, "popularity")
+    plain = rec.recommend(["7"], k=9, user="3")
+    assert rec.recommend(["007"], k=9, user="0003").equals(plain)
+    assert rec.recommend([], k=9, exclude=["01"])["item_id"].to_pylist().count("1") == 0
+    assert rec.history("03").equals(rec.history("3")) and len(rec.history("3")) == 5
+    store = Store(RunDir(counted), tmp_path)
+    assert store.known(["007", "2"], "") == store.known(["7", "02.0"], "")
+    assert store.user("03") == store.user("3") == store.user("3.0")
+    store.take("0099", ["007"])
+    assert store.user("99") == store.indexes(["7"])
+
+
+def test_an_unknown_id_of_a_list_with_commas_is_told_how_to_give_such_ids(counted, capsys):
+    told = CliRunner().invoke(
+        cli.build_app(),
+        ["recommend", "--run", str(counted), "--method", "popularity", "--history", "a,b"],
+    )
+    assert "give --history once for each id" in str(told.exception)
+    for given in (["a,b", "7"], ["7", "a,b"]):
+        words = [word for item in given for word in ("--history", item)]
+        line = ["recommend", "--run", str(counted), "--method", "popularity", *words]
+        assert CliRunner().invoke(cli.build_app(), line).exit_code == 0
+
+
+def test_an_unknown_user_is_told_alike_by_every_door(counted, tmp_path):
+    note = "popular items: nothing is known of user 'u-none'"
+    rec = sc.load(counted, "popularity")
+    assert rec.recommend(user="u-none").schema.metadata[b"note"].decode() == note
+    many = rec.recommend_many(pa.table({"user_id": ["u-none"]}))
+    assert many["note"].to_pylist() == [note]
+    line = ["recommend", "--run", str(counted), "--method", "popularity", "--user", "u-none"]
+    told = CliRunner().invoke(cli.build_app(), [*line, "--json"])
+    answer = json.loads(told.stdout)
+    assert (answer["note"], answer["method"], answer["history"]) == (note, "popularity", [])
+    about = {"method": "popularity", "methods": ["popularity"]}
+    job = as_job(Query(user_id="u-none"), Store(RunDir(counted), tmp_path), about)
+    assert job.details["note"] == note

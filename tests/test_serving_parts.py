@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from streamctl.data import load_data
 from streamctl.errors import StreamctlError
 from streamctl.runs import RunDir
 from streamctl.serving.keys import KeyRing
+from streamctl.serving.schemas import Query
+from streamctl.serving.service import Served, Service, Settings
 from streamctl.serving.store import Refused, Store, words_of
 
 READ, WRITE = "r" * 20, "w" * 20
@@ -117,7 +120,7 @@ def test_a_forgotten_user_is_not_read_any_more_and_may_begin_anew(run, folder, s
     for user in ("u001", "newcomer"):
         store.forget(user)
         assert other.user(user) is None and user not in other.users(user, 5)["users"]
-        with pytest.raises(Refused, match="no such user"):
+        with pytest.raises(Refused, match="nothing is known of user"):
             store.forget(user)
         store.take(user, ids)
         assert other.user(user) == [1, 2]
@@ -251,3 +254,42 @@ def test_without_keys_reading_is_open_and_no_key_may_write(monkeypatch):
     ring = KeyRing(None)
     assert not ring.guards_reading
     assert ring.right_of(WRITE) is None
+
+
+def test_a_method_is_loaded_outside_the_deadline_and_one_model_after_another(run, folder):
+    service = Service(Settings(run.path, store=folder, deadline_ms=200))
+    served = service._served = Served(run.path, service.settings)
+    served.about = {"method": "a", "methods": ["a", "b"], "loaded": ["a"], "history": 20,
+                    "run": "run", "stage": "sft", "hash": ""}  # fmt: skip
+    loading, most = 0, 0
+
+    class Slow:
+        async def ask(self, what: str, **details):
+            nonlocal loading, most
+            if what == "load":
+                loading += 1
+                most = max(most, loading)
+                await asyncio.sleep(0.3)
+                loading -= 1
+                return None
+            return [{"items": [], "method": details["method"], "think": 0, "note": None,
+                     "explain": None} for _ in details["jobs"]]  # fmt: skip
+
+    async def asked() -> list[str]:
+        served.models = [Slow(), Slow()]
+        works = [
+            asyncio.create_task(
+                served.batcher.serve(
+                    lambda jobs, m=m: m.ask("answer", jobs=jobs, **jobs[0].group)
+                )
+            )
+            for m in served.models
+        ]
+        query = Query(history=[served.store.names([0])[0]["id"]], method="b")
+        answers = await service.recommend([query]) + await service.recommend([query])
+        for work in works:
+            work.cancel()
+        return [answer["method"] for answer in answers]
+
+    assert asyncio.run(asked()) == ["b", "b"]
+    assert most == 1 and served.about["loaded"] == ["a", "b"]

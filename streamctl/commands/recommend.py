@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from streamctl.recommender import Recommender
 
 SHOWN = 20  # latest items of a history
+COMMAS = (
+    "if an id holds a comma, give --history once for each id, or --history @FILE with an id a line"
+)
 
 
 def command(
@@ -50,7 +53,7 @@ def command(
     Next: `streamctl serve --run RUN` answers the same over HTTP.
     """
     from streamctl.api import load
-    from streamctl.errors import UsageError
+    from streamctl.errors import StreamctlError, UsageError
     from streamctl.runs import RunDir
 
     chosen = [
@@ -60,9 +63,14 @@ def command(
     ]
     if len(chosen) != 1:
         given = " and ".join(chosen) or "none of them"
-        raise UsageError(f"give one of --user, --history and --input, not {given}")
+        raise UsageError(
+            f"give one of --user, --history and --input, not {given}",
+            run="`streamctl recommend --help` has an example of each",
+        )
     if (input_ is None) != (output is None):
-        raise UsageError("--input and --output go together")
+        raise UsageError(
+            "--input and --output go together", run="--input USERS.parquet --output ANSWERS.parquet"
+        )
     if on not in (None, "ray") or (on and input_ is None):
         raise UsageError("--on takes ray, and goes with --input")
     if input_ is not None:
@@ -76,7 +84,13 @@ def command(
         return
     ids = history and history_ids(history)
     recommender = load(run, method, device=device)
-    answer = ask(recommender, ids, user, k=k, think=think, diversity=diversity, keep_seen=keep_seen)
+    options = {"k": k, "think": think, "diversity": diversity, "keep_seen": keep_seen}
+    try:
+        answer = ask(recommender, ids, user, **options)
+    except StreamctlError as error:
+        if ids and ids[0] != history[0] and "," in history[0] and "catalogue" in error.what:
+            raise StreamctlError(error.what, run=COMMAS) from error
+        raise
     print_json(answer) if json_ else show(answer)
 
 
@@ -97,7 +111,10 @@ def history_ids(values: list[str]) -> list[str]:
         lines = Path(value[1:]).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
-        raise UsageError(f"--history {value}: cannot be read: {reason}") from error
+        raise UsageError(
+            f"--history {value}: cannot be read: {reason}",
+            run="--history @FILE with a text file of item ids, one a line",
+        ) from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -113,19 +130,18 @@ def ask(
     """History, thought and answer; `before` is the answer without a thought."""
     think = options.get("think")
     read = recommender.history(user) if history is None else recommender.named(history)
+    items = before = recommender.recommend(history, user=user, **options)
+    told = {key.decode(): value.decode() for key, value in items.schema.metadata.items()}
+    if "note" not in told:
+        without = options | {"think": 0, "k": 10}
+        before = recommender.recommend(history, user=user, **without)
     thought = recommender.explain(history, user=user, think=think)
-    without = options | {"think": 0, "k": 10}
-    tables = {
-        "history": read,
-        "items": recommender.recommend(history, user=user, **options),
-        "before": recommender.recommend(history, user=user, **without),
-        "thought": thought,
-    }
+    tables = {"history": read, "items": items, "before": before, "thought": thought}
     lists = {name: table.to_pylist() for name, table in tables.items()}
     for step in lists["thought"]:  # the title of what would be first if it ended there
         best = recommender.named((step["ranking"] or [])[:1])["title"].to_pylist()
         step["first"] = best[0] if best else None
-    return {"run": recommender.run.resolve().name, "method": recommender.method, **lists}
+    return {"run": recommender.run.resolve().name, "note": None, **told, **lists}
 
 
 def show(answer: dict[str, Any]) -> None:

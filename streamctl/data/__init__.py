@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from streamctl.data.catalog import Catalog
+from streamctl.data.catalog import Catalog, id_reader, stranger_note
 from streamctl.data.log import InteractionLog
 from streamctl.data.prepare import prepare
 from streamctl.data.split import Examples, Split
 from streamctl.data.synthetic import synthesize
 from streamctl.runs import RunDir
 
-__all__ = ["Catalog", "Examples", "InteractionLog", "Split", "load_data", "prepare", "synthesize"]
+__all__ = [
+    "Catalog",
+    "Examples",
+    "InteractionLog",
+    "Split",
+    "id_reader",
+    "load_data",
+    "prepare",
+    "stranger_note",
+    "synthesize",
+]
 
 
 def load_data(run: RunDir) -> tuple[Catalog, Split]:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from streamctl.data.sources.items import as_number
 from streamctl.errors import StreamctlError, close_matches
 from streamctl.runs import Stage, StageWriter
 
 _OWN = ("item_id", "title", "text")
+
+
+def id_reader(stage: Stage) -> Callable[[str], str]:
+    """How ids that a data stage is asked about are read: as its log's own were (`--ids`)."""
+    return as_number if stage.manifest["config"]["ids"] == "number" else str
+
+
+def stranger_note(user: object = None) -> str:
+    """Why the popular items answer: nothing is known of this user, or the history is empty."""
+    why = "the history is empty" if user is None else f"nothing is known of user {str(user)!r}"
+    return f"popular items: {why}"
 
 
 @dataclass(frozen=True)
@@ -20,12 +33,14 @@ class Catalog:
         titles: a line to show people.
         texts: what the text encoder reads; title and descriptive columns.
         fields: the source's other columns (brand, category, ...), a list of N texts each.
+        read_id: how an id that somebody asks for is read.
     """
 
     ids: list[str]
     titles: list[str]
     texts: list[str]
     fields: dict[str, list[str]] = field(default_factory=dict)
+    read_id: Callable[[str], str] = str
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,7 +51,7 @@ class Catalog:
 
     def find(self, item_id: str) -> int | None:
         """Dense index of an external id, or None."""
-        return self._index.get(item_id)
+        return self._index.get(self.read_id(item_id))
 
     def index(self, item_id: str) -> int:
         """Dense index of an external id.
@@ -48,7 +63,10 @@ class Catalog:
         if found is None:
             hint = close_matches(item_id, self.ids)
             known = f"; {hint}" if hint.startswith("did") else f" ({len(self)} items)"
-            raise StreamctlError(f"item {item_id!r} is not in the catalogue{known}")
+            raise StreamctlError(
+                f"item {item_id!r} is not in the catalogue{known}",
+                run="an id of the column item_id in the run's data/items.parquet",
+            )
         return found
 
     def save(self, stage: StageWriter) -> None:
@@ -75,4 +93,4 @@ class Catalog:
             ids, titles, texts = (columns.pop(name) for name in _OWN)
         except (pa.ArrowException, KeyError) as error:
             raise StreamctlError("damaged artifact", where=path, run=stage.again()) from error
-        return cls(ids, titles, texts, columns)
+        return cls(ids, titles, texts, columns, id_reader(stage))

@@ -54,13 +54,14 @@ class Engine:
         self.live.serve(recommender)
 
     def load(self, method: str) -> None:
-        """Have a method ready; those that were asked for once stay.
+        """Have a method loaded and warm; those that were asked for once stay.
 
         Raises:
             StreamctlError: it cannot be loaded.
         """
         if method not in (*self._loaded, POPULAR):
             self._join(method, load_method(self.run, method, self.device, beam=BEAM))
+            self.warm_up(1, method)
 
     def about(self) -> dict[str, Any]:
         """What the server has to know."""
@@ -75,8 +76,9 @@ class Engine:
             "history": self._split.history,
         }
 
-    def warm_up(self, batch: int) -> None:
+    def warm_up(self, batch: int, method: str | None = None) -> None:
         """Run the paths that queries take, so that the first ones find everything compiled."""
+        method = method or self.method
         size, length = self.store.base, self._split.history
         rows = (np.arange(batch * length) % size).reshape(batch, length).tolist()
         jobs = [
@@ -84,9 +86,9 @@ class Engine:
             for row in rows
         ]
         for think in (0, None):
-            self.answer(jobs, self.method, think, False)
-            self.answer(jobs[:1], self.method, think, False)
-        self.answer(jobs[:1], self.method, None, True)
+            self.answer(jobs, method, think, False)
+            self.answer(jobs[:1], method, think, False)
+        self.answer(jobs[:1], method, None, True)
 
     def answer(
         self,

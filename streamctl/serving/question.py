@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from streamctl.data import stranger_note
 from streamctl.errors import close_matches
 from streamctl.serving.schemas import Query
 from streamctl.serving.store import Refused, Store
@@ -40,9 +41,9 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
     note = None
     if query.user_id is None:
         seen = store.known(query.history, f"{prefix}/history")
-        note = None if seen else "popular items: the history is empty"
+        note = None if seen else stranger_note()
     elif (known := store.user(query.user_id)) is None:
-        seen, note = [], f"popular items: nothing is known of a user {query.user_id}"
+        seen, note = [], stranger_note(query.user_id)
     else:
         seen = known
     method = about["method"] if query.method == "auto" else query.method

@@ -86,6 +86,8 @@ class Served:
             run=str(self.run.path), store=str(self.folder), method=settings.method,
             device=settings.device, threads=settings.threads, batch=settings.max_batch,
         )  # fmt: skip
+        for method in self.about.get("loaded", ()):  # what the one before it could answer by
+            await model.ask("load", method=method)
         self.models.append(model)
         metrics.MODELS.set(len(self.models))
         return model
@@ -121,6 +123,20 @@ class Served:
             with contextlib.suppress(Gone):
                 return await model.ask(what, **details)
         raise Problem(503, "the model is loading", retry_after=2)
+
+    async def load(self, method: str) -> None:
+        """Have every model load a method, one after another: the others go on answering.
+
+        Raises:
+            Problem: 503, a model has died of it.
+        """
+        try:
+            for model in list(self.models):
+                await model.ask("load", method=method)
+        except Gone as gone:
+            told = f"a model's process ended ({gone}) while it loaded {method}"
+            raise Problem(503, told, retry_after=5) from None
+        self.about["loaded"].append(method)
 
     async def stop(self) -> None:
         """Answer what waits, then end the models."""
@@ -215,10 +231,8 @@ class Service:
             prefix = f"/requests/{number}" if len(queries) > 1 else ""
             jobs.append(as_job(query, served.store, served.about, prefix))
         for method in {job.group["method"] for job in jobs} - set(served.about["loaded"]):
-            # Loading is not what a deadline is for, and every model needs it.
-            await asyncio.gather(*(model.ask("load", method=method) for model in served.models))
-            served.about["loaded"].append(method)
-            arrived = time.monotonic()
+            await served.load(method)
+            arrived = time.monotonic()  # loading is not what a deadline is for
         limit = min(query.deadline_ms or self.settings.deadline_ms for query in queries) / 1000
         try:
             answers = await served.batcher.submit(jobs, arrived + limit)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from streamctl.data import load_data
+from streamctl.data import id_reader, load_data
 from streamctl.errors import StreamctlError, close_matches
 from streamctl.files import atomic_file_each
 from streamctl.runs import RunDir
@@ -170,6 +170,7 @@ class Store:
         self.run, self.folder = run, folder or run.path / "serving"
         data, tokenizer = run.require("data"), run.stage("tokenizer")
         self.data, self.tokenizer = data.hash, tokenizer.hash if tokenizer.complete else ""
+        self.read_id = id_reader(data)
         catalog = self.folder / f"catalog-{(self.tokenizer or self.data)[:16]}.sqlite"
         self._lock = threading.RLock()
         try:
@@ -238,7 +239,8 @@ class Store:
         """Dense indexes of items that are or were there; None for ids that never were."""
         # Of several with one id the present one is last, or the latest that was there.
         sql = "SELECT id, item FROM item WHERE id IN ({}) ORDER BY gone DESC, item"
-        found = dict(self._among(sql, list(ids)))
+        ids = [self.read_id(id_) for id_ in ids]
+        found = dict(self._among(sql, ids))
         return [found.get(id_) for id_ in ids]
 
     def known(self, ids: Sequence[str], field: str) -> list[int]:
@@ -255,7 +257,7 @@ class Store:
 
     def index(self, id_: str) -> int | None:
         """Dense index of an item that is there; None if there is none."""
-        return self._one("SELECT item FROM item WHERE id = ? AND NOT gone", id_)
+        return self._one("SELECT item FROM item WHERE id = ? AND NOT gone", self.read_id(id_))
 
     def _of_items(self, columns: str, items: Iterable[int], where: str = "1") -> list[Any]:
         """Columns of some items by dense index, in any order."""
@@ -364,6 +366,7 @@ class Store:
 
     def user(self, id_: str) -> list[int] | None:
         """All items that a user took, oldest first; None if nothing is known of the user."""
+        id_ = self.read_id(id_)
         rows = self._all("SELECT items FROM base.users WHERE id = ?", id_)
         if rows and self._all("SELECT 1 FROM forgotten WHERE user = ?", id_):
             rows = []
@@ -377,7 +380,7 @@ class Store:
 
     def number_in_log(self, id_: str) -> int | None:
         """Dense number of a user of the log, forgotten or not."""
-        return self._one("SELECT user FROM base.users WHERE id = ?", id_)
+        return self._one("SELECT user FROM base.users WHERE id = ?", self.read_id(id_))
 
     def described_user(self, id_: str, latest: int) -> dict[str, Any]:
         """What is read of a user: the latest items, and how many there are.
@@ -387,9 +390,9 @@ class Store:
         """
         items = self.user(id_)
         if items is None:
-            raise Refused("unknown", "id", f"no such user: {id_}")
+            raise Refused("unknown", "id", f"nothing is known of user {id_!r}")
         return {
-            "id": id_,
+            "id": self.read_id(id_),
             "history": self.describe(items[-latest:]),
             "interactions": len(items),
         }
@@ -419,7 +422,7 @@ class Store:
 
     def add(self, id_: str, title: str, text: str, fields: dict[str, str]) -> int:
         """A new item, inside `writing`; its dense index."""
-        record = id_, title, text, json.dumps(fields)
+        record = self.read_id(id_), title, text, json.dumps(fields)
         sql = "INSERT INTO items(id, title, text, fields) VALUES (?, ?, ?, ?)"
         number = self._db.execute(sql, record).lastrowid
         sql = "INSERT INTO main.titles(rowid, title) VALUES (?, ?)"
@@ -453,7 +456,8 @@ class Store:
         with self.writing():
             item = self.present(id_)
             number = item - self.base + 1 if item >= self.base else None
-            self._db.execute("INSERT INTO removed(id, number) VALUES (?, ?)", (id_, number))
+            record = self.read_id(id_), number
+            self._db.execute("INSERT INTO removed(id, number) VALUES (?, ?)", record)
 
     def take(self, user: str, items: Sequence[str]) -> None:
         """Add what a user, known or new, took, oldest first.
@@ -465,7 +469,7 @@ class Store:
         """
         self.known(items, "/items")
         with self.writing():
-            record = user, json.dumps(list(items)), self.data
+            record = self.read_id(user), json.dumps(list(items)), self.data
             sql = "INSERT INTO interactions(user, items, data) VALUES (?, ?, ?)"
             self._db.execute(sql, record)
 
@@ -476,7 +480,8 @@ class Store:
             Refused: there is no such user.
         """
         if self.user(user) is None:
-            raise Refused("unknown", "id", f"no such user: {user}")
+            raise Refused("unknown", "id", f"nothing is known of user {user!r}")
+        user = self.read_id(user)
         with self.writing():
             self._db.execute("DELETE FROM interactions WHERE user = ?", (user,))
             self._db.execute("INSERT OR REPLACE INTO forgotten(user) VALUES (?)", (user,))
