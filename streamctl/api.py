@@ -96,8 +96,10 @@ def fit(
     sets = []
     for stage, table in settings.items():
         if stage not in known or not isinstance(table, Mapping):
-            raise UsageError(f'fit: {stage}={table!r}; a stage takes a table such as sft={{"lr": '
-                             f"1e-3}}; {close_matches(stage, known)}")  # fmt: skip
+            raise UsageError(
+                f"fit: {stage}={table!r}; {close_matches(stage, known)}",
+                run='a stage with a table of its settings, such as sft={"lr": 1e-3}',
+            )
         sets += [f"{stage}.{key}={as_text(value)}" for key, value in table.items()]
     path = data.path if isinstance(data, Run) else Path(data)
     run_all(RunDir(path), Settings(config and Path(config), sets, seed, size), device=device)

@@ -165,9 +165,16 @@ def _parts(job: Job, source: Path, output: Path) -> list[Part]:
     folder = source.is_dir()
     files = sorted(source.rglob("*.parquet")) if folder else [source]
     if not files:
-        raise StreamctlError("there is no .parquet file in this folder", where=source)
+        raise StreamctlError(
+            "there is no .parquet file in this folder",
+            where=source,
+            run="--input with a folder of parquet files, or with one such file",
+        )
     if folder and output.is_relative_to(source):
-        raise UsageError(f"--output {output} is inside the input: its files would be read, too")
+        raise UsageError(
+            f"--output {output} is inside the input: its files would be read, too",
+            run="--output with a folder outside of --input",
+        )
     parts = []
     for file in files:
         rows = _open(file).metadata.num_rows
@@ -245,11 +252,17 @@ def _open(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise StreamctlError(f"cannot be read as parquet ({error})", where=path) from error
+        raise StreamctlError(
+            f"cannot be read as parquet ({error})",
+            where=path,
+            run="write the users as parquet, with a column user_id or history",
+        ) from error
     names = file.schema_arrow.names
     if not {"user_id", "history"} & set(names):
         raise StreamctlError(
-            f"has no column user_id or history; it has {', '.join(names) or 'none'}", where=path
+            f"has no column user_id or history; it has {', '.join(names) or 'none'}",
+            where=path,
+            run="call the column of users user_id, or that of lists of item ids history",
         )
     return file
 
@@ -280,4 +293,6 @@ def _row_group(path: Path, changed: int, number: int) -> pa.Table:
     try:
         return file.read_row_group(number, _columns(file))
     except (OSError, pa.ArrowException) as error:
-        raise StreamctlError(f"cannot be read ({error})", where=path) from error
+        raise StreamctlError(
+            f"cannot be read ({error})", where=path, run="write the file anew: it is damaged"
+        ) from error

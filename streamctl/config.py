@@ -125,7 +125,10 @@ class PretrainConfig:
                 run=f"the same command with --set pretrain.retrieve={read}, or other thoughts",
             )
         if self.thoughts == "evidence" and self.hops and not any(self.hops):
-            raise UsageError("hops are all 0: a thought needs one that brings items")
+            raise UsageError(
+                "hops are all 0: a thought needs one that brings items",
+                run="pretrain.hops with the size of each, such as 32,32,32,16,32,0",
+            )
         rate = LEARNING_RATES[self.size] if self.lr is None else self.lr
         count = (2 if read == "target" else 8) if self.neighbours is None else self.neighbours
         return dataclasses.replace(self, retrieve=read, lr=rate, neighbours=count)
@@ -419,9 +422,17 @@ def resolve(
             with open(file, "rb") as handle:
                 tables = tomllib.load(handle)
         except OSError as error:
-            raise StreamctlError("the configuration cannot be read", where=file) from error
+            raise StreamctlError(
+                "the configuration cannot be read",
+                where=file,
+                run="--config with the path of a TOML file",
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise StreamctlError(f"not a TOML file: {error}", where=file) from error
+            raise StreamctlError(
+                f"not a TOML file: {error}",
+                where=file,
+                run="lines `key = value` below a line `[stage]`, as docs/config.md shows",
+            ) from error
         for table, content in tables.items():
             if table not in sections or not isinstance(content, dict):
                 raise UsageError(

@@ -279,9 +279,7 @@ def test_a_method_is_loaded_outside_the_deadline_and_one_model_after_another(run
         served.models = [Slow(), Slow()]
         works = [
             asyncio.create_task(
-                served.batcher.serve(
-                    lambda jobs, m=m: m.ask("answer", jobs=jobs, **jobs[0].group)
-                )
+                served.batcher.serve(lambda jobs, m=m: m.ask("answer", jobs=jobs, **jobs[0].group))
             )
             for m in served.models
         ]

@@ -39,13 +39,22 @@ def settle(run: RunDir, config: BaselineConfig) -> BaselineConfig:
     }
     for name in given:
         if name not in own:
-            raise UsageError(f"{config.name} has no setting {name!r}; {close_matches(name, own)}")
+            raise UsageError(
+                f"{config.name} has no setting {name!r}; {close_matches(name, own)}",
+                run="docs/config.md, [baseline], says which setting is whose",
+            )
     loss = given.get("loss")
     if loss is not None and loss not in cls.losses:
-        raise UsageError(f"{config.name} cannot train with loss {loss}; it takes {cls.losses[0]}")
+        raise UsageError(
+            f"{config.name} cannot train with loss {loss}; it takes {cls.losses[0]}",
+            run=f"--loss {cls.losses[0]}, or leave it out" if cls.losses else "leave --loss out",
+        )
     settled = dataclasses.replace(config, **(own | given))
     if settled.repeat and settled.loss != "ce":
-        raise UsageError(f"repeat needs the loss over the whole catalogue, not {settled.loss}")
+        raise UsageError(
+            f"repeat needs the loss over the whole catalogue, not {settled.loss}",
+            run="--loss ce, or leave repeat out",
+        )
     return settled
 
 

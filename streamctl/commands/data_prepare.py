@@ -72,7 +72,9 @@ def command(
     if drop_repeats and one_per_item:
         raise UsageError("--one-per-item also drops what --drop-repeats does; give one of them")
     if split and split_at:
-        raise UsageError("give --split or --split-at, not both")
+        raise UsageError(
+            "give --split or --split-at, not both", run="--split-at alone for moments, else --split"
+        )
     settings = job.settings(
         DataConfig, source=str(source), format=format_, items=items and str(items),
         skip_bad=skip_bad, ids=ids, since=since, until=until, min_rating=min_rating, events=events,

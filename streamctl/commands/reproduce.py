@@ -122,6 +122,7 @@ def _check(run: Any, receipt: Path, device: str, json_: bool) -> None:
             f"{len(found['differences'])} of {found['figures']} figures differ, and the artifacts "
             f"of {', '.join(found['stages']) or 'no stage'} (changed since: {changed})",
             where=receipt,
+            run="the same command with --json shows every difference and what has changed",
         )
     if not json_:
         typer.echo(f"{receipt}: all {found['figures']} figures are the same again")

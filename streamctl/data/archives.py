@@ -52,7 +52,9 @@ def _safe(file: zipfile.ZipFile, archive: Path) -> list[tuple[zipfile.ZipInfo, P
     members = [member for member in file.infolist() if not member.is_dir()]
     if len(members) > MAX_FILES or sum(member.file_size for member in members) > MAX_BYTES:
         raise StreamctlError(
-            f"unpacks to more than {MAX_FILES:,} files or {MAX_BYTES >> 30} GiB", where=archive
+            f"unpacks to more than {MAX_FILES:,} files or {MAX_BYTES >> 30} GiB",
+            where=archive,
+            run="unpack it by hand where there is room, and give `data prepare` the folder",
         )
     places = []
     for member in members:

@@ -102,7 +102,10 @@ def moment(raw: RawLog, text: str, option: str, up: bool = True) -> int:
         UsageError: neither, or a log without times.
     """
     if not raw.timed:
-        raise UsageError(f"{option} needs a log with times; this one gives the order only")
+        raise UsageError(
+            f"{option} needs a log with times; this one gives the order only",
+            run="leave it out, or name the column of times: --columns time=NAME",
+        )
     try:
         value = Decimal(text)
     except ArithmeticError:

@@ -115,7 +115,10 @@ def _cuts(raw: RawLog, config: DataConfig, offsets: np.ndarray) -> np.ndarray | 
 def _moments(raw: RawLog, text: str) -> tuple[int, int]:
     """(where validation begins, where test does), as times of the log."""
     if not raw.timed:
-        raise UsageError("--split-at needs a log with times; this one gives the order only")
+        raise UsageError(
+            "--split-at needs a log with times; this one gives the order only",
+            run="leave it out, or name the column of times: --columns time=NAME",
+        )
     words = [word.strip() for word in text.split(",")]
     if len(words) > 2 or not all(words):
         raise UsageError(f"--split-at takes TIME or VALIDATION,TEST, not {text!r}")
@@ -135,7 +138,9 @@ def _moments(raw: RawLog, text: str) -> tuple[int, int]:
         test = raw.one(f"SELECT avg((t >= {found[0]})::INTEGER) FROM {LEFT}")
         found.insert(0, min(at(max(0.0, 1 - 2 * test)), found[0]))
     if found[0] > found[1]:
-        raise UsageError(f"--split-at {text}: validation comes before test")
+        raise UsageError(
+            f"--split-at {text}: validation comes before test", run="the earlier moment first"
+        )
     return found[0], found[1]
 
 

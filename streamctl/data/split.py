@@ -98,7 +98,8 @@ class Split:
             if log.n_users and log.lengths.min() <= HELD_OUT:
                 user = log.user_ids[int(log.lengths.argmin())]
                 raise StreamctlError(
-                    f"user {user!r} has {log.lengths.min()} interactions; leave-one-out needs 3"
+                    f"user {user!r} has {log.lengths.min()} interactions; leave-one-out needs 3",
+                    run="`streamctl data prepare` with --min-user 3 or more",
                 )
             self.valid_from, self.test_from = log.offsets[1:] - 2, log.offsets[1:] - 1
         self.log = log

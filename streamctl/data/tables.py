@@ -74,7 +74,10 @@ def read_table(table: Any, name: str) -> pa.RecordBatchReader:
 
     if not hasattr(table, "__arrow_c_stream__"):
         kind = type(table).__name__
-        raise UsageError(f"{name}: not a table but a {kind}; give a pandas, polars or Arrow table")
+        raise UsageError(
+            f"{name}: not a table but a {kind}; give a pandas, polars or Arrow table",
+            run="a data frame, or the path of a file",
+        )
     try:
         reader = pa.RecordBatchReader.from_stream(table)
     except (pa.ArrowException, TypeError) as error:
@@ -83,7 +86,10 @@ def read_table(table: Any, name: str) -> pa.RecordBatchReader:
     # A row number that pandas was given for want of another column is none.
     names = [field for field in reader.schema.names if not field.startswith("__index_level_")]
     if not names:
-        raise UsageError(f"{name}: a table without columns")
+        raise UsageError(
+            f"{name}: a table without columns",
+            run="columns user_id, item_id and timestamp; for items item_id and title",
+        )
     schema = pa.schema([(name, _plain_type(reader.schema.field(name).type)) for name in names])
     batches = (
         pa.record_batch([_plain(batch[field.name], field.type) for field in schema], schema)

@@ -411,7 +411,11 @@ def check_receipt(run: RunDir, path: Path, *, device: str = "auto") -> dict[str,
     """
     receipt = read_json(path)
     if not isinstance(receipt, dict) or not {"stages", "data_hash", "rows"} <= receipt.keys():
-        raise StreamctlError("not a receipt of `streamctl reproduce`", where=path)
+        raise StreamctlError(
+            "not a receipt of `streamctl reproduce`",
+            where=path,
+            run="a file of RUN/reproduce/receipts, or of the folder that --save named",
+        )
     if run.require("data").hash != receipt["data_hash"]:
         raise StreamctlError(
             f"the receipt is of other data than {run.path}",

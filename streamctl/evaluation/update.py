@@ -47,7 +47,11 @@ def update(
         StreamctlError: a stage is missing or stale, or the runs share no item.
     """
     if old.path.resolve() == run.path.resolve():
-        raise StreamctlError("a run cannot go on from itself", where=run.path)
+        raise StreamctlError(
+            "a run cannot go on from itself",
+            where=run.path,
+            run="`streamctl data prepare NEWER --run OTHER`, then update with --run OTHER",
+        )
     counted = [f"baselines/{name}" for name in BASELINES if not baseline_class(name).losses]
     wanted = [name for name in (*STAGES, *counted) if old.stage(name).complete]
     wanted = [name for name in in_order(old, wanted) if name not in ("data", "tokenizer")]

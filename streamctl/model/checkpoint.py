@@ -106,4 +106,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise StreamctlError(f"cannot be read: {error}", where=path) from error
+        raise StreamctlError(
+            f"cannot be read: {error}",
+            where=path,
+            run="the command that makes this stage, with --force",
+        ) from error

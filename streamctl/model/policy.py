@@ -415,11 +415,19 @@ class Policy(nn.Module):
         try:
             config = PolicyConfig(**{**values, "sizes": tuple(values["sizes"])})
         except (TypeError, KeyError) as error:
-            raise StreamctlError(f"not a policy: {error}", where=folder / "policy.json") from error
+            raise StreamctlError(
+                f"not a policy: {error}",
+                where=folder / "policy.json",
+                run="the command that makes this stage, with --force",
+            ) from error
         policy = cls(config, item_tokens)
         try:
             policy.load_state_dict(weights)
         except RuntimeError as error:
             problem = str(error).splitlines()[-1].strip()
-            raise StreamctlError(f"weights do not fit: {problem}", where=folder) from error
+            raise StreamctlError(
+                f"weights do not fit: {problem}",
+                where=folder,
+                run="the command that makes this stage, with --force",
+            ) from error
         return policy.eval()

@@ -88,7 +88,10 @@ class LambdaRank:
         """
         library = _library()
         if not len(groups.sizes):
-            raise StreamctlError("there is nothing to rank: no candidate is anybody's target")
+            raise StreamctlError(
+                "there is nothing to rank: no candidate is anybody's target",
+                run="--methods with others, or a log with more validation users",
+            )
         data = library.Dataset(groups.features, groups.hits, group=groups.sizes)
         settings = {**PARAMETERS, **(parameters or {}), "learning_rate": lr, "seed": seed % 2**31}
         options = {}

@@ -86,11 +86,20 @@ class KeyRing:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
-            raise StreamctlError(f"cannot be read: {reason}", where=self.path) from error
+            raise StreamctlError(
+                f"cannot be read: {reason}",
+                where=self.path,
+                run="--keys with a text file of lines `read KEY` and `write KEY`",
+            ) from error
         for number, line in enumerate(text.splitlines(), 1):
             words = line.partition("#")[0].split()
             if words and (len(words) != 2 or words[0] not in ("read", "write")):
-                raise StreamctlError("not `read KEY` or `write KEY`", where=self.path, line=number)
+                raise StreamctlError(
+                    "not `read KEY` or `write KEY`",
+                    where=self.path,
+                    line=number,
+                    run="`openssl rand -hex 24` makes a key",
+                )
             if words:
                 found.append((words[0], _checked(words[1], self.path, number)))
         if not found:  # a file that has lost its keys must not open the door to everybody

@@ -54,7 +54,10 @@ class Model:
         try:
             model.about = await model._read()
         except Gone as gone:
-            raise StreamctlError(f"the model's process ended while it loaded ({gone})") from None
+            raise StreamctlError(
+                f"the model's process ended while it loaded ({gone})",
+                run="what it printed says why; if memory was short, fewer --workers",
+            ) from None
         except BaseException:
             model.kill()
             raise

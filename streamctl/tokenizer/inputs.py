@@ -14,6 +14,7 @@ from streamctl.files import file_hash, read_json
 from streamctl.runs import StageWriter
 
 SHOWN = 3  # ids that a message names
+CODES = 'an object such as {"i1": ["<a_12>", "<b_3>"], ...}, with as many codes for each item'
 MOST = (16, 2**16)  # levels, and codes of a level
 
 
@@ -43,14 +44,26 @@ class OwnVectors:
         """
         file = Path(path)
         if not file.is_file():
-            raise StreamctlError("no such file of item vectors", where=file)
+            raise StreamctlError(
+                "no such file of item vectors",
+                where=file,
+                run="--vectors with the path of a .npy or .parquet file",
+            )
         try:
             names, rows = _parquet(file) if file.suffix == ".parquet" else _npy(file, len(ids))
             rows = np.ascontiguousarray(rows, np.float32)
         except (ValueError, OSError, TypeError, EOFError, NotImplementedError) as error:
-            raise StreamctlError(f"cannot be read as item vectors: {error}", where=file) from error
+            raise StreamctlError(
+                f"cannot be read as item vectors: {error}",
+                where=file,
+                run="a .npy or a .parquet as `streamctl tokenize --help` describes",
+            ) from error
         if rows.ndim != 2 or not rows.shape[1]:
-            raise StreamctlError(f"item vectors are (N, d), not {rows.shape}", where=file)
+            raise StreamctlError(
+                f"item vectors are (N, d), not {rows.shape}",
+                where=file,
+                run="one vector of numbers for each item",
+            )
         if names is not None:
             rows = rows[_places(file, names, ids, "vector")]
         wrong = np.flatnonzero(~np.isfinite(rows).all(1))
@@ -59,6 +72,7 @@ class OwnVectors:
                 f"{len(wrong)} vectors hold a value that is not a finite number, "
                 f"such as that of item {ids[wrong[0]]!r}",
                 where=file,
+                run="make these anew, or put zeros there",
             )
         return cls(path, rows)
 
@@ -124,7 +138,9 @@ def read_semantic_ids(path: str, ids: Sequence[str]) -> np.ndarray:
     file = Path(path)
     index = read_json(file)
     if not isinstance(index, dict) or not index:
-        raise StreamctlError("Semantic IDs are a JSON object: item id -> list of codes", where=file)
+        raise StreamctlError(
+            "Semantic IDs are a JSON object: item id -> list of codes", where=file, run=CODES
+        )
     order = _places(file, list(index), ids, "Semantic ID")
     names, rows = list(index), list(index.values())
     found = []
@@ -136,12 +152,14 @@ def read_semantic_ids(path: str, ids: Sequence[str]) -> np.ndarray:
                 f"item {names[place]!r} has {rows[place]!r}; codes look like "
                 '["<a_12>", "<b_3>", ...]',
                 where=file,
+                run=CODES,
             ) from error
         if len(row) != len(rows[order[0]]) or not 0 < len(row) <= MOST[0] or max(row) >= MOST[1]:
             raise StreamctlError(
                 f"item {names[place]!r} has {rows[place]!r}; every item has the same number of "
                 f"codes, 1 to {MOST[0]}, each under {MOST[1]}",
                 where=file,
+                run=CODES,
             )
         found.append(row)
     return np.array(found, np.int64)
@@ -152,12 +170,15 @@ def _places(file: Path, names: list[str], ids: Sequence[str], what: str) -> np.n
     place = {name: number for number, name in enumerate(names)}
     if len(place) != len(names):
         twice = next(name for number, name in enumerate(names) if place[name] != number)
-        raise StreamctlError(f"item {twice!r} is there twice", where=file)
+        raise StreamctlError(
+            f"item {twice!r} is there twice", where=file, run="leave one of them out"
+        )
     missing = [name for name in ids if name not in place]
     if missing:
         raise StreamctlError(
             f"{len(missing)} of {len(ids)} items have no {what}, such as "
             + ", ".join(map(repr, missing[:SHOWN])),
             where=file,
+            run="add them; the column item_id of the run's data/items.parquet lists all",
         )
     return np.array([place[name] for name in ids], np.int64)

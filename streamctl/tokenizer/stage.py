@@ -139,7 +139,10 @@ def choose_codes(items: int, config: TokenizeConfig) -> int:
             f"--set tokenize.codes={codes} says"
         )
     if codes**config.levels >= 2**62:
-        raise UsageError(f"{codes} codes on {config.levels} levels are more than can be numbered")
+        raise UsageError(
+            f"{codes} codes on {config.levels} levels are more than can be numbered",
+            run="--set with a smaller tokenize.levels or tokenize.codes",
+        )
     if config.collisions == "reassign" and codes**config.levels < items:
         more = math.ceil(math.log(items, codes) - 1e-9)
         raise StreamctlError(

@@ -97,5 +97,8 @@ def warm_start(policy: Policy, older: Stage) -> None:
     changed = [name for name in mine if name != "dropout" and mine[name] != other[name]]
     if changed:
         told = ", ".join(f"{name} {other[name]} -> {mine[name]}" for name in changed)
-        raise UsageError(f"{older.path}: its weights do not fit these settings ({told})")
+        raise UsageError(
+            f"{older.path}: its weights do not fit these settings ({told})",
+            run="leave these settings as the older run has them",
+        )
     policy.load_state_dict(source.state_dict())

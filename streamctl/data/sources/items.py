@@ -70,8 +70,12 @@ def make_table(
             id_column = find_column(row, ID_NAMES)
         if id_column is None or id_column not in row:
             near = close_matches(id_column or "item_id", row)
-            raise StreamctlError(f"no item id column; columns: {', '.join(row)}; {near}",
-                                 where=path, line=line)  # fmt: skip
+            raise StreamctlError(
+                f"no item id column; columns: {', '.join(row)}; {near}",
+                where=path,
+                line=line,
+                run="call the column of ids item_id",
+            )
         item = id_text(row[id_column])
         if reading.numbers:
             item = as_number(item)
@@ -106,7 +110,7 @@ def make_table(
             if len(values) < len(ids):
                 values.append("")
     if not ids:
-        raise StreamctlError("the file holds no items", where=path)
+        raise StreamctlError("the file holds no items", where=path, run=ITEMS_FILE)
     columns = {name.partition(":")[0]: values for name, values in columns.items() if any(values)}
     title = find_column(columns, TITLE_NAMES)
     if text is None:
@@ -139,7 +143,11 @@ def read_items(path: Path, reading: Reading, **options: Any) -> ItemTable:
     elif name.endswith(".parquet"):
         rows = parquet_rows(path)
     else:
-        raise StreamctlError("items are read from .jsonl, .csv, .tsv or .parquet", where=path)
+        raise StreamctlError(
+            "items are read from .jsonl, .csv, .tsv or .parquet",
+            where=path,
+            run="save the items as one of these",
+        )
     return make_table(rows, path, reading, **options)
 
 
@@ -209,7 +217,11 @@ def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                 number += 1
                 yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise StreamctlError(f"not a parquet file: {one_line(error)}", where=path) from error
+        raise StreamctlError(
+            f"not a parquet file: {one_line(error)}",
+            where=path,
+            run="write it anew, or save the items as .csv or .jsonl",
+        ) from error
 
 
 def id_text(value: object) -> str:

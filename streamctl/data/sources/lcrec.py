@@ -15,6 +15,8 @@ from streamctl.data.sources.source import Files, Source, beside, matches, only
 from streamctl.data.sources.text import numbered, plain_name, writable
 from streamctl.errors import StreamctlError
 
+FORM = "NAME.inter.json and NAME.item.json as LC-Rec and LETTER write them: an object each"
+
 
 def _find(path: Path) -> Files | None:
     found = only(matches(path, "*.inter.json"), path)
@@ -27,16 +29,18 @@ def _find(path: Path) -> Files | None:
 def _load(path: Path) -> dict[str, Any]:
     text = "\n".join(line for _, line in numbered(path))
     if not text.strip():
-        raise StreamctlError("the file is empty", where=path)
+        raise StreamctlError("the file is empty", where=path, run=FORM)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise StreamctlError(f"not JSON: {error.msg}", where=path, line=error.lineno) from error
+        raise StreamctlError(
+            f"not JSON: {error.msg}", where=path, line=error.lineno, run=FORM
+        ) from error
     except (RecursionError, ValueError) as error:
         told = "not such a file: JSON nested too deep, or with a huge number"
-        raise StreamctlError(told, where=path) from error
+        raise StreamctlError(told, where=path, run=FORM) from error
     if not isinstance(value, dict) or not value:
-        raise StreamctlError("holds no object of users or items", where=path)
+        raise StreamctlError("holds no object of users or items", where=path, run=FORM)
     return value
 
 
@@ -46,7 +50,7 @@ def _read(files: Files, reading: Reading) -> RawLog:
     def sequences() -> Iterator[tuple[str, list[str]]]:
         for user, taken in _load(path).items():
             if not isinstance(taken, list) or not all(isinstance(i, int | str) for i in taken):
-                raise StreamctlError(f"user {user!r} has no list of item ids", where=path)
+                raise StreamctlError(f"user {user!r} has no list of item ids", where=path, run=FORM)
             yield writable(user), [writable(str(item)) for item in taken]
 
     return RawLog.in_order(sequences(), "lcrec", path.stat().st_size, reading)
@@ -56,7 +60,7 @@ def _items(path: Path, reading: Reading) -> ItemTable:
     entries = _load(path)
     for item, entry in entries.items():
         if not isinstance(entry, dict):
-            raise StreamctlError(f"item {item!r} is no object", where=path)
+            raise StreamctlError(f"item {item!r} is no object", where=path, run=FORM)
     rows = (
         (number, {**entry, "item_id": item})
         for number, (item, entry) in enumerate(entries.items(), 1)

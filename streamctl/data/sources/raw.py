@@ -166,7 +166,10 @@ class RawLog:
         """A log of (user, items from the oldest) that gives the order only."""
         for role in ("rating", "event"):
             if getattr(reading, role):
-                raise UsageError(f"the format {format} holds no {role}s")
+                raise UsageError(
+                    f"the format {format} holds no {role}s",
+                    run=f"leave out what asks for {role}s, or give a copy of the log as a table",
+                )
         raw = cls(size, reading)
         raw.format, raw.timed = format, False
         users: list[str] = []
@@ -280,7 +283,11 @@ def database_errors(where: Path | None = None) -> Iterator[None]:
             run="TMPDIR=/a/larger/disk before the same command",
         ) from error
     except duckdb.Error as error:
-        raise StreamctlError(f"cannot be read: {first_sentence(error)}", where=where) from error
+        raise StreamctlError(
+            f"cannot be read: {first_sentence(error)}",
+            where=where,
+            run="`streamctl data doctor` with the same source says what it finds",
+        ) from error
 
 
 def sql_text(text: str) -> str:

@@ -97,7 +97,11 @@ def read_table(
                     run="write all parts alike",
                 )
             if not part and not raw.one("SELECT count(*) FROM staged"):
-                raise StreamctlError("the file holds no interactions", where=path)
+                raise StreamctlError(
+                    "the file holds no interactions",
+                    where=path,
+                    run="a file with a line for each interaction: user_id,item_id,timestamp",
+                )
             raw.timed = raw.timed and find_column([roles.get("time", "")], POSITION_NAMES) is None
     with database_errors(paths[0]):
         return raw.finish()
@@ -111,7 +115,12 @@ def find_roles(found: Sequence[str], columns: Mapping[str, str], path: Path) -> 
     """
     if len(set(found)) < len(found):
         twice = next(name for name in found if list(found).count(name) > 1)
-        raise StreamctlError(f"column {twice!r} occurs twice in the header", where=path, line=1)
+        raise StreamctlError(
+            f"column {twice!r} occurs twice in the header",
+            where=path,
+            line=1,
+            run="rename one of the two",
+        )
     usual = dict(zip(ROLES, _USUAL, strict=True))
     roles, missing, hints = {}, {}, []
     for role in ROLES:
@@ -230,7 +239,11 @@ def _delimited(raw: RawLog, text: _Text, part: int, reading: Reading) -> dict[st
             stage(file, "none")
         except duckdb.Error:
             reason = first_sentence(first).removeprefix("Invalid Input Error: ")
-            raise StreamctlError(f"not CSV: {reason}", where=path) from first
+            raise StreamctlError(
+                f"not CSV: {reason}",
+                where=path,
+                run="as many columns in each line as in the header; quote texts that hold a delimiter",
+            ) from first
     _rejects(raw, text, file, reading)
     return roles
 
@@ -357,7 +370,11 @@ def _parquet(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, 
     try:
         kinds = {name: kind for name, kind, *_ in raw.ask(f"DESCRIBE SELECT * FROM {source}")}
     except duckdb.Error as error:
-        raise StreamctlError(f"not a parquet file: {first_sentence(error)}", where=path) from error
+        raise StreamctlError(
+            f"not a parquet file: {first_sentence(error)}",
+            where=path,
+            run="write it anew, or save the log as .csv",
+        ) from error
     roles = _wanted(raw, find_roles(list(kinds), reading.columns, path), reading, path)
     chosen = {role: _as_text(name, kinds[name], role, path) for role, name in roles.items()}
     try:
@@ -368,7 +385,7 @@ def _parquet(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, 
         reason = f"the parquet file is damaged: {first_sentence(error)}"
         if "utf" in str(error).lower():
             reason = "text that is not UTF-8 in " + ", ".join(map(repr, roles.values()))
-        raise StreamctlError(reason, where=path) from error
+        raise StreamctlError(reason, where=path, run="write it anew from where it came") from error
     return roles
 
 

@@ -43,7 +43,9 @@ def open_binary(path: Path) -> BinaryIO:
             return io.BufferedReader(zstandard.open(path, "rb"))  # it has no lines itself
         return open(path, "rb")
     except OSError as error:
-        raise StreamctlError(f"cannot be read: {error.strerror or error}", where=path) from error
+        raise StreamctlError(
+            f"cannot be read: {error.strerror or error}", where=path, run="a file that you may read"
+        ) from error
 
 
 def one_line(error: Exception) -> str:
@@ -139,7 +141,12 @@ def records(
             row = next(rows, None)
         except csv.Error as error:
             where = read[0] if read else None
-            raise StreamctlError(f"not CSV: {error}", where=path, line=where) from error
+            raise StreamctlError(
+                f"not CSV: {error}",
+                where=path,
+                line=where,
+                run="as many columns in each line as in the header; quote texts that hold a delimiter",
+            ) from error
         if row is None:
             return
         if len(row) > 1 or (row and row[0].strip()):
@@ -193,7 +200,7 @@ def first_line(path: Path, encoding: str = "utf-8") -> tuple[int, str]:
     """
     for number, text in lines(path, encoding):
         return number, text
-    raise StreamctlError("the file is empty", where=path)
+    raise StreamctlError("the file is empty", where=path, run="copy or download it again")
 
 
 def delimiter_of(path: Path) -> str:

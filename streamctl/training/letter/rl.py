@@ -197,5 +197,6 @@ def check_first(
     if off > FIRST_RATIO or float(metrics["kl"]) > FIRST_KL:
         raise StreamctlError(
             f"GRPO must begin at its own reference, but the first ratio is off by {off:.1e} and "
-            f"the KL is {float(metrics['kl']):.1e}: sampling and training disagree"
+            f"the KL is {float(metrics['kl']):.1e}: sampling and training disagree",
+            run="report it, with the output of `streamctl doctor`",
         )
