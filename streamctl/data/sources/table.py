@@ -242,7 +242,7 @@ def _delimited(raw: RawLog, text: _Text, part: int, reading: Reading) -> dict[st
             raise StreamctlError(
                 f"not CSV: {reason}",
                 where=path,
-                run="as many columns in each line as in the header; quote texts that hold a delimiter",
+                run="give each line the columns of the header; quote texts that hold a delimiter",
             ) from first
     _rejects(raw, text, file, reading)
     return roles

@@ -145,7 +145,7 @@ def records(
                 f"not CSV: {error}",
                 where=path,
                 line=where,
-                run="as many columns in each line as in the header; quote texts that hold a delimiter",
+                run="give each line the columns of the header; quote texts that hold a delimiter",
             ) from error
         if row is None:
             return
