@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with throughput and time left, or plain lines where no one looks."""
+"""Progress on stderr: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Methods to compare with, a file each, all with the Recommender interface."""

@@ -1,4 +1,4 @@
-"""`streamctl pretrain`: stage 1."""
+"""`streamctl pretrain`: stage 1, a T5 that writes the codes of the next item."""
 
 from __future__ import annotations
 

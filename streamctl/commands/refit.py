@@ -1,4 +1,4 @@
-"""`streamctl refit`: the winner on everything, for production."""
+"""`streamctl refit`: the winner trained on all interactions, for production."""
 
 from __future__ import annotations
 

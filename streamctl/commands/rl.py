@@ -1,4 +1,4 @@
-"""`streamctl rl`: stage 3, GRPO."""
+"""`streamctl rl`: stage 3, GRPO on the thoughts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`streamctl sft`: stage 2."""
+"""`streamctl sft`: stage 2, learning to weigh evidence."""
 
 from __future__ import annotations
 

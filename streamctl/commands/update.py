@@ -1,4 +1,4 @@
-"""`streamctl update`: a newer log goes on from an older run."""
+"""`streamctl update`: continue an older run on a newer log."""
 
 from __future__ import annotations
 

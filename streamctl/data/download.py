@@ -1,4 +1,4 @@
-"""One file from one of several mirrors: continued where it broke off, checked, then renamed."""
+"""Download one file from one of several mirrors: continue it, check it, then rename it."""
 
 from __future__ import annotations
 

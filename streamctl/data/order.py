@@ -1,4 +1,4 @@
-"""Order and dense indexes: the interactions that are left, by user and time."""
+"""Sort the remaining interactions by user and time, with dense indexes for users and items."""
 
 from __future__ import annotations
 

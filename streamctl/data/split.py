@@ -1,4 +1,4 @@
-"""The split: what of each user's sequence trains, what validates and what tests.
+"""The split: which part of each user's sequence is for training, validation and test.
 
 Leave-one-out by default: the last item tests, the one before validates, all prefixes train. A log
 that was split at moments, or came in parts of its own, has `cuts` for each user instead.

@@ -1,4 +1,4 @@
-"""From users' wishes to the trie's nodes, and from its leaves to ranked items."""
+"""Exclude and allow lists as masks of the trie, and the leaves found as ranked items."""
 
 from __future__ import annotations
 

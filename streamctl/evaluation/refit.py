@@ -1,4 +1,4 @@
-"""`final/`: the winner on everything, held-out interactions included. What production serves."""
+"""Refit: `final/`, the winner on all interactions, held-out ones included, for production."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of a paper: methods times seeds, one run a seed, receipts, and whether they repeat."""
+"""The table of a paper: every method with every seed, receipts, and a check that they repeat."""
 
 from __future__ import annotations
 

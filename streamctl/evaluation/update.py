@@ -1,4 +1,4 @@
-"""A newer log goes on from an older run: its codes, and its weights trained on."""
+"""Update: a newer log continues from the codes and weights of an older run."""
 
 from __future__ import annotations
 

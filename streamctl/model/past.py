@@ -1,4 +1,4 @@
-"""What a decoder has already read: keys and values that branches of a user share, and their own."""
+"""The decoder's KV cache: keys and values that a user's branches share, and their own."""
 
 from __future__ import annotations
 

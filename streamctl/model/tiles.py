@@ -1,4 +1,4 @@
-"""Matrix products of some rows, called from compiled loops: weights lie in tiles, as read.
+"""Matrix products for compiled loops, with weights stored in the tiles that they read.
 
 A tile holds `WIDTH` outputs of a weight; its words (a float32, or two bf16 that one instruction
 multiplies) lie in the order in which the product reads them, so that a tile stays in the first

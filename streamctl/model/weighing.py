@@ -1,4 +1,4 @@
-"""Weighing: how much each piece of a user's evidence says, and how far the thought is trusted."""
+"""The weighing network: a weight for each piece of evidence, and how far the thought is trusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is recommended and how good it is: shared by training, baselines, evaluation, serving."""
+"""Rankings, metrics and the Recommender interface, shared by all layers above."""
 
 from streamctl.ranking.bootstrap import (
     Interval,

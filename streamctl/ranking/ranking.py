@@ -1,4 +1,4 @@
-"""The common currency: a ranking of items, and the thought that led to it."""
+"""Ranking: the items recommended to a batch of users, and the thought that led to them."""
 
 from __future__ import annotations
 

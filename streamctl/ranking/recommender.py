@@ -1,4 +1,4 @@
-"""The one contract: whatever recommends is asked in this way, by evaluation and serving alike."""
+"""Recommender: the interface of every method, for evaluation and serving alike."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A second look at candidates, for any method: features, a learned ranker, and its fit."""
+"""Re-ranking for any method: features of candidates, a learned ranker, and how it is fitted."""

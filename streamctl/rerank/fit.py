@@ -1,4 +1,4 @@
-"""Train a re-ranker on validation users and judge it by folds: nobody judges what it was taught."""
+"""Train a re-ranker on validation users and judge it by folds, never on its own training users."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What other users took, and what is alike: the evidence that a thought weighs."""
+"""Evidence: next items of other users, text neighbours and similar histories."""

@@ -1,4 +1,4 @@
-"""Other users' prefixes and what came next: what the hop *others* asks (session-kNN)."""
+"""kNN memory: other users' prefixes and what came next, for the hop *others* (session-kNN)."""
 
 from __future__ import annotations
 

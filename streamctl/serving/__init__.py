@@ -1,0 +1,1 @@
+"""The HTTP server, its models in processes of their own, the store, and the page."""

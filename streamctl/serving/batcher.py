@@ -1,4 +1,4 @@
-"""A bounded queue in front of the models: what may run together does, and nothing waits in vain."""
+"""A bounded queue that batches requests for the models and refuses those that would be late."""
 
 from __future__ import annotations
 

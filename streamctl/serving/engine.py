@@ -1,4 +1,4 @@
-"""The engine: a run's methods with what came since. It answers in indexes and knows no HTTP."""
+"""The engine: a run's methods plus what arrived while serving; item indexes in and out, no HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's items and users with those that came since, as the models see them."""
+"""Items and users of the run plus those that arrived while serving, as the models see them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model in a process of its own, and what is said to it: a line of JSON each way.
+"""A model in a process of its own, and the lines of JSON that it reads and writes.
 
 The server answers HTTP and knows no torch; the model computes and knows no HTTP. A model that dies
 loses nothing: the server still has what it was asked, and asks another.

@@ -1,4 +1,4 @@
-"""A question in the model's terms: indexes for ids, and what may share a batch."""
+"""A request as a job for the model: ids become indexes, and what may share a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is asked about by id, and what changes while it is in service: two SQLite files.
+"""The store: items and users by id, and what changes while serving, in two SQLite files.
 
     FOLDER/catalog-HASH.sqlite  items, titles, users and their histories: made from the run once
     FOLDER/live.sqlite          items, removals and interactions that came since (WAL, synced)

@@ -1,4 +1,4 @@
-"""Items alike, by the cosine of their vectors (FAISS: exact, or IVF for large catalogues)."""
+"""Text neighbours: nearest items by cosine (FAISS: exact, or IVF for large catalogues)."""
 
 from __future__ import annotations
 

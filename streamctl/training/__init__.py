@@ -1,0 +1,1 @@
+"""The stages pretrain, annotate, sft and rl, and the training loop that they share."""

@@ -1,4 +1,4 @@
-"""What every generative stage reads: split, Semantic IDs, text neighbours, trie."""
+"""Stage inputs: split, Semantic IDs, text neighbours and trie, for every generative stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 2, supervised fine-tuning: to weigh one's own evidence (Eqs. 14-19 by the letter)."""
+"""Stage 2, supervised fine-tuning: learn to weigh evidence (Eqs. 14-19)."""
 
 from __future__ import annotations
 
