@@ -43,7 +43,7 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         name="streamctl",
         cls=_DataFirst,
-        help="Recommends what a user takes next, and shows why: from raw log to served answer.\n\n"
+        help="Recommends the next item, and shows why: from a raw log to a served answer.\n\n"
         "Example: `streamctl data prepare sales.csv --run runs/mine`, then "
         "`streamctl run --run runs/mine`, `streamctl serve --run runs/mine`.",
         epilog="Start with `streamctl demo`, or `streamctl data prepare SOURCE --run runs/NAME`.",

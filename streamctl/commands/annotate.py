@@ -9,7 +9,7 @@ from streamctl.commands.options import Job, print_stage, stage_command, switch
 def command(
     job: Job, strict: bool = switch("Exit with 1 if the think labels have collapsed.", "--strict")
 ) -> None:
-    """Label what each training example should think of, by iterative inference (Eqs. 12-13).
+    """Label the evidence that each training example should think of (Eqs. 12-13).
 
     Labels that have collapsed are reported in red; `--strict` makes that an error.
 

@@ -21,7 +21,7 @@ def command(
     items: Path | None = ITEMS,
     strict: bool = switch("Exit with code 1 when there is an ERROR.", "--strict"),
 ) -> None:
-    """Examine a log and its items before they are prepared; a remedy for every finding.
+    """Examine a log and its items before you prepare them, with a remedy for every finding.
 
     Bad lines (file and line), duplicates, impossible times, sequences sorted by item id, what
     the filters take, cold test items, leakage, ties, and differences from published statistics.

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 Source = Annotated[Path, typer.Argument(help="A folder, or the interactions file.")]
 FORMAT = option("Name of the format; detected (auto) unless given.", "--format")
-COLUMNS = option("user=NAME,item=NAME,time=NAME,rating=NAME,event=NAME, if unusual.", default="")
+COLUMNS = option(
+    "Column names, if unusual: user=NAME,item=NAME,time=NAME,rating=NAME,event=NAME.", default=""
+)
 ITEMS = option("File that describes the items, if it is not beside SOURCE.")
 
 
@@ -25,7 +27,9 @@ def command(
     format_: str | None = FORMAT,
     columns: str = COLUMNS,
     items: Path | None = ITEMS,
-    skip_bad: float | None = option("Share of bad lines to leave out and list [0]."),
+    skip_bad: float | None = option(
+        "Largest share of bad lines to leave out and list [default: 0]."
+    ),
     ids: str | None = option("exact, or number: 7, 7.0, 007 and ' 7' are the same id."),
     since: str | None = option(
         "Leave out earlier interactions: a date, or a number in the log's unit."
@@ -36,9 +40,9 @@ def command(
     drop_repeats: bool = switch("Keep one of rows equal in user, item and time.", "--drop-repeats"),
     one_per_item: str | None = option("first or last: keep one interaction of each user and item."),
     described: bool = switch("Keep only the items that the items file describes.", "--described"),
-    max_per_user: int | None = option("Keep only so many of each user's latest interactions."),
-    min_user: int | None = option("Interactions a user needs [5 with times, else 3]."),
-    min_item: int | None = option("Interactions an item needs [5 with times, else 1]."),
+    max_per_user: int | None = option("Keep at most this many of each user's latest interactions."),
+    min_user: int | None = option("Interactions a user needs [default: 5 with times, else 3]."),
+    min_item: int | None = option("Interactions an item needs [default: 5 with times, else 1]."),
     split: str | None = option(
         "auto (the source's own parts, else leave-one-out) or leave-one-out."
     ),
@@ -55,10 +59,10 @@ def command(
     are. A log with times gets the iterated 5-core filter, one in order only is left as it is.
     The catalogue holds the items that are left; --min-item 0 keeps the others, too.
 
-    The split is leave-one-out, or that of the source where it comes in parts (NAME.train.csv,
-    NAME.valid.csv and NAME.test.csv, RecBole's NAME.train.inter ..., or train.csv ...), or at
-    moments (--split-at), so that nobody's future is in anybody's training. Weights of --events
-    count in popularity and in what users took after one another.
+    The split is leave-one-out, or the source's own if it comes in parts (NAME.train.csv,
+    NAME.valid.csv and NAME.test.csv, RecBole's NAME.train.inter ..., or train.csv ...), or by
+    time (--split-at), so that training holds nothing later than a test item. Weights of --events
+    count in popularity and in the counts of what followed what.
 
     Reads: SOURCE. Writes: data/ of the run: interactions, users, items and statistics.
     Example: `streamctl data prepare sales.csv --items goods.csv --run runs/mine`.

@@ -19,15 +19,15 @@ def command(
     split: str | None = option("test (default) or valid."),
     methods: str | None = option("Rows of the table, comma-separated; default: all."),
     beam: int | None = option("Width of the search over codes; default 50.", min=1),
-    users: int | None = option("Evaluate a seeded sample of so many; 0: everyone.", min=0),
+    users: int | None = option("Evaluate a seeded sample of this many users; 0: all.", min=0),
     decode: str = option("beam, or exact: what beams lose to the true top-k.", default="beam"),
     think_curve: bool = switch("ndcg@10 by milliseconds, thought and beam.", "--think-curve"),
     strict: bool = switch("Exit with 1 if the think labels have collapsed.", "--strict"),
 ) -> None:
     """Rank the whole catalogue by every method and control in the run, and compare them.
 
-    recall@k is also known as HR@k: each target is looked for alone. Figures with seen items left
-    in and masked are both given. Redone by itself when a stage it reads has changed.
+    recall@k is also known as HR@k: each target counts alone. Figures are given with seen items
+    left in and masked. It is made again by itself when a stage that it reads has changed.
 
     `--decode exact` instead compares beams of 20 and 50 with an exact search of the whole
     catalogue, and `--think-curve` measures thoughts of 0, 1, 2, 4, ... and their

@@ -9,12 +9,12 @@ from streamctl.commands.options import Job, option, print_stage, stage_command
 def command(
     job: Job, method: str | None = option("Another method than the one that won on validation.")
 ) -> None:
-    """Make RUN/final: the winner with every interaction, those held out for evaluation included.
+    """Make RUN/final: the winning method on all interactions, held-out ones included.
 
-    Counts and the memory of other users are complete; weights that hang on no single item stay as
-    validation chose them; methods with vectors of their own for items train again, for as many
-    epochs as validation found. `recommend` and `serve` answer by it from then on. It cannot be
-    evaluated: nothing is held out.
+    Counts and kNN memory are made of all interactions. Weights that depend on no single item stay
+    as validation chose them; methods with a vector for each item are trained again, for as many
+    epochs as validation found best. `recommend` and `serve` use it from then on. It cannot be
+    evaluated, since nothing is held out.
 
     Reads: data, the eval stage and the winner's stages. Writes: RUN/final.
     Example: `streamctl refit --run runs/mine`.

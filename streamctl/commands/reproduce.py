@@ -29,7 +29,9 @@ def command(
     seeds: int = option("Seeds 0..N-1 of each.", default=1, min=1),
     size: str = option("Generative models: tiny, small or paper.", default="small"),
     rerank: bool = option("Show every row re-ranked, too.", "--rerank/--no-rerank", default=True),
-    budget: float = option("Start no stage after so many hours; 0: no limit.", default=0.0, min=0),
+    budget: float = option(
+        "Start no stage after this many hours; 0: no limit.", default=0.0, min=0
+    ),
     save: Path | None = option("Copy table-NAME.json and NAME/ (receipts) to this folder."),
     check: Path | None = option("Make what this receipt describes again, and compare."),
     set_: Sets = None,

@@ -12,12 +12,12 @@ def command(
         "Comma-separated: one ranker over the candidates of all these. Default: one each."
     ),
 ) -> None:
-    """Rank the candidates of a method, and of the hops, once more by gradient-boosted trees.
+    """Re-rank the candidates of a method and of the hops with gradient-boosted trees.
 
-    It reads of each candidate what every hop and the method say of it, its text, its popularity,
-    and whether the user had it. Validation users teach it and judge it, by folds: nobody judges
-    what they have taught. `eval` shows the method with and without it, and it may win only if the
-    95% interval of its gain is above zero.
+    Its features are what the method and every hop say of a candidate, its text, its popularity,
+    and whether the user had it. It is trained on validation users and judged by folds, so that no
+    user judges what they trained. `eval` shows the method with and without it; it may win only if
+    the 95% interval of its gain is above zero.
 
     Reads: data, tokenizer and the methods' stages. Writes: RUN/rerank/NAME (or NAME+NAME).
     Example: `streamctl rerank --run runs/mine --methods stream_sft,transitions`.

@@ -7,7 +7,9 @@ from streamctl.commands.options import Job, Size, stage_command
 
 @stage_command("force")
 def command(job: Job, size: Size = None) -> None:
-    """Run every stage that is not complete, from tokenize to eval, TIGER among them.
+    """Run every stage that is not complete yet, from tokenize to eval.
+
+    Of the baselines it trains transitions, knn, ranker and tiger.
 
     Reads: the data stage of the run. Writes: every other stage folder.
     Interrupt it at any time; the same command continues.

@@ -33,10 +33,10 @@ def command(
 ) -> None:
     """Serve a trained run: an API under /v1, its description at /docs, a page at /.
 
-    Answers with RUN/final where `streamctl refit` made it, else with the method that was best on
-    validation, or with --method.
-    Reads: these, and RUN/serving; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS. Writes:
-    RUN/serving, the items and interactions that come meanwhile.
+    RUN/final answers if `streamctl refit` has made it, else the method that was best on
+    validation; --method names another.
+    Reads: that method's stages and RUN/serving; STREAMCTL_READ_KEYS and STREAMCTL_WRITE_KEYS.
+    Writes: RUN/serving, the items and interactions that arrive while it serves.
     Example: `streamctl serve --run runs/mine --workers 2`.
     Next: `curl -X POST localhost:8000/v1/recommend -H 'content-type: application/json'
     -d '{"user_id": "u0017"}'`, or open http://localhost:8000/.

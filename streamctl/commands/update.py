@@ -12,11 +12,11 @@ from streamctl.commands.options import Job, print_json, stage_command
 
 @stage_command("force")
 def command(job: Job, old: Annotated[Path, typer.Argument(help="The run to go on from.")]) -> None:
-    """Make the stages of a newer log from an older run's: its codes stay, its weights train on.
+    """Continue an older run on a newer log: codes stay, weights train on.
 
     Items that both know keep their codes, new ones get free codes by their text. Pretraining
     goes on for a few epochs, with the settings of the older run; what follows is made from it.
-    `eval` shows what that is worth, beside what is trained anew in another run.
+    To see what that is worth, train another run anew and compare `eval` of both.
 
     Reads: OLD; data of the run (`data prepare` of the newer log). Writes: RUN/tokenizer and the
     stages of OLD that do not know single items.
