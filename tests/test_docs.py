@@ -133,8 +133,9 @@ def test_the_sixty_seconds_in_the_terminal_run(shop, monkeypatch, capsys):
     content = next(text for language, text in blocks(README) if language == "sh")
     monkeypatch.chdir(shop)
     doctor, prepare, run, recommend = content.strip().splitlines()
-    call(doctor, monkeypatch, capsys)
-    call(prepare, monkeypatch, capsys)
+    examined = call(doctor, monkeypatch, capsys)
+    assert "Next: streamctl data prepare sales.csv --run runs/sales" in examined
+    assert "Next: streamctl tokenize --run runs/mine" in call(prepare, monkeypatch, capsys)
     words = shlex.split(run, comments=True)
     parse(("run",), words[2:])
     for line in QUICK:

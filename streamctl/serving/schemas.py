@@ -35,8 +35,8 @@ class Query(_Strict):
     )
     user_id: ItemId | None = Field(
         None,
-        description="A user, instead of a history: of the log or of interactions sent since. To "
-        "one of whom nothing is known go the popular items, and `note` says so.",
+        description="A user, instead of a history: of the log or of interactions sent since. If "
+        "nothing is known of them the popular items answer, and `note` says why.",
     )
     k: int = Field(10, ge=1, le=MAX_K, description="Items wanted.")
     think: Annotated[int, Field(ge=0, le=MAX_THINK)] | Literal["auto"] = Field(
