@@ -134,7 +134,7 @@ def test_the_sixty_seconds_in_the_terminal_run(shop, monkeypatch, capsys):
     monkeypatch.chdir(shop)
     doctor, prepare, run, recommend = content.strip().splitlines()
     examined = call(doctor, monkeypatch, capsys)
-    assert "Next: streamctl data prepare sales.csv --run runs/sales" in examined
+    assert "data prepare sales.csv --items goods.csv --run runs/sales" in examined
     assert "Next: streamctl tokenize --run runs/mine" in call(prepare, monkeypatch, capsys)
     words = shlex.split(run, comments=True)
     parse(("run",), words[2:])

@@ -50,6 +50,7 @@ def command(
                 typer.echo(f"{'':10}  {line}")
             if finding.remedy:
                 typer.echo(f"{'':10}-> {finding.remedy}")
-        print_next(command, SOURCE=source, FILE=items or "goods.csv", NAME=source.stem)
+        given = (source, "--items", items) if items else (source,)
+        print_next(command, SOURCE=given, NAME=source.stem)
     if strict and any(finding.level == "error" for finding in found.findings):
         raise typer.Exit(1)

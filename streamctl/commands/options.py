@@ -137,10 +137,15 @@ def stage_command(*absent: str) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def print_next(command: Callable[..., None], **names: Any) -> None:
-    """What a finished command's help names as the next step, with RUN and the like filled in."""
+    """What a finished command's help names as the next step.
+
+    Args:
+        names: words that stand for RUN and the like: one, or several in a tuple.
+    """
     step = " ".join((inspect.getdoc(command) or "").rpartition("Next: ")[2].split())
     for name, value in names.items():
-        step = re.sub(rf"\b{name}\b", lambda _, value=value: shlex.quote(str(value)), step)
+        words = shlex.join(map(str, value if isinstance(value, tuple) else (value,)))
+        step = re.sub(rf"\b{name}\b", lambda _, words=words: words, step)
     typer.echo("Next: " + step.replace("`", ""))
 
 
