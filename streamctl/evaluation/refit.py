@@ -61,7 +61,7 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
                 say(f"{FINAL}: {name}")
                 _again(run.stage(name), final, device)
         stage.publish(method=method, asked=asked, stages=in_order(run, parents))
-        say(f"{FINAL}: {method}; `recommend` and `serve` answer by it")
+        say(f"{FINAL}: {method}; `recommend` and `serve` use it")
     return run.stage(FINAL)
 
 

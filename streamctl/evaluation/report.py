@@ -32,7 +32,7 @@ TITLES = {
     "random_thinking_rl": "random thoughts, RL",
     "oracle_thinking": "oracle thoughts",
 }
-SAME = "HR@k = recall@k: each target is looked for alone."
+SAME = "HR@k = recall@k: each target counts alone."
 _COLUMNS = ("recall@10", "ndcg@10")  # what fits 80 characters; --json has the rest
 _INK, _MUTED, _BLUE, _GREY = "#1f2933", "#52606d", "#2f6fb0", "#9aa5b1"
 
@@ -46,7 +46,7 @@ def table(result: Mapping[str, Any]) -> Table:
         f"{result['items']:,} items, ties {result['ties']}",
         title_justify="left",
         caption="over TIGER: paired 95% interval, over users, of the difference of ndcg@10.\n"
-        f"masked: items the user has taken are left out of the ranking. {SAME}",
+        f"masked: items that the user already had are left out of the ranking. {SAME}",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -105,7 +105,7 @@ def show(result: Mapping[str, Any]) -> None:
         if after := winner["next"]:
             bounds = _interval(after)
             said += f", {after['difference']:+.4f} over {after['method']} (95%: {bounds})"
-        console.print(f"{said}; `recommend` and `serve` answer by it", highlight=False)
+        console.print(f"{said}; `recommend` and `serve` use it", highlight=False)
     for stage, report in result["thinking"].items():
         if "distinct_chains" in report:
             steps = ", ".join(f"{value:.1f}" for value in report["perplexity_by_step"])
