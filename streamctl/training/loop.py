@@ -6,9 +6,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_EVERY_S = 60.0
 CLIP_NORM = 1.0
+SPREAD = 8  # batches that tell the loss before training
 TENSORBOARD = "STREAMCTL_TENSORBOARD"
 
 
@@ -73,7 +74,6 @@ class FitResult:
     start: dict[str, float] = field(default_factory=dict)  # metrics of a start that is a candidate
     validations: list[dict[str, float]] = field(default_factory=list)  # of each epoch, with `step`
     losses: list[float] = field(default_factory=list)  # of the first step, means of the epochs
-    first_rows: int = 1  # examples in the first step
 
 
 class MetricLog:
@@ -170,12 +170,10 @@ class _Trainer:
         return means
 
     def check(self) -> None:
-        """Refuse weights whose loss is far above that of the first step."""
+        """Refuse weights whose loss is far above that before training."""
         first, *epochs = self.result.losses
-        # A batch of a row or two may be easy by chance.
-        slack = 1 + abs(first) / 2 + 12 / math.sqrt(self.result.first_rows)
         kept = self.result.best_epoch if self.result.best else len(epochs) - 1
-        if kept >= 0 and epochs[kept] > first + slack:
+        if kept >= 0 and epochs[kept] > first + 1 + abs(first) / 2:
             raise self._diverged(f"that of epoch {kept + 1}, the best, is {epochs[kept]:.4g}")
 
     def _diverged(self, what: str) -> StreamctlError:
@@ -323,6 +321,12 @@ def fit(
             end = min((state.result.epochs + 1) * every, steps)
             if before_epoch is not None:
                 before_epoch(min(state.step, end - 1) // per_epoch)
+            if not state.result.losses:
+                parts = np.unique(np.linspace(0, per_epoch - 1, SPREAD).astype(int)).tolist()
+                some = [
+                    _load(examples, config, per_epoch, range(at, at + 1), device) for at in parts
+                ]
+                state.result.losses.append(_mean_loss(state, chain(*some), loss, device, bf16))
             began, begun_at = time.monotonic(), state.weight
             module.train()
             for data in islice(stream, end - state.step):
@@ -332,9 +336,6 @@ def fit(
                     again = replace(data, update=update)
                     due = _step(state, again, loss, rate, config.batch, device, bf16)
                 state.step += 1
-                if not state.result.losses:
-                    state.result.losses.append(state.means()["loss"])
-                    state.result.first_rows = len(data.targets)
                 bar.advance()
                 if due:
                     bar.note(f"epoch {state.result.epochs + 1} loss {state.means()['loss']:.3f}")
@@ -386,6 +387,25 @@ def _load(
         moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
         step_seed = derive_seed(config.seed, "step", epoch, place)
         yield Batch(*moved, share, step_seed, epoch, step)
+
+
+@torch.no_grad()
+def _mean_loss(
+    state: _Trainer, stream: Iterable[Batch], loss: Loss, device: torch.device, bf16: bool
+) -> float:
+    """The mean loss of some batches as the weights are.
+
+    Of several: a batch has histories of one length, and some lengths are easier than others.
+    """
+    state.module.train()
+    for data in stream:
+        torch.manual_seed(data.seed)
+        with autocast(device, bf16):
+            value, _ = loss(data)
+        state.add({"loss": value}, data.share)
+    mean = state.means()["loss"]
+    state.sums, state.weight = {}, 0.0
+    return mean
 
 
 def _step(
