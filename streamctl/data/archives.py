@@ -33,7 +33,10 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
             with zipfile.ZipFile(archive) as file:
                 members = _safe(file, archive)
                 for member, place in members:
-                    _write(file, member, Path(scratch) / place)
+                    path = Path(scratch) / place
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with file.open(member) as source, open(path, "xb") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
         except BROKEN_ZIP as why:
             raise StreamctlError(
                 f"the archive is damaged: {why}", where=archive, run="fetch it again"
@@ -78,9 +81,3 @@ def _safe(file: zipfile.ZipFile, archive: Path) -> list[tuple[zipfile.ZipInfo, P
     if len(tops) == 1 and all(len(place.parts) > 1 for place in places):
         places = [place.relative_to(place.parts[0]) for place in places]
     return list(zip(members, places, strict=True))
-
-
-def _write(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with file.open(member) as source, open(path, "xb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)

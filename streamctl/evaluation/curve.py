@@ -8,23 +8,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from streamctl.config import EvalConfig
-from streamctl.data import Examples, Split, load_data
+from streamctl.data import Examples, load_data
 from streamctl.decode import recommend
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import Models
 from streamctl.files import atomic_file
 from streamctl.progress import progress_bar
 from streamctl.ranking import (
-    Ranking,
     Recommender,
     evaluate,
     ranking_metrics,
@@ -32,7 +33,7 @@ from streamctl.ranking import (
     target_ranks,
 )
 from streamctl.ranking.evaluate import batches_by_length
-from streamctl.runs import RunDir, Stage
+from streamctl.runs import RunDir, Stage, StageWriter
 
 CURVE, LOSSES = "think-curve", "beam-losses"
 LENGTHS = {"evidence": (0, 1, 2, 4, 8, 16, 32, 64), "vocabulary": (0, 1, 2, 4, 8)}
@@ -42,51 +43,20 @@ USERS = 1000  # a seeded sample where the settings ask for everyone
 DEPTH = 10
 
 
-@dataclass(frozen=True)
-class _Budget:
-    """A recommender that thinks for so long."""
-
-    recommender: Recommender
-    think: int
-
-    def recommend(self, histories: torch.Tensor, k: int, **options: Any) -> Ranking:
-        return self.recommender.recommend(histories, k, **{**options, "think": self.think})
-
-
-def _thinker(run: RunDir) -> str:
-    for stage in ("rl", "sft"):
-        if run.stage(stage).complete:
-            return stage
-    raise StreamctlError(
-        "there is no thinking policy to measure",
-        where=run.path,
-        run=f"streamctl sft --run {run.path}",
-    )
-
-
-def _examples(split: Split, config: EvalConfig, name: str) -> Examples:
-    return sample_users(getattr(split, name), config.users or USERS, config.seed)
-
-
 def think_curve(run: RunDir, config: EvalConfig, *, device: str = "auto") -> Stage:
     """Measure every point and write points.json and think-curve.png into RUN/think-curve.
 
     Raises:
         StreamctlError: the run has no policy that thinks.
     """
-    stage_name = _thinker(run)
-    parents = ["data", "tokenizer", "annotate", stage_name]
-    with run.begin(CURVE, config, parents=parents, force=True) as stage:
-        split = load_data(run)[1]
-        examples = _examples(split, config, config.split)
-        models = Models(run, config, examples, device)
-        lengths = LENGTHS[models.policy(stage_name).config.thoughts]
-        kinds = {"its own thought": models.thinking(stage_name)}
-        kinds["random thought"] = models.random(stage_name)
-        points: list[dict[str, Any]] = []
+    with _measuring(run, CURVE, config, device) as (stage, models, result):
+        name, examples = result["stage"], models.examples
+        points = result["points"] = []
 
         def measure(kind: str, recommender: Recommender, length: int, beam: int) -> None:
-            options = {"n_items": split.n_items, "title": f"{kind} l={length} beam={beam}"}
+            options = {
+                "n_items": models.split.n_items, "title": f"{kind} l={length} beam={beam}"
+            }  # fmt: skip
             found = evaluate(recommender, examples, masked=False, **options)
             masked = evaluate(recommender, examples, masked=True, **options)
             point = {"kind": kind, "length": length, "beam": beam}
@@ -94,21 +64,18 @@ def think_curve(run: RunDir, config: EvalConfig, *, device: str = "auto") -> Sta
             point["ndcg@10_masked"] = masked.metrics["ndcg@10"]
             points.append(point | {"ms_per_user": found.ms_per_user})
 
+        kinds = {"its own thought": models.thinking(name), "random thought": models.random(name)}
         for kind, recommender in kinds.items():
-            for length in lengths:
+            for length in LENGTHS[models.policy(name).config.thoughts]:
                 if length or kind == "its own thought":
-                    measure(kind, _Budget(recommender, length), length, config.beam)
+                    budget = partial(recommender.recommend, think=length)
+                    measure(kind, SimpleNamespace(recommend=budget), length, config.beam)
         for beam in WIDER:
-            fast = models.generative(stage_name, decoder="direct", beam=beam)
+            fast = models.generative(name, decoder="direct", beam=beam)
             measure("no thought, wider", fast, 0, beam)
-        result = {
-            "stage": stage_name, "split": config.split, "users": len(examples),
-            "seed": config.seed, "points": points,
-        }  # fmt: skip
         stage.save_json("points.json", result)
         plot(result, stage.path / "think-curve.png")
         stage.adopt("think-curve.png")
-        stage.publish()
     return run.stage(CURVE)
 
 
@@ -121,21 +88,37 @@ def beam_losses(run: RunDir, config: EvalConfig, *, device: str = "auto") -> Sta
     Raises:
         StreamctlError: the run has no policy that thinks.
     """
-    stage_name = _thinker(run)
-    parents = ["data", "tokenizer", "annotate", stage_name]
-    with run.begin(LOSSES, config, parents=parents, force=True) as stage:
-        examples = _examples(load_data(run)[1], config, config.split)
-        models = Models(run, config, examples, device)
-        result = {"stage": stage_name, "split": config.split, "users": len(examples)}
-        result |= {"seed": config.seed, "rows": {}}
-        thoughts = models.policy(stage_name).config.thoughts
+    with _measuring(run, LOSSES, config, device) as (stage, models, result):
+        name = result["stage"]
+        thoughts = models.policy(name).config.thoughts
         own = models.annotation["length"] if thoughts == "vocabulary" else 0
-        for length in dict.fromkeys((0, own)):
-            name = f"l = {length}"
-            result["rows"][name] = _losses(models, stage_name, length, examples, config)
+        result["rows"] = {
+            f"l = {length}": _losses(models, name, length, models.examples, config)
+            for length in dict.fromkeys((0, own))
+        }
         stage.save_json("losses.json", result)
-        stage.publish()
     return run.stage(LOSSES)
+
+
+@contextmanager
+def _measuring(
+    run: RunDir, name: str, config: EvalConfig, device: str
+) -> Iterator[tuple[StageWriter, Models, dict[str, Any]]]:
+    """A stage that measures the last policy that thinks, and what its result says of it."""
+    policy = next((each for each in ("rl", "sft") if run.stage(each).complete), None)
+    if policy is None:
+        raise StreamctlError(
+            "there is no thinking policy to measure",
+            where=run.path,
+            run=f"streamctl sft --run {run.path}",
+        )
+    parents = ["data", "tokenizer", "annotate", policy]
+    with run.begin(name, config, parents=parents, force=True) as stage:
+        everyone = getattr(load_data(run)[1], config.split)
+        examples = sample_users(everyone, config.users or USERS, config.seed)
+        about = {"stage": policy, "split": config.split, "users": len(examples)}
+        yield stage, Models(run, config, examples, device), {**about, "seed": config.seed}
+        stage.publish()
 
 
 def _losses(

@@ -58,7 +58,7 @@ def candidates(
     rankings = [method.recommend(histories, depth, **options) for method in methods]
     past = histories.cpu().numpy()
     pieces = evidence.gather(past, users)
-    lists = [_permitted(pieces.items.astype(np.int64), exclude, allow)]
+    lists = [permitted(pieces.items.astype(np.int64), exclude, allow)]
     lists += [ranking.items.cpu().numpy() for ranking in rankings]
     items = _union(lists)
     columns = [_looked_up(items, lists[0], pieces.features()[..., :OF_HOPS])]
@@ -68,7 +68,7 @@ def candidates(
     return Candidates(items, np.concatenate(columns, 2, dtype=np.float32), rankings)
 
 
-def _permitted(
+def permitted(
     items: np.ndarray,
     exclude: Sequence[np.ndarray] | None,
     allow: Sequence[np.ndarray | None] | None,

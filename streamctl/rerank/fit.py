@@ -16,7 +16,7 @@ from streamctl.progress import progress_bar
 from streamctl.ranking import Interval, Recommender, gains, paired_difference, target_ranks
 from streamctl.ranking.evaluate import batches_by_length
 from streamctl.ranking.metrics import DEPTH
-from streamctl.rerank.features import candidates
+from streamctl.rerank.features import Candidates, candidates, permitted
 from streamctl.rerank.lambdarank import Groups, LambdaRank
 from streamctl.rerank.reranker import ordered
 from streamctl.retrieval.evidence import Evidence
@@ -85,43 +85,33 @@ def fit_reranker(
         StreamctlError: no candidate is anybody's target, or LightGBM is missing.
     """
     fold = folds(examples.users, config.seed)
-    items: list[np.ndarray] = [np.empty(0)] * len(examples)
-    features: list[np.ndarray] = [np.empty(0)] * len(examples)
     before = np.empty(len(examples), np.int32)
+    parts: list[tuple[np.ndarray, Candidates]] = []
     with progress_bar("candidates", len(examples), "users") as bar:
         for index in batches_by_length(examples.lengths, BATCH):
-            history = torch.from_numpy(examples.histories(index))
-            found = candidates(
-                methods, evidence, history, config.depth, users=examples.users[index]
-            )
-            alone = methods[0].recommend(
-                history, DEPTH, users=examples.users[index], exclude=examples.seen(index)
-            )
+            history, users = torch.from_numpy(examples.histories(index)), examples.users[index]
+            found = candidates(methods, evidence, history, config.depth, users=users)
+            parts.append((index, found))
+            alone = methods[0].recommend(history, DEPTH, users=users, exclude=examples.seen(index))
             before[index] = target_ranks(alone.items.cpu().numpy(), examples.targets[index])
-            for place, row in enumerate(index):
-                there = found.items[place] >= 0
-                items[row], features[row] = found.items[place, there], found.features[place, there]
             bar.advance(len(index))
+    shape = len(examples), max(found.items.shape[1] for _, found in parts)
+    items = np.full(shape, -1)
+    features = np.zeros((*shape, parts[0][1].features.shape[2]), np.float32)
+    for index, found in parts:
+        items[index, : found.items.shape[1]] = found.items
+        features[index, : found.items.shape[1]] = found.features
 
-    def groups(rows: np.ndarray) -> Groups:
-        hits = [items[row] == examples.targets[row] for row in rows]
-        taught = [row for row, hit in zip(rows, hits, strict=True) if hit.any()]
-        return Groups(
-            np.concatenate([features[row] for row in taught]) if taught else np.empty((0, 1)),
-            np.concatenate([hit for hit in hits if hit.any()]) if taught else np.empty(0, bool),
-            np.array([len(items[row]) for row in taught], np.int64),
-        )
+    def fit(rows: np.ndarray) -> LambdaRank:
+        groups = Groups.of(items[rows], features[rows], examples.targets[rows])
+        options = {"trees": config.trees, "lr": config.lr, "seed": config.seed}
+        return LambdaRank.fit(groups, **options, parameters=SMALL)
 
-    options = {"trees": config.trees, "lr": config.lr, "seed": config.seed, "parameters": SMALL}
     after = np.empty(len(examples), np.int32)
     for number in range(FOLDS):
         mine, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
-        ranker = LambdaRank.fit(groups(rest), **options)
-        for row, seen in zip(mine, examples.seen(mine), strict=True):
-            shown = ~np.isin(items[row], seen)
-            scores = ranker.scores(items[row][None], features[row][None])
-            top, _ = ordered(items[row][None][:, shown], scores[:, shown], DEPTH)
-            after[row] = target_ranks(top, examples.targets[row : row + 1])[0]
-    final = LambdaRank.fit(groups(np.arange(len(examples))), **options)
+        shown = permitted(items[mine], examples.seen(mine), None)
+        top, _ = ordered(shown, fit(rest).scores(shown, features[mine]), DEPTH)
+        after[mine] = target_ranks(top, examples.targets[mine])
     gain = paired_difference(after, before, users=examples.users, seed=config.seed)
-    return Fit(final, before, after, gain)
+    return Fit(fit(np.arange(len(examples))), before, after, gain)

@@ -144,14 +144,9 @@ def neighbours(vectors: np.ndarray, k: int, index: VectorIndex | None = None) ->
         other = found != own
         # An item with more than k exact copies may not find itself: then the last one goes.
         other[other.all(1), -1] = False
-        out[start : start + ROWS] = _first(found, other, count)
+        order = np.argsort(~other, axis=1, kind="stable")[:, :count]
+        out[start : start + ROWS] = np.take_along_axis(found, order, 1)
     return out
-
-
-def _first(found: np.ndarray, other: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` entries of each row for which `other` holds."""
-    order = np.argsort(~other, axis=1, kind="stable")[:, :count]
-    return np.take_along_axis(found, order, 1)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -14,9 +14,9 @@ from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.text import (
     clean,
     delimiter_of,
+    first_sentence,
     lines,
     numbered,
-    one_line,
     plain_name,
     records,
     writable,
@@ -218,7 +218,7 @@ def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                 yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise StreamctlError(
-            f"not a parquet file: {one_line(error)}",
+            f"not a parquet file: {first_sentence(error)}",
             where=path,
             run="write it anew, or save the items as .csv or .jsonl",
         ) from error

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from streamctl.data.sources.reading import Damage, Reading
+from streamctl.data.sources.text import first_sentence
 from streamctl.data.sources.times import as_integers
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.files import disk_errors
@@ -293,9 +294,3 @@ def database_errors(where: Path | None = None) -> Iterator[None]:
 def sql_text(text: str) -> str:
     """A text as SQL writes it."""
     return "'" + text.replace("'", "''") + "'"
-
-
-def first_sentence(error: BaseException) -> str:
-    """The first line of a message, at most 200 characters."""
-    text = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
-    return text[:200]

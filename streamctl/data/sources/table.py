@@ -11,12 +11,13 @@ from typing import Any
 import duckdb
 
 from streamctl.data.sources.items import USER_NAMES, find_column, id_text, json_rows
-from streamctl.data.sources.raw import RawLog, database_errors, first_sentence
+from streamctl.data.sources.raw import RawLog, database_errors
 from streamctl.data.sources.reading import SHOWN, Reading
 from streamctl.data.sources.source import Files, Source, beside, parts_of, pick
 from streamctl.data.sources.text import (
     delimiter_of,
     first_line,
+    first_sentence,
     lines_at,
     numbered,
     plain_copy,

@@ -48,15 +48,16 @@ def open_binary(path: Path) -> BinaryIO:
         ) from error
 
 
-def one_line(error: Exception) -> str:
-    """An exception's message without its line ends."""
-    return " ".join(str(error).split())
+def first_sentence(error: BaseException) -> str:
+    """The first line of a message, at most 200 characters."""
+    text = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
+    return text[:200]
 
 
 def damaged(path: Path, error: Exception, line: int | None = None) -> StreamctlError:
     """The error of a file that cannot be read to its end."""
     kind = "the compressed file is damaged or cut short" if path.suffix in COMPRESSED else ""
-    reason = kind or f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
+    reason = kind or f"cannot be read: {getattr(error, 'strerror', None) or first_sentence(error)}"
     return StreamctlError(reason, where=path, line=line, run="fetch or copy the file again")
 
 
