@@ -31,6 +31,8 @@ class Rank:
     kill_rank: int = 1
 
     def __call__(self) -> None:
+        import torch
+
         from streamctl import device
         from streamctl.training import loop, pretrain
 
@@ -50,7 +52,8 @@ class Rank:
         add = loop._Trainer.add
 
         def recorded(trainer, metrics, share):
-            self._record(float(metrics["loss"].detach()) * share.weight / share.total)
+            if torch.is_grad_enabled():  # else the loss before training
+                self._record(float(metrics["loss"].detach()) * share.weight / share.total)
             add(trainer, metrics, share)
 
         loop._Trainer.add = recorded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import signal
 import time
@@ -47,7 +46,7 @@ def test_prepare_killed_at_random_instants_ends_with_the_same_bytes(tmp_path, mo
             process = start(run)
             process.join(chance.uniform(0, span))
             if process.exitcode is None:
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
             process.join()
             killed += process.exitcode == -signal.SIGKILL
             assert not RunDir(run).stage("data").complete or hashes(RunDir(run)) == expected

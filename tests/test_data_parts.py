@@ -174,7 +174,7 @@ def test_at_a_moment_nobodys_future_is_in_anybodys_training(rows, first, second)
         assert ((moments >= low) & (moments < high)).all()
         assert (view.end > log.offsets[view.users]).all()  # something is before every target
         for example, seen in enumerate(view.seen(np.arange(len(view)))):
-            assert len(seen) == view.end[example] - log.offsets[view.user[example]]
+            assert len(seen) == view.end[example] - log.offsets[view.users[example]]
     assert facts["train_prefixes"] == len(split.train)
     assert facts["valid_targets"] == len(split.valid)
     assert facts["test_targets"] == len(split.test)

@@ -55,9 +55,9 @@ def test_training_never_touches_the_last_two_interactions(sequences):
     train = split.train
     assert not np.isin(train.end, held_out).any()
     assert (train.end > train.start).all()
-    first = split.log.offsets[train.user]
+    first = split.log.offsets[train.users]
     assert (train.start >= first).all()
-    assert (train.end < split.log.offsets[train.user + 1] - 2).all()
+    assert (train.end < split.log.offsets[train.users + 1] - 2).all()
     assert len(train) == sum(len(s) - 3 for s in sequences)
     expected = np.bincount([item for s in sequences for item in s[:-2]], minlength=split.n_items)
     np.testing.assert_array_equal(split.popularity(), expected)

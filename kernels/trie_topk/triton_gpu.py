@@ -23,6 +23,8 @@ def _children_kernel(
     first = tl.load(start + tl.maximum(node, 0))
     past = tl.where(alive, tl.load(start + tl.maximum(node, 0) + 1), first)
     prior = tl.load(priors + beam).to(tl.float64)
+    # Which it is does not matter, for the reference says what is wrong; that the numbers differ
+    # keeps the compiler from spilling.
     error = tl.where((first < 0) | (past > n_edges) | (past < first), 1, 0)
     error = tl.where(past - first > vocabulary, 1, error)
     past = tl.where(error > 0, first, past)
@@ -38,7 +40,7 @@ def _children_kernel(
         token = tl.load(tokens + edge, mask=inside, other=0).to(tl.int64)
         child = tl.load(children + edge, mask=inside, other=0)
         stray = inside & ((child < 0) | (child >= n_nodes))
-        error = tl.where(tl.max(stray.to(tl.int32), 0) > 0, 1, error)
+        error = tl.where(tl.max(stray.to(tl.int32), 0) > 0, 3, error)
         inside = inside & (child >= 0) & (child < n_nodes)
         may = inside
         if MASKED:
@@ -47,7 +49,7 @@ def _children_kernel(
             if WHOLE:
                 inside = may
         stray = inside & ((token < 0) | (token >= vocabulary))
-        error = tl.where(tl.max(stray.to(tl.int32), 0) > 0, 1, error)
+        error = tl.where(tl.max(stray.to(tl.int32), 0) > 0, 2, error)
         inside = inside & (token >= 0) & (token < vocabulary)
         value = tl.load(row + token * stride_v, mask=inside, other=float("-inf")).to(tl.float64)
         strange = inside & ((value != value) | (value == float("inf")))
@@ -65,14 +67,14 @@ def _children_kernel(
             value = tl.load(row + every * stride_v, mask=there, other=float("-inf"))
             value = value.to(tl.float64)
             odd = (value != value) | (value == float("inf"))
-            error = tl.where(tl.max(odd.to(tl.int32), 0) > 0, 1, error)
+            error = tl.where(tl.max(odd.to(tl.int32), 0) > 0, 4, error)
             peak = tl.maximum(highest, tl.max(value, 0))
             base = tl.where(peak > float("-inf"), peak, 0.0)
             total = total * tl.exp(highest - base) + tl.sum(tl.exp(value - base), 0)
             highest = peak
     refused = (unordered > 0) | (prior != prior) | (prior == float("inf"))
     refused = (legal > 0) & refused
-    error = tl.where(refused, 1, error)
+    error = tl.where(refused, 4, error)
     tl.store(errors + beam, error)
     norm = tl.where(total > 0, highest + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
 

@@ -33,7 +33,7 @@ def command(
     catalogue, and `--think-curve` measures thoughts of 0, 1, 2, 4, ... and their
     controls; both on 1,000 users unless --users says otherwise.
 
-    Reads: data and every trained stage. Writes: RUN/eval (metrics.json, ranks, plots as PNG),
+    Reads: data and every trained stage. Writes: RUN/eval (metrics.json, ranks, a plot),
     RUN/beam-losses (losses.json), RUN/think-curve (points.json, think-curve.png).
     Example: `streamctl eval --run runs/mine --methods stream_sft,ranker`.
     Next: `streamctl recommend --run RUN --user ID`, `streamctl refit --run RUN`.

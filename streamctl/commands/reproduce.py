@@ -78,14 +78,15 @@ def command(
         print_json(table)
     else:
         _show(table)
-        print_next(command, RUN=run.path)
+        if (run.path / "reproduce/receipts/seed-0.json").exists():
+            print_next(command, RUN=run.path)
 
 
 def _show(table: dict[str, Any]) -> None:
     """The table in 80 columns; its JSON has every metric and comparison."""
     rows = table["rows"]
-    rivals = [name for name in ("ranker", "transitions", "tiger")
-              if any(f"vs_{name}" in row for row in rows)]  # fmt: skip
+    known = {key for row in rows for key in row}
+    rivals = [name for name in ("ranker", "transitions", "tiger") if f"vs_{name}" in known]
 
     def cell(value: float | list[float] | None) -> str:
         if isinstance(value, list):

@@ -291,9 +291,8 @@ def _prefixes(spent: Mapping[str, Mapping[str, Any]], name: str, examples: int) 
     made = spent[name]
     if name == "rl":
         return made["steps"] * made["config"]["batch"]
-    if name == "sft":
-        examples = spent["annotate"].get("examples", examples)
-    return examples * made.get("epochs", 0)
+    seen = spent["annotate"] if name == "sft" else made
+    return seen.get("examples", examples) * made.get("epochs", 0)
 
 
 def _is_streams(name: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from streamctl.config import RerankConfig
 from streamctl.data import Examples
 from streamctl.device import derive_seed
+from streamctl.errors import StreamctlError
 from streamctl.progress import progress_bar
 from streamctl.ranking import Interval, Recommender, gains, paired_difference, target_ranks
 from streamctl.ranking.evaluate import batches_by_length
@@ -84,6 +85,11 @@ def fit_reranker(
     Raises:
         StreamctlError: no candidate is anybody's target, or LightGBM is missing.
     """
+    if not len(examples):
+        raise StreamctlError(
+            "nobody validates, so a re-ranker has nobody to learn from",
+            run="`streamctl data prepare` with a split that leaves validation users",
+        )
     fold = folds(examples.users, config.seed)
     before = np.empty(len(examples), np.int32)
     parts: list[tuple[np.ndarray, Candidates]] = []

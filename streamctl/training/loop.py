@@ -6,9 +6,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class FitResult:
     steps: int = 0  # of training, in all
     start: dict[str, float] = field(default_factory=dict)  # metrics of a start that is a candidate
     validations: list[dict[str, float]] = field(default_factory=list)  # of each epoch, with `step`
-    losses: list[float] = field(default_factory=list)  # of the first step, means of the epochs
+    losses: list[float] = field(default_factory=list)  # before training, means of the epochs
 
 
 class MetricLog:
@@ -323,10 +323,8 @@ def fit(
                 before_epoch(min(state.step, end - 1) // per_epoch)
             if not state.result.losses:
                 parts = np.unique(np.linspace(0, per_epoch - 1, SPREAD).astype(int)).tolist()
-                some = [
-                    _load(examples, config, per_epoch, range(at, at + 1), device) for at in parts
-                ]
-                state.result.losses.append(_mean_loss(state, chain(*some), loss, device, bf16))
+                some = _load(examples, config, per_epoch, parts, device)
+                state.result.losses.append(_mean_loss(state, some, loss, device, bf16))
             began, begun_at = time.monotonic(), state.weight
             module.train()
             for data in islice(stream, end - state.step):
@@ -371,13 +369,13 @@ def fit(
 
 
 def _load(
-    examples: Examples, config: Any, per_epoch: int, steps: range, device: torch.device
+    examples: Examples, config: Any, per_epoch: int, steps: Sequence[int], device: torch.device
 ) -> Iterator[Batch]:
     """The process's share of the batch of each step, counted over all epochs."""
     lengths, targets, users = map(np.asarray, (examples.lengths, examples.targets, examples.users))
     for step in steps:
         epoch, place = divmod(step, per_epoch)
-        if step == steps.start or not place:
+        if step == steps[0] or not place:
             order = batches(lengths, config.batch, config.seed, epoch)
         whole = order[place]
         share = ranks().share(len(whole))

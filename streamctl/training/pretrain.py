@@ -150,6 +150,7 @@ def pretrain(
         else:
             slow = validator(thoughts=lambda history, _: retrieved_codes(policy, history, count))
         report: dict[str, Any] = {
+            "examples": len(examples),
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,
             "hops": list(material.hops),
