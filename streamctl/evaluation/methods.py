@@ -366,8 +366,10 @@ def best_method(run: RunDir) -> tuple[str, str]:
         return winner["method"], said
     for name in (*UNJUDGED, *names):
         if name in names:
-            state = "is out of date" if stage.complete else "has not been made"
-            return name, f"trained last; `{run.command(EVAL)}` finds the best, which {state}"
+            if name == "popularity":
+                return name, "nothing is trained yet; `streamctl run` trains every stage"
+            state = "is out of date" if stage.complete else "is not there yet"
+            return name, f"trained last; `{run.command(EVAL)}` finds the best: its table {state}"
     raise StreamctlError("the run has no method", where=run.path, run=run.command("data"))
 
 

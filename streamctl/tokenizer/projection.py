@@ -12,6 +12,7 @@ from streamctl.runs import Stage, StageWriter
 
 # A direction with less than this share of the first one's variance is rounding, not text.
 NEGLIGIBLE = 1e-5
+SHARE = 4  # vectors that a direction needs
 ROWS = 65_536  # vectors that are turned into float64 at once
 
 
@@ -28,9 +29,10 @@ class Projection:
 
     @classmethod
     def fit(cls, vectors: np.ndarray, dim: int) -> Projection:
-        """PCA of (N, d_w) vectors to `dim` (fewer where they span fewer), standardised.
+        """PCA of (N, d_w) vectors to `dim`, or fewer where they span fewer, standardised.
 
-        Vectors that are all the same become zeros.
+        No more than N / 4: as many standardised directions as there are vectors leave all of them
+        equally far from each other. Vectors that are all the same become zeros.
         """
         mean = vectors.mean(0, dtype=np.float64)
         covariance = np.zeros((len(mean), len(mean)))
@@ -40,7 +42,7 @@ class Projection:
         variance, axes = variance[::-1], axes[:, ::-1]
         # What rounding alone makes of equal vectors is no direction either.
         least = max(NEGLIGIBLE * variance[0], NEGLIGIBLE**2 * float(np.square(mean).sum()))
-        kept = min(dim, int((variance > least).sum()))
+        kept = min(dim, max(1, len(vectors) // SHARE), int((variance > least).sum()))
         if not kept:
             return cls(mean, np.zeros((1, len(mean))))
         axes = axes[:, :kept].T

@@ -45,6 +45,7 @@ class Reading:
             StreamctlError: bad lines are not to be left out.
         """
         if not self.skip_bad:
+            run = run or "`data doctor` lists the bad lines, --skip-bad 0.01 leaves out up to 1%"
             raise StreamctlError(reason, where=path, line=line, run=run)
         self.count(path, [(line, reason)], 1)
 
