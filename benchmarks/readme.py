@@ -19,7 +19,10 @@ from streamctl import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/speed.md", "docs/scale.md", "docs/config.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("results", "speed", "scale", "config", "tutorial")),
+)
 BRIEF = (
     "popularity", "transitions", "knn", "ranker", "sasrec_ce", "tiger", "stream_pt", "stream_sft",
     "stream_rl", "l0", "random",
@@ -175,7 +178,24 @@ def load(receipt: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
-BLOCKS = {"serve": load, **scale_tables.BLOCKS}
+def going_on(receipt: dict[str, Any]) -> str:
+    """`update` beside training anew."""
+    rows = []
+    for way in ("updated", "anew"):
+        found = receipt["accuracy"][way]
+        figures = [f"{found[row]['ndcg@10_masked']:.4f}" for row in ("stream_sft", "l0")]
+        rows.append([way, *figures, f"{receipt['seconds'][way] / 60:.0f}"])
+    less = receipt["updated_less_anew_ndcg@10_masked"]["stream_sft"]
+    old, new = receipt["logs"]["old"], receipt["logs"]["updated"]
+    return (
+        f"The set {receipt['run']}, from {old['interactions']:,} interactions to "
+        f"{new['interactions']:,}, size {receipt['size']}; masked ndcg@10, "
+        f"updated less anew {less['low']:+.4f} to {less['high']:+.4f}:\n\n"
+        + markdown(["", "STREAM-Rec", "without a thought", "minutes"], rows)
+    )
+
+
+BLOCKS = {"serve": load, "update": going_on, **scale_tables.BLOCKS}
 SPEED = ("kernels", "decode", "train")  # those with a place of their own in docs/speed.md
 
 

@@ -35,18 +35,32 @@ def prepare(receipt: Receipt) -> str:
 
 
 def ranks(receipt: Receipt) -> str:
-    """Two processes beside one: the losses, the time, and what a killed rank left."""
-    rows = []
-    for row in receipt["rows"]:
-        killed = row.get("killed")
-        kept = "" if killed is None else "continued" if killed["resumable"] else "lost"
-        seconds = [f"{row['seconds'][count]:.0f}" for count in ("1", "2")]
-        rows.append([row["stage"], str(row["steps"]), f"{row['largest_relative']:.1e}",
-                     *seconds, kept])  # fmt: skip
-    head = ["stage", "steps", "largest relative difference of the loss, 2 ranks to 1"]
-    table = markdown([*head, "seconds, 1", "seconds, 2", "after a killed rank"], rows)
-    same = "identical" if receipt["eval"]["identical_artifacts"] else "different"
-    return f"{table}\n\n`eval`: {same} artifacts."
+    """Two processes of one thread beside one of two."""
+    rows = [
+        [row["stage"], f"{row['peer']:.4g} {row['unit']}", f"{row['ours']:.4g}",
+         f"{row['ratio']:.2f}x"]
+        for row in receipt["rows"]
+    ]  # fmt: skip
+    return markdown(["stage", "one process", "two processes", "ratio"], rows)
+
+
+def million(receipt: Receipt) -> str:
+    """Minutes and memory of every stage on a large shop."""
+    rows = [
+        [
+            row["stage"],
+            f"{row['minutes']:.1f}",
+            f"{row['cpu_minutes']:.1f}",
+            f"{row['peak_gb']:.1f}",
+        ]
+        for row in receipt["stages"]
+    ]
+    return (
+        f"{receipt['users']:,} users, {receipt['items']:,} items and "
+        f"{receipt['interactions']:,} interactions: {receipt['cpu_minutes']:.0f} minutes of one "
+        f"core, {receipt['peak_gb']:.1f} GB at most.\n\n"
+        + markdown(["stage", "minutes", "of them computing", "GB at most"], rows)
+    )
 
 
 def growth(receipt: Receipt) -> str:
@@ -123,5 +137,6 @@ BLOCKS: dict[str, Callable[[Receipt], str]] = {
     "throughput": throughput,
     "prepare": prepare,
     "ranks": ranks,
+    "million": million,
     "scale": growth,
 }
