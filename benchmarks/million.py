@@ -28,7 +28,8 @@ RESULT = Path(__file__).parent / "results" / "million.json"
 SETTINGS = (
     "tokenize.encoder=tfidf", "tokenize.epochs=2", "pretrain.epochs=1", "pretrain.positions=1",
     "pretrain.hops=16,16,16,8,16,0", "annotate.positions=1", "annotate.fit_epochs=0",
-    "sft.epochs=1", "rl.steps=10", "rl.validate_every=5", "baseline.epochs=1", "eval.users=2000",
+    "sft.epochs=1", "rl.steps=10", "rl.validate_every=5", "baseline.epochs=1",
+    "eval.users=1000", "eval.methods=transitions,stream_sft",
 )  # fmt: skip
 KEPT = "spent.json"
 ORDER = ("data", *(name for name in STEPS if "no_thinking" not in name), "eval")
