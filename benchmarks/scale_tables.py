@@ -50,15 +50,15 @@ def million(receipt: Receipt) -> str:
         [
             row["stage"],
             f"{row['minutes']:.1f}",
-            f"{row['cpu_minutes']:.1f}",
+            "" if row["cpu_minutes"] is None else f"{row['cpu_minutes']:.1f}",
             f"{row['peak_gb']:.1f}",
         ]
         for row in receipt["stages"]
     ]
     return (
         f"{receipt['users']:,} users, {receipt['items']:,} items and "
-        f"{receipt['interactions']:,} interactions: {receipt['cpu_minutes']:.0f} minutes of one "
-        f"core, {receipt['peak_gb']:.1f} GB at most.\n\n"
+        f"{receipt['interactions']:,} interactions: {receipt['minutes']:.0f} minutes, "
+        f"{receipt['peak_gb']:.1f} GB at most.\n\n"
         + markdown(["stage", "minutes", "of them computing", "GB at most"], rows)
     )
 
