@@ -12,9 +12,13 @@ import pytest
 from serving_run import make_data
 
 from streamctl.data import load_data
+from streamctl.data.sources.items import as_number
 from streamctl.errors import StreamctlError
 from streamctl.runs import RunDir
+from streamctl.serving import service as services
+from streamctl.serving.batcher import Gone
 from streamctl.serving.keys import KeyRing
+from streamctl.serving.question import as_job
 from streamctl.serving.schemas import Query
 from streamctl.serving.service import Served, Service, Settings
 from streamctl.serving.store import Refused, Store, words_of
@@ -126,6 +130,23 @@ def test_a_forgotten_user_is_not_read_any_more_and_may_begin_anew(run, folder, s
         assert other.user(user) == [1, 2]
         assert other.users(user, 5)["users"] == [user]
     assert store.forgotten_since(0)[0] == ["u001", "newcomer"]
+
+
+def test_who_is_forgotten_is_so_even_if_the_file_cannot_be_tidied(store):
+    def refuse(action, *_):
+        return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_PRAGMA else sqlite3.SQLITE_OK
+
+    store._db.set_authorizer(refuse)
+    store.forget("u001")
+    store._db.set_authorizer(None)
+    assert store.user("u001") is None
+
+
+def test_a_user_is_asked_about_by_the_id_that_is_stored(store):
+    about = {"method": "a", "methods": ["a"], "loaded": ["a"]}
+    store.read_id = as_number
+    store.take("7", [store.describe([0])[0]["id"]])
+    assert as_job(Query(user_id="007"), store, about).details["user_id"] == "7"
 
 
 def test_interactions_count_for_runs_of_the_same_data_only(run, folder, store, tmp_path):
@@ -291,3 +312,48 @@ def test_a_method_is_loaded_outside_the_deadline_and_one_model_after_another(run
 
     assert asyncio.run(asked()) == ["b", "b"]
     assert most == 1 and served.about["loaded"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", [StreamctlError, RuntimeError, Gone, OSError])
+def test_a_replacement_that_cannot_load_is_ended_and_another_tried(run, folder, monkeypatch, kind):
+    errors, killed = [kind("not this one")], []
+
+    class Fake:
+        def __init__(self):
+            self.ended = asyncio.Event()
+
+        async def died(self) -> str:
+            await self.ended.wait()
+            return "exit code -9"
+
+        async def ask(self, what: str, **details) -> None:
+            assert (what, details) == ("load", {"method": "b"})
+            if errors:
+                raise errors.pop()
+
+        async def answer(self, jobs) -> None:
+            raise AssertionError
+
+        def kill(self) -> None:
+            killed.append(self)
+
+    async def start(**settings) -> Fake:
+        return Fake()
+
+    async def replaced() -> list[Fake]:
+        served = Served(run.path, Settings(run.path, store=folder))
+        first = Fake()
+        served.about, served.models = {"loaded": ["b"]}, [first]
+        keeper = asyncio.create_task(served._keep(first))
+        first.ended.set()
+        async with asyncio.timeout(10):
+            while served.models in ([first], []):
+                await asyncio.sleep(0.001)
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        return served.models
+
+    monkeypatch.setattr(services, "RETRY_S", 0.0)
+    monkeypatch.setattr(services.Model, "start", staticmethod(start))
+    [model] = asyncio.run(replaced())
+    assert len(killed) == 1 and model not in killed

@@ -177,8 +177,9 @@ class Batcher:
             oldest = self._queue[0].since if self._queue else float("inf")
             left = oldest + self.max_wait - time.monotonic()
             if len(self._queue) < self.max_batch and left > 0:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._arrived.wait(), left if self._queue else None)
+                with contextlib.suppress(TimeoutError):  # wait_for may swallow a cancellation
+                    async with asyncio.timeout(left if self._queue else None):
+                        await self._arrived.wait()
             elif batch := self._take():
                 self._running += len(batch)  # from now on, so that no job is ever in neither place
                 return batch

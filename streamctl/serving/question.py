@@ -57,7 +57,7 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
     denied = [item for item in store.indexes(query.deny) if item is not None]
     details = {
         "history": seen,
-        "user_id": query.user_id,
+        "user_id": None if query.user_id is None else store.read_id(query.user_id),
         "exclude": sorted({*denied, *(seen if query.exclude_seen else ())}),
         "allow": None if allow is None else sorted(allow),
         "k": query.k,

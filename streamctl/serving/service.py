@@ -86,8 +86,12 @@ class Served:
             run=str(self.run.path), store=str(self.folder), method=settings.method,
             device=settings.device, threads=settings.threads, batch=settings.max_batch,
         )  # fmt: skip
-        for method in self.about.get("loaded", ()):  # what the one before it could answer by
-            await model.ask("load", method=method)
+        try:
+            for method in self.about.get("loaded", ()):  # what the one before it could answer by
+                await model.ask("load", method=method)
+        except BaseException:
+            model.kill()
+            raise
         self.models.append(model)
         metrics.MODELS.set(len(self.models))
         return model
@@ -104,12 +108,13 @@ class Served:
             serving.cancel(how)
             self.models.remove(model)
             metrics.MODELS.set(len(self.models))
+            await asyncio.gather(serving, return_exceptions=True)
             metrics.DEATHS.inc()
             warn(f"a model's process ended ({how}); another takes its place")
             while model not in self.models:
                 try:
                     model = await self._start()
-                except StreamctlError as error:
+                except (StreamctlError, Gone, RuntimeError, OSError) as error:
                     warn(f"no model can take its place: {error}")
                     await asyncio.sleep(RETRY_S)
 
@@ -126,6 +131,8 @@ class Served:
 
     async def load(self, method: str) -> None:
         """Have every model load a method, one after another: the others go on answering.
+
+        A batch that a model takes when it begins to load waits until it has.
 
         Raises:
             Problem: 503, a model has died of it.

@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -485,7 +485,9 @@ class Store:
         with self.writing():
             self._db.execute("DELETE FROM interactions WHERE user = ?", (user,))
             self._db.execute("INSERT OR REPLACE INTO forgotten(user) VALUES (?)", (user,))
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        # The user is forgotten already; a checkpoint that fails now is made up for by a later one.
+        with self._lock, suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     # What others changed
 
