@@ -33,8 +33,6 @@ SETTINGS = (
 )  # fmt: skip
 KEPT = "spent.json"
 ORDER = ("data", *(name for name in STEPS if "no_thinking" not in name), "eval")
-
-
 Spent = dict[str, dict[str, float]]  # stage -> cpu_s, peak_gb
 
 

@@ -122,8 +122,9 @@ class Changes:
         evidence.__dict__ = {**thinker.evidence.__dict__, "_scratch": []}
         items, offsets = self.models.split.training_sequences()
         pairs = pairs or len(items) * REACH
-        evidence.transitions = Transitions.count(items, offsets, self.n_items, pairs)
-        evidence.memory = Memory.index(items, offsets, self.n_items, 2 * pairs)
+        worth = evidence._worth
+        evidence.transitions = Transitions.count(items, offsets, self.n_items, pairs, worth)
+        evidence.memory = Memory.index(items, offsets, self.n_items, 2 * pairs, worth=worth)
         return EvidenceRecommender(thinker.policy, thinker.trie, evidence)
 
 
