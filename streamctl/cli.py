@@ -12,7 +12,7 @@ import typer
 import typer.core
 
 from streamctl.distributed import is_main, joined
-from streamctl.errors import StreamctlError
+from streamctl.errors import TYPED, StreamctlError
 
 # What --help puts together, in the order of work. A command is the module of its name below
 # streamctl.commands; those of `data` begin with data_.
@@ -31,8 +31,15 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-class _DataFirst(typer.core.TyperGroup):
-    """Lists groups before commands, so that data comes first."""
+class _Commands(typer.core.TyperGroup):
+    """Remembers what was typed, and lists groups before commands, so that data comes first."""
+
+    def main(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        token = TYPED.set(tuple(sys.argv[1:] if args is None else args))
+        try:
+            return super().main(args, *others, **options)
+        finally:
+            TYPED.reset(token)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=lambda name: name != "data")
@@ -42,7 +49,7 @@ def build_app() -> typer.Typer:
     """The Typer app with every command; each module defines one function named `command`."""
     app = typer.Typer(
         name="streamctl",
-        cls=_DataFirst,
+        cls=_Commands,
         help="Recommends the next item, and shows why: from a raw log to a served answer.\n\n"
         "Example: `streamctl data prepare sales.csv --run runs/mine`, then "
         "`streamctl run --run runs/mine`, `streamctl serve --run runs/mine`.",

@@ -27,6 +27,8 @@ class DataConfig:
     source: str = ""
     format: str = "auto"
     items: str = ""  # the file that describes the items; "": the one beside the interactions
+    # role=NAME of columns with unusual names; roles: user, item, time, rating, event
+    columns: tuple[str, ...] | None = None
     skip_bad: float = 0.0  # share of a file's lines that may be bad and are then left out
     # How ids are compared: as they are written, or `number`: 7, 7.0, 007 and " 7" are the same
     ids: Literal["exact", "number"] = "exact"

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
+from contextvars import ContextVar
 from pathlib import Path
+
+# The words of the command line that this process works for; () where Python is the caller.
+TYPED: ContextVar[tuple[str, ...]] = ContextVar("TYPED", default=())
 
 
 class StreamctlError(Exception):
@@ -42,10 +47,35 @@ class UsageError(StreamctlError):
     exit_code = 2
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean NAME?` with the known words nearest to `word`; "" if none is near.
+
+    A number that is known with other leading zeros is the nearest.
+    """
+    known = sorted(known)
+    near = same_number(word, known) or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return "did you mean " + " or ".join(near) + "?" if near else ""
+
+
+def same_number(word: str, known: Iterable[str]) -> list[str]:
+    """Up to three known words that are the same number with other leading zeros."""
+    bare = word.lstrip("0")
+    return [name for name in known if name.lstrip("0") == bare][:3] if word.isdigit() else []
+
+
 def close_matches(word: str, known: Iterable[str]) -> str:
     """A phrase naming the known words nearest to `word`, or all of them if none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    if near:
-        return "did you mean " + " or ".join(near) + "?"
-    return "known: " + ", ".join(known)
+    return did_you_mean(word, known) or "known: " + ", ".join(known)
+
+
+def count_of(number: int, noun: str) -> str:
+    """`1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def typed_with(command: str, *words: str) -> str | None:
+    """The user's own command line with more words, where it is of this command."""
+    own = [word for word in TYPED.get() if word not in words]
+    plain = [word for word in own if not word.startswith("-")]
+    return shlex.join(["streamctl", *own, *words]) if plain[:1] == command.split()[:1] else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from streamctl import config as configs
 from streamctl.baselines.registry import BASELINES, own_settings
+from streamctl.errors import UsageError
 from streamctl.evaluation.reproduce import maker
 from streamctl.evaluation.stage import evaluate_run
 from streamctl.progress import say
@@ -32,7 +33,13 @@ class Settings:
             base = run.stage(stage).manifest["config"]
         flags = {"seed": self.seed, "size": self.size}
         flags = {name: value for name, value in flags.items() if name in cls.__dataclass_fields__}
-        given = configs.resolve(cls, base=base, file=self.file, sets=self.sets, **flags, **fixed)
+        sets = [text for text in self.sets if text.partition(".")[0] not in BASELINES]
+        sets += [
+            f"baseline.{text.partition('.')[2]}"  # `tiger.epochs=8` is of this baseline alone
+            for text in self.sets
+            if text.partition(".")[0] == fixed.get("name")
+        ]
+        given = configs.resolve(cls, base=base, file=self.file, sets=sets, **flags, **fixed)
         return own_settings(given) if cls is configs.BaselineConfig else given
 
 
@@ -58,9 +65,16 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
         StreamctlError: what the stages raise.
     """
     run.require("data")
+    steps = (*STEPS, *_outdated_baselines(run))
+    for text in settings.sets:
+        name = text.partition(".")[0]
+        if name in BASELINES and f"baselines/{name}" not in steps:
+            raise UsageError(
+                f"--set {text}: `run` does not train {name}", run=run.command(f"baselines/{name}")
+            )
     # Every configuration is resolved first: a typing mistake in the last stage's costs seconds.
     resolved = {}
-    for name in (*STEPS, *_outdated_baselines(run)):
+    for name in steps:
         cls = maker(name)[1]
         fixed = {}
         if cls is configs.BaselineConfig:

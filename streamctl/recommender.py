@@ -110,7 +110,7 @@ class Recommender:
         method, ranking = self._ask([asked], k, think, diversity)
         told = {"method": method}
         if not len(asked.history):
-            told["note"] = stranger_note(user if history is None else None)
+            told["note"] = stranger_note(user if history is None else None, self.users)
             say(told["note"])
         items, scores = _listed(ranking, 0)
         return self._table(items, score=scores).replace_schema_metadata(told)

@@ -22,7 +22,7 @@ from typing import Any
 
 from streamctl.config import as_text, to_dict
 from streamctl.distributed import SINGLE, ranks
-from streamctl.errors import StreamctlError, UsageError
+from streamctl.errors import StreamctlError, UsageError, did_you_mean
 from streamctl.files import atomic_file, locked, read_json
 from streamctl.progress import warn
 from streamctl.provenance import provenance
@@ -70,8 +70,12 @@ class RunDir:
         """
         if not self.path.is_dir():
             self._check_folder()
+            beside = self.path.parent.glob("*/*/" + MANIFEST)
+            near = did_you_mean(str(self.path), {str(file.parent.parent) for file in beside})
             raise StreamctlError(
-                "no such run", where=self.path, run=f"{self.command('data')} (makes it)"
+                f"no such run; {near}" if near else "no such run",
+                where=self.path,
+                run=f"{self.command('data')} (makes it)",
             )
         stage = self.stage(name)
         if not stage.complete:
@@ -176,15 +180,14 @@ class RunDir:
         if changed:
             differences = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
             what = f"stage {stage.name} is complete with other settings ({differences})"
-            if stage.name != "data":
-                section = stage.config.section
-                changes = [f"{section}.{key}={as_text(new[key])}" for key in changed if key in new]
+            section = stage.config.section
+            changes = [f"{section}.{key}={as_text(new[key])}" for key in changed if key in new]
         else:
             what = f"stage {stage.name} is stale: {' and '.join(stale)} changed after it was made"
         raise StreamctlError(
             what,
             where=self.path,
-            run=f"{stage.again(changes)} (keeps the old one as {stage.name}.previous)",
+            run=f"{stage.redo(changes)} (keeps the old one as {stage.name}.previous)",
         )
 
     def _set_aside(self, folder: Path) -> bool:

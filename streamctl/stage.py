@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 
 from streamctl.config import to_dict
 from streamctl.distributed import is_main, ranks
-from streamctl.errors import StreamctlError
+from streamctl.errors import StreamctlError, typed_with
 from streamctl.files import atomic_file, disk_errors, file_hash, read_json, tensors_hash
 from streamctl.provenance import provenance
 
@@ -59,7 +61,20 @@ class Stage:
     @property
     def command(self) -> str:
         """The command line that makes this stage."""
-        return f"streamctl {command_for(self.name)} --run {shlex.quote(str(self.root))}"
+        words = self._made_from() if self.name == "data" else command_for(self.name)
+        return f"streamctl {words} --run {shlex.quote(str(self.root))}"
+
+    def _made_from(self) -> str:
+        """The command of a data stage, with its source where its config.toml names one."""
+        try:
+            made = tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))["data"]
+            source = made["source"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return command_for("data")
+        if made.get("format") == "synthetic":
+            users, items = re.findall(r"\d+", source)
+            return f"data synth --users {users} --items {items} --seed {made['seed']}"
+        return f"data prepare {shlex.quote(source or 'SOURCE')}"
 
     def again(self, changes: Sequence[str] = ()) -> str:
         """The command line that makes this stage anew, with the settings of its config.toml.
@@ -70,13 +85,16 @@ class Stage:
         if command_for(self.name) == "run":  # which does nothing again
             old = shlex.quote(str(self.path))
             return f"mv {old} {old}.previous, then {self.command}"
-        made = self.path / "config.toml"
-        # Of the data its command asks for the source; what else there is to it was typed, too.
-        kept = (
-            f" --config {shlex.quote(str(made))}" if made.is_file() and self.name != "data" else ""
-        )
-        sets = [f"--set {shlex.quote(text)}" for text in changes]
-        return " ".join([self.command + kept, *sets, "--force"])
+        made, command = self.path / "config.toml", self.command
+        if " data synth " in command:
+            return f"{command} --force"
+        words = [f"--config {shlex.quote(str(made))}"] * made.is_file()
+        words += [f"--set {shlex.quote(text)}" for text in changes]
+        return " ".join([command, *words, "--force"])
+
+    def redo(self, changes: Sequence[str] = ()) -> str:
+        """The user's own command with --force where it makes this stage, else `again`."""
+        return typed_with(command_for(self.name), "--force") or self.again(changes)
 
     @property
     def complete(self) -> bool:

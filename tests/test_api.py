@@ -22,12 +22,13 @@ from streamctl import cli
 from streamctl.baselines.train import train_baseline
 from streamctl.config import BaselineConfig
 from streamctl.data import load_data
+from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import load_method
 from streamctl.retrieval.transitions import pair_weights
 from streamctl.runs import RunDir
 from streamctl.serving.question import as_job
 from streamctl.serving.schemas import Query
-from streamctl.serving.store import Store
+from streamctl.serving.store import Refused, Store
 from streamctl.tokenizer import vectors
 
 SERVING = ("fastapi", "starlette", "uvicorn", "prometheus_client", "httptools", "uvloop")
@@ -368,6 +369,19 @@ def test_an_unknown_id_of_a_list_with_commas_is_told_how_to_give_such_ids(counte
         words = [word for item in given for word in ("--history", item)]
         line = ["recommend", "--run", str(counted), "--method", "popularity", *words]
         assert CliRunner().invoke(cli.build_app(), line).exit_code == 0
+
+
+def test_an_id_with_other_leading_zeros_is_told(tmp_path):
+    rows = [(f"00{u}", f"00{(u + n) % 6}", n) for u in range(6) for n in range(5)]
+    table = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+    data = sc.prepare(table, run=tmp_path / "run", min_user=3, min_item=1)
+    rec = sc.load(data, "popularity")
+    with pytest.raises(StreamctlError, match=r"'4' is not in the catalogue; did you mean 004[?]"):
+        rec.recommend(["4"])
+    note = rec.recommend(user="4").schema.metadata[b"note"].decode()
+    assert note == "popular items: nothing is known of user '4'; did you mean 004?"
+    with pytest.raises(Refused, match=r"no such item: 4; did you mean 004[?]"):
+        Store(RunDir(data.path), tmp_path).known(["4"], "")
 
 
 def test_an_unknown_user_is_told_alike_by_every_door(counted, tmp_path):

@@ -125,7 +125,13 @@ def test_a_missing_stage_names_the_command_that_makes_it(streamctl, shop):
     assert f"streamctl tokenize --run {shop}" in answer.stderr
 
 
-def test_the_remedy_of_other_settings_changes_these_and_keeps_the_rest(streamctl, shop, tmp_path):
+def test_refit_of_a_run_without_anything_trained_names_the_command_that_trains(streamctl, shop):
+    answer = streamctl("refit", "--run", shop)
+    assert answer.returncode == 1 and not (shop / "final").exists()
+    assert f"streamctl run --run {shop}" in answer.stderr
+
+
+def test_the_remedy_of_other_settings_is_what_was_typed_with_force(streamctl, shop, tmp_path):
     run = shutil.copytree(shop, tmp_path / "run")
     words = [
         "tokenize",
@@ -142,10 +148,8 @@ def test_the_remedy_of_other_settings_changes_these_and_keeps_the_rest(streamctl
     refused = streamctl("tokenize", "--run", run, "--encoder", "tfidf", "--set", "hidden=32,16")
     assert refused.returncode == 1
     remedy = re.search(r"Next: (streamctl .*) \(keeps", refused.stderr)[1]
-    # The other settings were not given again: they are wanted at their defaults.
-    assert "tokenize.hidden=32,16" in remedy and "tokenize.epochs=300" in remedy
-    remedy = remedy.replace("tokenize.epochs=300", "tokenize.epochs=3")
-    assert streamctl(*shlex.split(remedy)[1:]).returncode == 0
+    assert remedy.endswith("--encoder tfidf --set hidden=32,16 --force")
+    assert streamctl(*shlex.split(remedy)[1:], "--set", "epochs=3").returncode == 0
     made = json.loads((run / "tokenizer" / "manifest.json").read_text())["config"]
     assert (made["encoder"], made["hidden"], made["epochs"]) == ("tfidf", [32, 16], 3)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from conftest import real_data
 from typer.testing import CliRunner
 
-from streamctl.commands.data_doctor import command
+from streamctl.cli import build_app
 from streamctl.config import DataConfig
+from streamctl.data import Catalog, InteractionLog, doctor
 from streamctl.data.doctor import examine
 from streamctl.data.log import ranges
 from streamctl.errors import StreamctlError
@@ -170,16 +173,19 @@ def test_duplicates_are_counted_exact_and_in_time(tmp_path):
     rows = healthy()
     user, item, moment = rows[0]
     source = write(tmp_path / "s", [*rows, rows[0], (user, item, moment + 86_400 * 20)])
-    assert "1 row (0.3%) repeat" in findings(source, "warning")["duplicates"]
+    assert (
+        "exact repeats of user, item and time: 1 row (0.3%)"
+        in findings(source, "warning")["duplicates"]
+    )
     assert "2 interactions" in findings(source, "note")["duplicates"]
-    assert "1 test item (2.5%) are in the user's own history" in findings(source)["leakage"]
+    assert "in the user's own history: 1 test item (2.5%)" in findings(source)["leakage"]
 
 
 def test_impossible_and_unordered_times_are_found(tmp_path):
     rows = healthy()
     source = write(tmp_path / "s", [*rows[::-1], ("u0", "i19", 0), ("u1", "i19", 9_000_000_000)])
     assert "2 times before 1990 or in the future" in findings(source, "error")["times"]
-    assert "come before an earlier one" in findings(source, "note")["times"]
+    assert "not in the order of time: " in findings(source, "note")["times"]
 
 
 def test_milliseconds_are_known_as_such(tmp_path):
@@ -224,12 +230,10 @@ def test_filters_and_cold_items_are_reported(tmp_path):
         "1 user with fewer than 5 interactions, and 1 interaction with them",
         "1 item with fewer than 5 interactions, and 1 interaction with them",
     ]
-    assert "1 test item (2.4%) never occur in training" not in findings(source).get(
-        "cold items", ""
-    )
+    assert "never in training: 1 test item (2.4%)" not in findings(source).get("cold items", "")
     cold = findings(source, min_item=1, min_user=3)["cold items"]
-    assert cold == "1 test item (2.5%) never occur in training"
-    assert "1 item of 21 in the log are not in the items file" in findings(source)["items"]
+    assert cold == "never in training: 1 test item (2.5%)"
+    assert "not in the items file: 1 item of 21 in the log" in findings(source)["items"]
 
 
 def test_filters_that_leave_nothing_are_an_error_with_a_remedy(tmp_path):
@@ -280,24 +284,48 @@ def test_beauty_has_the_tie_artefact_and_is_as_published():
 
 
 def test_the_command_shows_lines_and_remedies_and_is_strict_on_demand(tmp_path):
-    app = typer.Typer()
-    app.command()(command)
-    source = write(tmp_path / "s", healthy(), "u1,i01\n")
-    answer = CliRunner().invoke(app, [str(source)])
+    source = write(tmp_path / "s", healthy(), "u1,i01\nu1\n")
+    call = partial(CliRunner().invoke, build_app())
+    words = ["data", "doctor", str(source)]
+    answer = call(words)
     assert answer.exit_code == 0, answer.output
-    assert "ERROR  lines: interactions.csv: 1 bad line" in answer.output
+    assert "ERROR  lines: interactions.csv: 2 bad lines" in answer.output
     assert "interactions.csv:322: 2 columns where the header has 3" in answer.output
-    assert "-> --skip-bad 0.004 leaves them out" in answer.output
-    assert CliRunner().invoke(app, [str(source), "--strict"]).exit_code == 1
-    answer = CliRunner().invoke(app, [str(source), "--json"])
-    assert json.loads(answer.output)["format"] == "table"
+    assert "interactions.csv:323: 1 column where the header has 3" in answer.output
+    assert "-> --skip-bad 0.007 leaves them out" in answer.output
+    assert call([*words, "--strict"]).exit_code == 1
+    assert json.loads(call([*words, "--json"]).output)["format"] == "table"
+
+
+def test_the_next_step_keeps_the_options_that_were_given(tmp_path):
+    rows = "".join(f"{u},{i},{t},5\n" for u, i, t in healthy())
+    (tmp_path / "log.csv").write_text("who,item_id,timestamp,rating\n" + rows)
+    given = [str(tmp_path / "log.csv"), "--columns", "user=who", "--set", "data.min_rating=4"]
+    answer = CliRunner().invoke(build_app(), ["data", "doctor", *given, "--strict"])
+    assert f"Next: streamctl data prepare {shlex.join(given)} --run runs/log" in answer.output
+
+
+def test_leakage_is_looked_for_a_range_of_users_at_a_time(monkeypatch):
+    random = np.random.default_rng(0)
+    items = random.integers(0, 50, 400_000).astype(np.int32)
+    offsets = np.arange(0, len(items) + 1, 10)
+    log = InteractionLog(items, offsets, ["u"] * (len(offsets) - 1))
+    catalog = Catalog([str(item) for item in range(50)], [], [])
+    whole = list(doctor.leakage(catalog, log))
+    monkeypatch.setattr(doctor, "ranges", partial(ranges, rows=2000))
+    tracemalloc.start()
+    assert list(doctor.leakage(catalog, log)) == whole
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "in the user's own history: " in whole[1].what
+    assert peak < 2 * items.nbytes, "numbers of users, none of interactions"
 
 
 def test_items_without_a_title_are_counted(tmp_path):
     items = [{"item_id": f"i{i:02}", "title": f"Thing {i}" if i > 2 else " "} for i in range(20)]
     found = examine(write(tmp_path / "s", healthy(), items=items), DataConfig()).findings
     told = [finding.what for finding in found if finding.level == "warning"]
-    assert told == ["3 items of 20 have no title, such as 'i00'"]
+    assert told == ["no title: 3 items of 20, such as 'i00'"]
 
 
 def test_of_many_bad_lines_the_first_are_listed_and_the_others_counted(tmp_path):

@@ -170,7 +170,7 @@ def test_items_without_text_are_counted_in_a_warning(source, tmp_path, capsys):
         {"interactions.csv": GOOD, "items.jsonl": json.dumps({"item_id": "i1", "title": "x"})}
     )
     prepare(RunDir(tmp_path / "run"), DataConfig(source=str(folder)))
-    assert "5 of 6 items have no text" in " ".join(capsys.readouterr().err.split())
+    assert "no text: 5 items of 6" in " ".join(capsys.readouterr().err.split())
 
 
 def test_sequences_sorted_by_item_id_are_called_meaningless(source, tmp_path, capsys):

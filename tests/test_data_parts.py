@@ -144,8 +144,8 @@ def test_the_doctor_finds_training_rows_that_know_the_test(tmp_path):
         handle.write("a,4,12\nb,5,99\n")
     found = examine(tmp_path, DataConfig(source=str(tmp_path))).findings
     leak = next(f for f in found if f.topic == "leakage" and f.level == "warning")
-    assert "1 interactions are both in train and in a later part" in leak.what
-    assert "2 users train on what comes after a target" in leak.what
+    assert "train shares 1 interaction with a later part" in leak.what
+    assert "holds what comes after a target of 2 users" in leak.what
     assert "--split leave-one-out" in leak.remedy
 
 

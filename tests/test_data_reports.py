@@ -420,11 +420,11 @@ def test_bad_lines_up_to_a_share_are_left_out_counted_and_listed(tmp_path, capsy
     assert len(split.log) == 30
     assert facts["bad_lines"] == {"interactions.csv": 3, "items.jsonl": 1}
     said = " ".join(capsys.readouterr().err.split())
-    assert "interactions.csv: 3 bad lines are left out" in said
+    assert "interactions.csv: 3 bad lines left out" in said
     for told in ("line 32: 2 columns where the header has 3", "line 33: item_id is empty",
                  "line 34: timestamp is 'then'", "line 7: not a JSON object"):  # fmt: skip
         assert told in said
-    with pytest.raises(StreamctlError, match=r"3 lines \(9\.1%\) are bad.*--skip-bad 0\.091"):
+    with pytest.raises(StreamctlError, match=r"3 bad lines \(9\.1%\).*--skip-bad 0\.091"):
         prepared(tmp_path, tmp_path / "other", skip_bad=0.05)
     with pytest.raises(StreamctlError, match="32: 2 columns"):
         prepared(tmp_path, tmp_path / "strict")
@@ -444,7 +444,7 @@ def test_moments_that_no_log_has_are_told_in_one_line(text):
             left = len(build(raw, DataConfig(min_user=3, min_item=1, **{name: text}))[1])
             assert left == 4
         except StreamctlError as error:
-            assert "no usable interactions" in str(error) or "takes a date" in str(error)
+            assert "leaves none of 4" in str(error) or "takes a date" in str(error)
 
 
 @pytest.mark.parametrize("unit", [1, 1000])
@@ -472,6 +472,22 @@ def test_times_and_items_that_are_not_wanted_are_left_out(tmp_path):
     assert facts["items_without_text"] == 0
     with pytest.raises(UsageError, match="takes a date here"):
         prepared(tmp_path, tmp_path / "other", since="5")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"since": "2030-01-01"}, "--since 2030-01-01 leaves none of 6 interactions; the log goes"),
+        ({"until": "2001-01-01"}, "from 2024-01-01 to 2024-01-06. Next: another --until"),
+        ({"min_rating": 4.5}, "--min-rating 4.5 leaves none of 6 interactions. Next: another"),
+    ],
+)
+def test_what_leaves_nothing_is_named_and_not_the_filters_behind_it(tmp_path, settings, told):
+    rows = [f"u,i{day},2024-01-0{day},4\n" for day in range(1, 7)]
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,rating\n" + "".join(rows))
+    with pytest.raises(UsageError) as caught:
+        prepared(tmp_path / "log.csv", tmp_path / "run", **settings)
+    assert told in str(caught.value) and "--min-user" not in str(caught.value)
 
 
 def test_sequences_have_no_ratings_to_choose_by(tmp_path):

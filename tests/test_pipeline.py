@@ -6,6 +6,7 @@ import pytest
 
 from streamctl import pipeline
 from streamctl.config import BaselineConfig, DataConfig
+from streamctl.errors import UsageError
 from streamctl.runs import RunDir
 
 
@@ -13,6 +14,17 @@ def publish(run: RunDir, name: str, config, parents=(), force=False, **content) 
     with run.begin(name, config, parents, force=force) as stage:
         stage.save_json("report.json", content)
         stage.publish()
+
+
+def test_a_setting_of_one_baseline_is_of_no_other(tmp_path):
+    run = RunDir(tmp_path)
+    settings = pipeline.Settings(sets=["baseline.epochs=3", "tiger.epochs=9", "sft.epochs=2"])
+    for name, epochs in (("tiger", 9), ("gru4rec", 3)):
+        found = settings.resolve(BaselineConfig, run, f"baselines/{name}", name=name)
+        assert found.epochs == epochs
+    publish(run, "data", DataConfig())
+    with pytest.raises(UsageError, match=r"does not train caser.*streamctl baseline caser"):
+        pipeline.run_all(run, pipeline.Settings(sets=["caser.epochs=9"]))
 
 
 @pytest.mark.parametrize("changed", [False, True])

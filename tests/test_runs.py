@@ -22,7 +22,7 @@ from streamctl.config import (
     SftConfig,
     resolve,
 )
-from streamctl.errors import StreamctlError, UsageError
+from streamctl.errors import TYPED, StreamctlError, UsageError
 from streamctl.runs import RunDir
 
 
@@ -54,6 +54,35 @@ def test_a_missing_run_and_a_missing_stage_name_the_command(tmp_path):
     make(RunDir(tmp_path / "r"), "data", 1)
     with pytest.raises(StreamctlError, match=r"tokenizer is missing.*streamctl tokenize --run"):
         RunDir(tmp_path / "r").require("tokenizer")
+
+
+def test_a_mistyped_run_names_the_runs_beside_it(tmp_path):
+    make(RunDir(tmp_path / "beauty"), "data", 1)
+    (tmp_path / "beautiful").mkdir()  # holds no run
+    with pytest.raises(StreamctlError, match=f"no such run; did you mean {tmp_path}/beauty[?]"):
+        RunDir(tmp_path / "beuty").require("data")
+
+
+def test_a_remedy_with_force_is_the_users_own_command_where_that_makes_the_stage(tmp_path):
+    stage = RunDir(tmp_path / "r").stage("tokenizer")
+    token = TYPED.set(("tokenize", "--run", "r", "--encoder", "my model"))
+    assert stage.redo() == "streamctl tokenize --run r --encoder 'my model' --force"
+    TYPED.set(("run", "--run", "r"))  # has no --force
+    assert stage.redo() == f"streamctl tokenize --run {tmp_path}/r --force"
+    TYPED.reset(token)
+
+
+def test_the_command_that_makes_a_data_stage_again_names_its_source_and_settings(tmp_path):
+    run = RunDir(tmp_path / "r")
+    with run.begin("data", DataConfig(source="my log.csv", min_rating=3.0)) as stage:
+        stage.publish()
+    told = f"streamctl data prepare 'my log.csv' --run {run.path} --config {run.path}/data/"
+    assert run.stage("data").again() == f"{told}config.toml --force"
+    shop = DataConfig(source="synthetic shop of 30 users and 40 items", format="synthetic", seed=2)
+    with run.begin("data", shop, force=True) as stage:
+        stage.publish()
+    told = f"streamctl data synth --users 30 --items 40 --seed 2 --run {run.path} --force"
+    assert run.stage("data").again() == told
 
 
 def test_a_complete_stage_is_skipped_and_other_settings_are_refused(tmp_path):

@@ -221,7 +221,7 @@ def test_own_vectors_go_with_collaborative_ones_and_a_change_of_the_file_is_seen
         (lambda ids, v: (ids, np.where(v == v[3, 0], np.nan, v)), "not a finite number.*'i"),
         (lambda ids, v: (ids, v.astype(object)), "cannot be read as item vectors"),
         (lambda ids, v: (ids[:-1], v), "59 ids"),
-        (lambda ids, v: (["x", *ids[1:]], v), "1 of 60 items have no vector, such as 'i"),
+        (lambda ids, v: (["x", *ids[1:]], v), "1 item of 60 without a vector, such as 'i"),
         (lambda ids, v: ([*ids[:-1], ids[0]], v), "there twice"),
     ],
 )
@@ -305,7 +305,7 @@ def test_own_semantic_ids_that_several_items_share_are_told_apart(own, tmp_path)
     [
         ("[1, 2]", "JSON object"),
         ("{", "not JSON"),
-        ('{"i0": ["<a_1>"]}', "59 of 60 items have no Semantic ID"),
+        ('{"i0": ["<a_1>"]}', "59 items of 60 without a Semantic ID"),
         ("ragged", "the same number of codes"),
         ("words", "codes look like"),
         ("large", "each under 65536"),

@@ -17,7 +17,7 @@ def command(
     job: Job,
     source: Source,
     format_: str | None = FORMAT,
-    columns: str = COLUMNS,
+    columns: str | None = COLUMNS,
     items: Path | None = ITEMS,
     strict: bool = switch("Exit with code 1 when there is an ERROR.", "--strict"),
 ) -> None:
@@ -32,12 +32,10 @@ def command(
     """
     from streamctl.config import DataConfig
     from streamctl.data.doctor import examine
-    from streamctl.data.sources import parse_columns
+    from streamctl.errors import TYPED
 
-    settings = job.settings(
-        DataConfig, source=str(source), format=format_, items=items and str(items)
-    )
-    found = examine(source, settings, columns=parse_columns(columns))
+    settings = job.settings(DataConfig, source=source, format=format_, items=items, columns=columns)
+    found = examine(source, settings)
     if job.json:
         print_json(found.to_dict())
     else:
@@ -50,7 +48,9 @@ def command(
                 typer.echo(f"{'':10}  {line}")
             if finding.remedy:
                 typer.echo(f"{'':10}-> {finding.remedy}")
-        given = (source, "--items", items) if items else (source,)
+        words = TYPED.get()  # the log and all options that say how it is read
+        given = words[words.index("doctor") + 1 :]
+        given = tuple(word for word in given if word != "--strict")
         print_next(command, SOURCE=given, NAME=source.stem)
     if strict and any(finding.level == "error" for finding in found.findings):
         raise typer.Exit(1)

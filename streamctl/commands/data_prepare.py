@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 Source = Annotated[Path, typer.Argument(help="A folder, or the interactions file.")]
 FORMAT = option("Name of the format; detected (auto) unless given.", "--format")
-COLUMNS = option(
-    "Column names, if unusual: user=NAME,item=NAME,time=NAME,rating=NAME,event=NAME.", default=""
-)
+COLUMNS = option("Column names, if unusual: user=NAME,item=NAME,time=NAME,rating=NAME,event=NAME.")
 ITEMS = option("File that describes the items, if it is not beside SOURCE.")
 
 
@@ -25,7 +23,7 @@ def command(
     job: Job,
     source: Source,
     format_: str | None = FORMAT,
-    columns: str = COLUMNS,
+    columns: str | None = COLUMNS,
     items: Path | None = ITEMS,
     skip_bad: float | None = option(
         "Largest share of bad lines to leave out and list [default: 0]."
@@ -70,7 +68,6 @@ def command(
     """
     from streamctl.config import DataConfig
     from streamctl.data import prepare
-    from streamctl.data.sources import parse_columns
     from streamctl.errors import UsageError
 
     if drop_repeats and one_per_item:
@@ -80,14 +77,13 @@ def command(
             "give --split or --split-at, not both", run="--split-at alone for moments, else --split"
         )
     settings = job.settings(
-        DataConfig, source=str(source), format=format_, items=items and str(items),
+        DataConfig, source=source, format=format_, items=items, columns=columns,
         skip_bad=skip_bad, ids=ids, since=since, until=until, min_rating=min_rating, events=events,
         repeats="drop" if drop_repeats else one_per_item, described=described or None,
         max_per_user=max_per_user, min_user=min_user, min_item=min_item, split=split_at or split,
         ties=ties,
     )  # fmt: skip
-    stage = prepare(job.folder, settings, columns=parse_columns(columns), force=job.force)
-    render(stage, job.json)
+    render(prepare(job.folder, settings, force=job.force), job.json)
 
 
 def render(stage: Stage, json_: bool) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from streamctl.data.sources.items import as_number
-from streamctl.errors import StreamctlError, close_matches
+from streamctl.errors import StreamctlError, count_of, did_you_mean, same_number
 from streamctl.runs import Stage, StageWriter
 
 _OWN = ("item_id", "title", "text")
@@ -18,10 +18,17 @@ def id_reader(stage: Stage) -> Callable[[str], str]:
     return as_number if stage.manifest["config"]["ids"] == "number" else str
 
 
-def stranger_note(user: object = None) -> str:
-    """Why the popular items answer: nothing is known of this user, or the history is empty."""
-    why = "the history is empty" if user is None else f"nothing is known of user {str(user)!r}"
-    return f"popular items: {why}"
+def stranger_note(user: object = None, users: Iterable[str] = ()) -> str:
+    """Why the popular items answer: nothing is known of this user, or the history is empty.
+
+    Args:
+        users: those that are known, where their ids may be named.
+    """
+    if user is None:
+        return "popular items: the history is empty"
+    near = " or ".join(same_number(str(user), users))
+    hint = f"; did you mean {near}?" if near else ""
+    return f"popular items: nothing is known of user {str(user)!r}{hint}"
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,8 @@ class Catalog:
         """
         found = self.find(item_id)
         if found is None:
-            hint = close_matches(item_id, self.ids)
-            known = f"; {hint}" if hint.startswith("did") else f" ({len(self)} items)"
+            near = did_you_mean(item_id, self.ids)
+            known = f"; {near}" if near else f" ({count_of(len(self), 'item')})"
             raise StreamctlError(
                 f"item {item_id!r} is not in the catalogue{known}",
                 run="an id of the column item_id in the run's data/items.parquet",

@@ -9,7 +9,7 @@ from decimal import Decimal
 from streamctl.config import DataConfig
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.sources.times import LARGEST_TIME
-from streamctl.errors import StreamctlError, UsageError
+from streamctl.errors import StreamctlError, UsageError, count_of
 from streamctl.progress import warn
 
 LEAVE_ONE_OUT = 3  # history, valid and test: a user with less cannot be evaluated
@@ -42,27 +42,36 @@ def clean(raw: RawLog, config: DataConfig) -> dict[str, int]:
         UsageError: a rule that the log cannot follow.
     """
     taken: dict[str, int] = {}
+    span = ""
+    if raw.timed and (config.since or config.until):
+        first, last = raw.ask("SELECT min(t), max(t) FROM log")[0]
+        span = f"; the log goes from {moment_text(raw, first)} to {moment_text(raw, last)}"
 
-    def drop(rule: str, condition: str, *values: object) -> None:
+    def drop(rule: str, condition: str, *values: object, told: str = "") -> None:
         before = len(raw)
         raw.con.execute(f"DELETE FROM log WHERE {condition}", list(values))
         taken[rule] = before - len(raw)
+        if not len(raw):
+            option, value = f"--{rule.replace('_', '-')}", getattr(config, rule)
+            given = option if value is True else f"{option} {value}"
+            raise UsageError(
+                f"{given} leaves none of {count_of(before, 'interaction')}{told}",
+                run=f"another {option}, or leave it out",
+            )
 
     if config.since:
-        drop("since", "t < ?", moment(raw, config.since, "--since"))
+        drop("since", "t < ?", moment(raw, config.since, "--since"), told=span)
     if config.until and (day := _day_after(config.until)):
-        drop("until", "t >= ?", moment(raw, day, "--until"))
+        drop("until", "t >= ?", moment(raw, day, "--until"), told=span)
     elif config.until:
-        drop("until", "t > ?", moment(raw, config.until, "--until", up=False))
+        drop("until", "t > ?", moment(raw, config.until, "--until", up=False), told=span)
     if config.min_rating is not None:
         drop("min_rating", "rating IS NULL OR rating < ?", config.min_rating)
     if config.events:
+        known = [str(name) for (name,) in raw.ask("SELECT DISTINCT event FROM log LIMIT 20")]
+        told = f"; the kinds are {', '.join(sorted(known))}"
         names = list(parse_events(config.events))
-        known = [name for (name,) in raw.ask("SELECT DISTINCT event FROM log LIMIT 20")]
-        drop("events", "event IS NULL OR event NOT IN (SELECT unnest(?))", names)
-        if not len(raw):
-            kinds = ", ".join(sorted(map(str, known)))
-            raise UsageError(f"no interaction is one of {config.events}; the kinds are {kinds}")
+        drop("events", "event IS NULL OR event NOT IN (SELECT unnest(?))", names, told=told)
     if config.described:
         if raw.catalogue is None:
             raise UsageError("data.described needs an items file; --items FILE names it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from streamctl.config import DataConfig
 from streamctl.data.catalog import Catalog
 from streamctl.data.clean import FIRST_YEAR, moment_text
-from streamctl.data.log import InteractionLog, ranges
+from streamctl.data.log import InteractionLog, forget, ranges
 from streamctl.data.prepare import build, reading_of
 from streamctl.data.sources import find_source, read_source
 from streamctl.data.sources.items import as_number
@@ -23,7 +23,7 @@ from streamctl.data.sources.raw import ItemTable, RawLog, database_errors
 from streamctl.data.sources.reading import Damage
 from streamctl.data.split import Split
 from streamctl.data.statistics import differences, id_rank, order_fault, user_items
-from streamctl.errors import StreamctlError
+from streamctl.errors import StreamctlError, count_of
 
 Level = Literal["good", "note", "warning", "error"]
 _UNITS = ((1e17, "nanoseconds", 1e9), (1e14, "microseconds", 1e6), (1e11, "milliseconds", 1e3))
@@ -43,11 +43,6 @@ class Finding:
     lines: list[str] = field(default_factory=list)
 
 
-def count_of(number: int, noun: str) -> str:
-    """`1 row`, `1,200 rows`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 @dataclass(frozen=True)
 class Examination:
     """All findings about a source, and the statistics `data prepare` would print of it."""
@@ -62,9 +57,7 @@ class Examination:
         return asdict(self)
 
 
-def examine(
-    source: Path, config: DataConfig, *, columns: Mapping[str, str] | None = None
-) -> Examination:
+def examine(source: Path, config: DataConfig) -> Examination:
     """Read a source as `data prepare` would and look for what makes results wrong.
 
     Bad lines do not stop it: they are listed, and the rest is examined without them.
@@ -73,13 +66,13 @@ def examine(
         StreamctlError: no such path, no format that fits, or nothing at all can be read.
     """
     kind, _ = find_source(source, config.format)
-    reading = reading_of(dataclasses.replace(config, skip_bad=1.0), columns)
+    reading = reading_of(dataclasses.replace(config, skip_bad=1.0))
     items = Path(config.items) if config.items else None
     try:
         raw = read_source(source, config.format, items=items, reading=reading)
     except StreamctlError:
         # Where bad lines alone are in the way, the first one says more than what is left.
-        reading = reading_of(dataclasses.replace(config, skip_bad=0.0), columns)
+        reading = reading_of(dataclasses.replace(config, skip_bad=0.0))
         raw = read_source(source, config.format, items=items, reading=reading)
     with database_errors():
         findings = [
@@ -99,7 +92,7 @@ def examine(
         findings += [
             *filters(statistics),
             *order(log, statistics),
-            *leakage(catalog, log, config.history),
+            *leakage(catalog, log),
             *as_published(statistics),
         ]
     names = [str(path) for path in raw.files]
@@ -158,15 +151,15 @@ def repeated_and_unordered(raw: RawLog) -> Iterator[Finding]:
         yield Finding(
             "duplicates",
             "warning",
-            f"{count_of(exact, 'row')} ({exact / total:.1%}) repeat user, item and time exactly",
+            f"exact repeats of user, item and time: {count_of(exact, 'row')} ({exact / total:.1%})",
             "--drop-repeats, unless they are purchases of several pieces",
         )
     if repeats:
         yield Finding(
             "duplicates",
             "note",
-            f"{count_of(repeats, 'interaction')} ({repeats / total:.1%}) take an item that the "
-            "user took before",
+            "items that the user took before: "
+            f"{count_of(repeats, 'interaction')} ({repeats / total:.1%})",
             "--one-per-item keeps the first; or report results masked and unmasked, for masked "
             "ones cannot find these",
         )
@@ -179,7 +172,7 @@ def repeated_and_unordered(raw: RawLog) -> Iterator[Finding]:
         yield Finding(
             "times",
             "note",
-            f"{count_of(backwards, 'row')} come before an earlier one of the same user",
+            f"not in the order of time: {count_of(backwards, 'row')}",
             "nothing: `data prepare` sorts by time",
         )
     name, most, middle = raw.ask("""
@@ -254,8 +247,8 @@ def described_items(raw: RawLog) -> Iterator[Finding]:
         yield Finding(
             "items",
             "error" if len(missing) > len(taken) / 2 else "warning",
-            f"{count_of(len(missing), 'item')} of {len(taken):,} in the log are not in the items "
-            f"file, such as {min(missing)[:60]!r}",
+            f"not in the items file: {count_of(len(missing), 'item')} of {len(taken):,} in the "
+            f"log, such as {min(missing)[:60]!r}",
             "--ids number: both files have the same numbers, written in two ways"
             if alike > len(missing) / 2
             else "--described keeps the others; or check that both files write ids alike",
@@ -268,7 +261,7 @@ def described_items(raw: RawLog) -> Iterator[Finding]:
         yield Finding(
             "items",
             "note",
-            f"{count_of(unused, 'item')} of the items file are in no interaction",
+            f"in no interaction: {count_of(unused, 'item')} of the items file",
             "they stay out of the catalogue; --min-item 0 keeps them",
         )
 
@@ -284,7 +277,7 @@ def _titles(catalogue: ItemTable, taken: set[str]) -> Iterator[Finding]:
         yield Finding(
             "items",
             "warning" if len(untitled) > 0.05 * len(taken) else "note",
-            f"{count_of(len(untitled), 'item')} of {len(taken):,} have no title, such as "
+            f"no title: {count_of(len(untitled), 'item')} of {len(taken):,}, such as "
             f"{untitled[0][:60]!r}",
             "fill their titles in: until then people are shown the id, and an item without any "
             "text gets codes that mean nothing",
@@ -314,8 +307,8 @@ def parts(raw: RawLog) -> Iterator[Finding]:
         yield Finding(
             "leakage",
             "warning",
-            f"split already ({sizes}), but {again:,} interactions are both in train and in a later "
-            f"part, and {count_of(late, 'user')} train on what comes after a target",
+            f"split already ({sizes}), but train shares {count_of(again, 'interaction')} with a "
+            f"later part, and holds what comes after a target of {count_of(late, 'user')}",
             "--split leave-one-out or --split-at 80%,90% makes a split of all parts together",
         )
     else:
@@ -367,40 +360,49 @@ def order(log: InteractionLog, facts: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
-def leakage(catalog: Catalog, log: InteractionLog, history: int) -> Iterator[Finding]:
+def leakage(catalog: Catalog, log: InteractionLog) -> Iterator[Finding]:
     """Test items that no model can know, and those that every model can copy or guess."""
-    split = Split(log, history, len(catalog))
-    tests = split.test.end
-    total = max(len(tests), 1)
-    cold = int((split.popularity()[log.items[tests]] == 0).sum())
+    split, size = Split(log, n_items=len(catalog)), len(catalog)
+    trained, taken, own = np.zeros(size, bool), np.zeros(size, bool), 0
+    tested, appears = np.zeros(size, np.int64), np.full(size, np.iinfo(np.int64).max)
+    for first, last in ranges(log.offsets):
+        part = slice(log.offsets[first], log.offsets[last])
+        items, lengths = log.items[part], log.lengths[first:last]
+        places = np.arange(part.start, part.stop)
+        again = np.ones(len(items), bool)  # taken by its user before
+        again[np.unique(user_items(log, first, last, size), return_index=True)[1]] = False
+        test = places >= np.repeat(split.test_from[first:last], lengths)
+        test[log.offsets[first:last] - part.start] = False  # nothing to predict it from
+        taken[items] = True
+        trained[items[places < np.repeat(split.valid_from[first:last], lengths)]] = True
+        tested += np.bincount(items[test], minlength=size)
+        own += int((again & test).sum())
+        if log.timestamps is not None:
+            np.minimum.at(appears, items, log.timestamps[part])
+        forget(log.items)
+        forget(log.timestamps)
+    total, cold = max(int(tested.sum()), 1), int(tested[~trained].sum())
     if cold:
         yield Finding(
             "cold items",
             "warning" if cold > 0.05 * total else "note",
-            f"{count_of(cold, 'test item')} ({cold / total:.1%}) never occur in training",
+            f"never in training: {count_of(cold, 'test item')} ({cold / total:.1%})",
             "only a model that reads text can find them; a higher --min-item leaves fewer",
         )
     else:
         yield Finding("cold items", "good", "every test item occurs in training")
-    new = np.zeros(len(log), bool)  # taken by its user for the first time
-    for first, last in ranges(log.offsets):
-        _, place = np.unique(user_items(log, first, last, len(catalog)), return_index=True)
-        new[log.offsets[first] + place] = True
-    own = int((~new[tests]).sum())
     if own:
         yield Finding(
             "leakage",
             "warning" if own > 0.05 * total else "note",
-            f"{count_of(own, 'test item')} ({own / total:.1%}) are in the user's own history",
+            f"in the user's own history: {count_of(own, 'test item')} ({own / total:.1%})",
             "repeat purchases: a model scores by copying. --one-per-item takes them out; or "
             "report results with seen items masked",
         )
     else:
         yield Finding("leakage", "good", "no test item is in its user's own history")
-    taken, appears = np.unique(log.items), np.full(len(catalog), np.iinfo(np.int64).max)
-    if log.timestamps is None or len(taken) < 3:
+    if log.timestamps is None or taken.sum() < 3:
         return
-    np.minimum.at(appears, log.items, log.timestamps)
     ranks = [np.argsort(np.argsort(v[taken])) for v in (id_rank(catalog.ids), appears)]
     tie = float(np.corrcoef(*ranks)[0, 1])
     if abs(tie) > _ID_TIME:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,22 @@ from streamctl.data.catalog import Catalog
 from streamctl.data.clean import clean, find_core, minimums
 from streamctl.data.log import InteractionLog
 from streamctl.data.order import number
-from streamctl.data.sources import read_source
+from streamctl.data.sources import parse_columns, read_source
 from streamctl.data.sources.raw import RawLog, database_errors
 from streamctl.data.sources.reading import Reading
 from streamctl.data.statistics import describe, warn_about
-from streamctl.errors import StreamctlError, UsageError
+from streamctl.errors import StreamctlError, UsageError, count_of
 from streamctl.files import file_hash
 from streamctl.progress import say, warn
 from streamctl.runs import RunDir, Stage
 
 
-def prepare(
-    run: RunDir, config: DataConfig, *, columns: dict[str, str] | None = None, force: bool = False
-) -> Stage:
+def prepare(run: RunDir, config: DataConfig, *, force: bool = False) -> Stage:
     """Read `config.source` and write the data stage.
 
     Args:
         run: where the stage goes.
         config: source, filters, tie policy and seed.
-        columns: names of the `user`, `item` and `time` columns where they are not the usual ones.
         force: redo a complete stage.
 
     Returns:
@@ -40,7 +37,7 @@ def prepare(
     """
 
     def read() -> RawLog:
-        reading = reading_of(config, columns)
+        reading = reading_of(config)
         raw = read_source(
             Path(config.source),
             config.format,
@@ -53,10 +50,14 @@ def prepare(
     return write_stage(run, config, read, force=force)
 
 
-def reading_of(config: DataConfig, columns: Mapping[str, str] | None) -> Reading:
-    """How the source is read by a configuration."""
+def reading_of(config: DataConfig) -> Reading:
+    """How the source is read by a configuration.
+
+    Raises:
+        UsageError: `columns` of another form.
+    """
     return Reading(
-        columns or {},
+        parse_columns(config.columns or ()),
         rating=config.min_rating is not None,
         event=bool(config.events),
         numbers=config.ids == "number",
@@ -75,14 +76,15 @@ def check_damages(reading: Reading, share: float, raw: RawLog) -> None:
         line, reason = damage.lines[0]
         if (bad := raw.bad_share(damage)) > share:
             raise StreamctlError(
-                f"{damage.count:,} lines ({bad:.1%}) are bad, the first: {reason}",
+                f"{count_of(damage.count, 'bad line')} ({bad:.1%}), the first: {reason}",
                 where=damage.path,
                 line=line,
                 run=f"--skip-bad {bad:g} leaves them out; `data doctor` lists them",
             )
         listed = "; ".join(f"line {line}: {reason}" for line, reason in damage.lines)
         more = "; ..." if damage.count > len(damage.lines) else ""
-        warn(f"{damage.path.name}: {damage.count:,} bad lines are left out ({listed}{more})")
+        bad = count_of(damage.count, "bad line")
+        warn(f"{damage.path.name}: {bad} left out ({listed}{more})")
 
 
 def write_stage(
@@ -121,7 +123,7 @@ def _check_unchanged(stage: Stage) -> None:
             raise StreamctlError(
                 "the file has changed since the data stage was made of it",
                 where=name,
-                run=f"{stage.command} --force",
+                run=stage.redo(),
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streamctl.errors import UsageError, close_matches
+from streamctl.errors import UsageError, did_you_mean
 
 _GROUPLENS = ("https://files.grouplens.org/datasets/movielens",)
 _UCSD = (
@@ -135,6 +135,5 @@ def find_set(name: str) -> PublicSet:
     for wanted in (plain, f"amazon-2023-{plain}"):
         if wanted in SETS:
             return SETS[wanted]
-    near = close_matches(plain, {*SETS, *(n.removeprefix("amazon-2023-") for n in SETS)})
-    near = near if near.startswith("did") else "`streamctl data fetch` lists them"
-    raise UsageError(f"unknown data set {name!r}; {near}")
+    near = did_you_mean(plain, {*SETS, *(n.removeprefix("amazon-2023-") for n in SETS)})
+    raise UsageError(f"unknown data set {name!r}; {near or '`streamctl data fetch` lists them'}")

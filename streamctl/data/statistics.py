@@ -16,6 +16,7 @@ from streamctl.data.known import published
 from streamctl.data.log import InteractionLog, forget, ranges
 from streamctl.data.sources.raw import RawLog
 from streamctl.data.split import Split
+from streamctl.errors import count_of
 from streamctl.progress import say, warn
 
 TIE_BIAS = 0.05  # from which P(test id > valid id) is no longer called one half
@@ -157,7 +158,8 @@ def warn_about(facts: dict[str, Any]) -> None:
         say(f"column {column!r} is not used, every row counts alike; {option} chooses")
     missing = facts["items_without_text"]
     if missing:
-        warn(f"{missing:,} of {facts['items']:,} items have no text; they get their id as title")
+        few = f"{count_of(missing, 'item')} of {facts['items']:,}"
+        warn(f"no text: {few}, shown by their id")
     known = facts["published"]
     if known is not None and (found := differences(facts)):
         warn(f"this is not {known['name']} as published in {known['source']}: {found}")

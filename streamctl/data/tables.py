@@ -47,6 +47,8 @@ def prepare_tables(
             raise UsageError(f"columns: unknown {name!r}; {close_matches(name, ROLES)}")
     if {"source", "items"} & set(settings):
         raise UsageError("interactions and items are the first two arguments")
+    if columns:
+        settings["columns"] = [f"{role}={name}" for role, name in columns.items()]
     resolve(DataConfig, **settings)  # a typing mistake costs no work
     with _said_here(run):
         for role, table in (("source", interactions), ("items", items)):
@@ -58,7 +60,7 @@ def prepare_tables(
                 settings[role] = str(file)
             elif role == "items" and not isinstance(interactions, str | Path):
                 file.unlink(missing_ok=True)  # of an earlier call
-        return prepare(run, resolve(DataConfig, **settings), columns=columns, force=force)
+        return prepare(run, resolve(DataConfig, **settings), force=force)
 
 
 def read_table(table: Any, name: str) -> pa.RecordBatchReader:

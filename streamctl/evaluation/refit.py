@@ -15,7 +15,8 @@ from streamctl.baselines.registry import baseline_class
 from streamctl.baselines.train import train_baseline
 from streamctl.config import RefitConfig
 from streamctl.data import load_data
-from streamctl.evaluation.methods import best_method, known_rows
+from streamctl.errors import StreamctlError
+from streamctl.evaluation.methods import best_method, known_rows, method_names
 from streamctl.evaluation.reproduce import ancestors, maker
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage, StageWriter
@@ -42,6 +43,13 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
         UsageError: an unknown method.
         StreamctlError: no method, or a stage of it is missing or stale.
     """
+    run.require("data")
+    if not config.method and method_names(run) == ["popularity"]:
+        raise StreamctlError(
+            "nothing is trained yet that could be refitted",
+            where=run.path,
+            run=f"`{run.command('run')}`, which trains every stage",
+        )
     asked, method = bool(config.method), config.method or best_method(run)[0]
     row = known_rows(run).get(method)
     config = dataclasses.replace(config, method=method)

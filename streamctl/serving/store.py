@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from streamctl.data import id_reader, load_data
-from streamctl.errors import StreamctlError, close_matches
+from streamctl.errors import StreamctlError, close_matches, did_you_mean
 from streamctl.files import atomic_file_each
 from streamctl.runs import RunDir
 
@@ -359,8 +359,8 @@ class Store:
         what, there = f"no such item: {id_}", []
         if self.base < HINTS_UP_TO:
             there = [one for (one,) in self._all("SELECT id FROM item WHERE NOT gone")]
-        hint = close_matches(id_, there)
-        return f"{what}; {hint}" if hint.startswith("did") else what
+        near = did_you_mean(id_, there)
+        return f"{what}; {near}" if near else what
 
     # Users
 

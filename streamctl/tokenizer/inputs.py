@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from streamctl.data.sources.items import id_text
-from streamctl.errors import StreamctlError
+from streamctl.errors import StreamctlError, count_of
 from streamctl.files import file_hash, read_json
 from streamctl.runs import StageWriter
 
@@ -69,7 +69,7 @@ class OwnVectors:
         wrong = np.flatnonzero(~np.isfinite(rows).all(1))
         if len(wrong):
             raise StreamctlError(
-                f"{len(wrong)} vectors hold a value that is not a finite number, "
+                f"{count_of(len(wrong), 'vector')} with a value that is not a finite number, "
                 f"such as that of item {ids[wrong[0]]!r}",
                 where=file,
                 run="make these anew, or put zeros there",
@@ -176,7 +176,7 @@ def _places(file: Path, names: list[str], ids: Sequence[str], what: str) -> np.n
     missing = [name for name in ids if name not in place]
     if missing:
         raise StreamctlError(
-            f"{len(missing)} of {len(ids)} items have no {what}, such as "
+            f"{count_of(len(missing), 'item')} of {len(ids):,} without a {what}, such as "
             + ", ".join(map(repr, missing[:SHOWN])),
             where=file,
             run="add them; the column item_id of the run's data/items.parquet lists all",

@@ -14,7 +14,7 @@ import torch
 from streamctl.config import TokenizeConfig
 from streamctl.data import Catalog, Split, load_data
 from streamctl.device import derive_seed, resolve_device
-from streamctl.errors import StreamctlError, UsageError
+from streamctl.errors import StreamctlError, UsageError, count_of
 from streamctl.files import disk_errors, file_hash
 from streamctl.progress import progress_bar, say, warn
 from streamctl.runs import RunDir, Stage, StageWriter
@@ -95,7 +95,7 @@ def tokenize(
         semantic_ids.details["texts"] = text_report(catalog.texts, vectors, split, config.seed)
         report = semantic_ids.report()
         for text in complaints(report, config):
-            warn(text)
+            warn(f"{text}, with `{stage.redo()}`")
 
         stage.save_array("codes.npy", semantic_ids.codes)
         stage.save_array("codebooks.npy", quantizer.codebooks.detach().cpu().numpy())
@@ -343,9 +343,9 @@ def complaints(report: dict[str, Any], config: TokenizeConfig) -> list[str]:
         *(["--set tokenize.collaborative=1"] * (not config.collaborative)),
     ]
     ways = ["other vectors", *ways[-1:]] if config.vectors else ways
-    ways = "Remedy: " + " or ".join(ways) + ", with --force"
+    ways = "Remedy: " + " or ".join(ways)
     if texts["empty"]:
-        found.append(f"{texts['empty']:,} of {texts['items']:,} items have no text. {ways}")
+        found.append(f"no text: {count_of(texts['empty'], 'item')} of {texts['items']:,}. {ways}")
     if texts["pairs"] and texts["closer"] < 0.5 + SURELY * texts["error"]:
         found.append(
             "items that users take together are no more alike by their vectors than chance "
@@ -369,7 +369,7 @@ def complaints(report: dict[str, Any], config: TokenizeConfig) -> list[str]:
         found.append(
             f"level {number} uses {level['used']} of its {level['codes']} codes "
             f"({level['usage']:.0%}): the codebook has collapsed in part. "
-            f"Remedy: {' or '.join(remedies)}, with --force"
+            f"Remedy: {' or '.join(remedies)}"
         )
     return found
 

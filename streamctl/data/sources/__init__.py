@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,19 +103,19 @@ def find_source(path: Path, format_name: str = "auto") -> tuple[Source, Files]:
     )
 
 
-def parse_columns(text: str) -> dict[str, str]:
-    """`user=uid,item=product` -> {"user": "uid", "item": "product"}.
+def parse_columns(named: Sequence[str]) -> dict[str, str]:
+    """["user=uid", "item=product"] -> {"user": "uid", "item": "product"}.
 
     Raises:
-        UsageError: another form, or a role that is not user, item or time.
+        UsageError: another form, or a role that is none of `ROLES`.
     """
     columns = {}
-    for part in filter(None, text.split(",")):
+    for part in named:
         role, equals, name = (word.strip() for word in part.partition("="))
         if not equals or not name or role not in table.ROLES:
             raise UsageError(
                 "--columns takes user=NAME,item=NAME,time=NAME,rating=NAME,event=NAME, "
-                f"not {text!r}"
+                f"not {part!r}"
             )
         columns[role] = name
     return columns

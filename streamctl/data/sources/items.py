@@ -21,7 +21,7 @@ from streamctl.data.sources.text import (
     records,
     writable,
 )
-from streamctl.errors import StreamctlError, close_matches
+from streamctl.errors import StreamctlError, close_matches, count_of
 
 USER_NAMES = ("user_id", "user", "userid", "uid", "reviewerid", "customer_id", "visitorid",
               "session_id")  # fmt: skip
@@ -198,7 +198,7 @@ def delimited_rows(
         if not header:
             header = [name.strip() for name in row]
         elif len(row) != len(header):
-            told = f"{len(row)} columns where the header has {len(header)}"
+            told = f"{count_of(len(row), 'column')} where the header has {len(header)}"
             reading.bad(path, line, told)
         else:
             yield line, dict(zip(header, row, strict=True))

@@ -26,7 +26,7 @@ from streamctl.data.sources.text import (
     wrong_encoding,
 )
 from streamctl.data.sources.times import DATE, INTEGER, LARGEST_TIME, NUMBER
-from streamctl.errors import StreamctlError, close_matches
+from streamctl.errors import StreamctlError, count_of, did_you_mean
 
 ITEM_NAMES = ("item_id", "item", "itemid", "iid", "parent_asin", "asin", "movieid", "product_id",
               "article_id", "sid")  # fmt: skip
@@ -133,8 +133,8 @@ def find_roles(found: Sequence[str], columns: Mapping[str, str], path: Path) -> 
             roles[role] = name
         elif wanted or role in NEEDED:
             missing[role] = wanted or {"time": "timestamp or position"}.get(role, f"{role}_id")
-            near = close_matches(wanted or usual[role][0], [name[:80] for name in found[:100]])
-            hints += [near] if near.startswith("did") else []
+            near = did_you_mean(wanted or usual[role][0], [name[:80] for name in found[:100]])
+            hints += [near] if near else []
     if missing:
         named = ",".join(f"{role}=NAME" for role in missing)
         other = ""
@@ -273,7 +273,7 @@ def _rejects(raw: RawLog, text: _Text, file: Path, reading: Reading) -> None:
         elif kind.endswith("COLUMNS"):
             source = [(line, content.strip("\r\n"))]
             row = next(records(source, text.delimiter, text.quoted, path), (0, [""]))[1]
-            reason = f"{len(row)} columns where the header has {width}"
+            reason = f"{count_of(len(row), 'column')} where the header has {width}"
         told.append((line, reason))
     if told and not reading.skip_bad:
         reading.bad(path, *told[0])
