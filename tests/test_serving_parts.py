@@ -69,17 +69,18 @@ def test_items_and_users_of_the_run_are_there_with_what_they_are(run, store):
 
 def test_what_one_connection_writes_every_other_sees(run, folder, store):
     other = Store(run, folder)
-    before = other.changes()
+    assert other.changes({}) is None
     item = add(store, "new-1", "Lip balm", {"brand": "Wren"})
-    assert other.changes() != before
     assert other.index("new-1") == item == store.base
-    [(number, id_, text, codes, vector)] = other.added_since(0)
-    assert (number, id_, text, codes) == (item, "new-1", "Lip balm", [1, 2, 3])
+    [(number, text, codes, vector)] = (seen := other.changes({})).items
+    assert (number, text, codes) == (item, "Lip balm", [1, 2, 3])
     assert vector.tolist() == [1, 1, 1, 1]
     assert other.with_values("brand", ["Wren"], "/filter") == [item]
     other.take("u001", ["new-1"])
     assert store.user("u001")[-1] == item
-    assert store.taken_since(0)[0] == [("u001", [item])]
+    news = store.changes(seen.mark)
+    assert news.items == [] and news.taken == [("u001", [item])]
+    assert store.changes(news.mark) is None
     assert Store(run, folder).user("u001") == store.user("u001")
 
 
@@ -97,7 +98,7 @@ def test_a_removed_item_is_gone_but_histories_may_hold_it_and_its_id_is_free(sto
         again = add(store, id_, "Another balm")
         assert store.index(id_) == store.indexes([id_])[0] == again > first
         assert store.count() == count
-    assert store.removed_since(0)[0] == [first, 5]
+    assert store.changes({}).removed == [first, 5]
 
 
 def test_titles_are_found_by_words_their_beginnings_and_pieces_of_scripts_without_blanks(store):
@@ -129,7 +130,7 @@ def test_a_forgotten_user_is_not_read_any_more_and_may_begin_anew(run, folder, s
         store.take(user, ids)
         assert other.user(user) == [1, 2]
         assert other.users(user, 5)["users"] == [user]
-    assert store.forgotten_since(0)[0] == ["u001", "newcomer"]
+    assert store.changes({}).forgotten == ["u001", "newcomer"]
 
 
 def test_who_is_forgotten_is_so_even_if_the_file_cannot_be_tidied(store):
@@ -154,7 +155,7 @@ def test_interactions_count_for_runs_of_the_same_data_only(run, folder, store, t
     later = Store(make_data(tmp_path / "later", seed=1), folder)
     assert store.user("u001")[-1] == 1
     assert later.user("u001") == load_data(later.run)[1].log.of(1).tolist()
-    assert later.taken_since(0) == ([], 0)
+    assert later.changes({}).taken == []
 
 
 def test_an_unknown_id_or_field_is_refused_with_its_place_and_the_nearest(store):
@@ -167,7 +168,7 @@ def test_an_unknown_id_or_field_is_refused_with_its_place_and_the_nearest(store)
     assert error.value.field == "/filter/brnd"
     with pytest.raises(Refused):
         store.take("u001", ["nothing"])
-    assert store.changes() == (None, None, None, None)
+    assert store.changes({}) is None
 
 
 TAKE_MANY = """

@@ -123,6 +123,33 @@ def test_it_survives_the_process_and_reaches_those_beside_it(run, folder, engine
         assert other.similar(new, 3) == engine.similar(new, 3)
 
 
+def test_what_others_write_while_it_looks_is_not_missed(run, folder, engine):
+    beside, moment, reached = Engine(run, Store(run, folder), device="cpu"), 0, True
+    while reached:  # before each of the statements of a look
+        moment, reached, statements = moment + 1, False, 0
+
+        def write(_: str) -> None:
+            nonlocal statements, reached
+            statements += 1
+            if statements == moment:
+                reached = True
+                add(beside, f"during-{moment}")
+                beside.store.take(NEW, [f"during-{moment}"])
+
+        add(beside, f"before-{moment}")
+        engine.store._db.set_trace_callback(write)
+        engine.live.follow()
+        engine.store._db.set_trace_callback(None)
+        engine.live.follow()
+        for store in (engine.store, beside.store):
+            assert not store._db.in_transaction
+        for when in ("before", "during") if reached else ():
+            assert ids(engine, user_id=OLD, allow=[f"{when}-{moment}"]) == [f"{when}-{moment}"]
+    assert moment > 5
+    beside.live.follow()
+    assert engine.live._counts.tolist() == beside.live._counts.tolist()
+
+
 def test_items_with_equal_texts_get_codes_of_their_own_in_whichever_process(run, folder, engine):
     engines = engine, Engine(run, Store(run, folder), device="cpu")
     made = []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from streamctl.data import Split
 from streamctl.ranking import Recommender
 from streamctl.runs import RunDir
-from streamctl.serving.store import Refused, Store
+from streamctl.serving.store import Changes, Refused, Store
 from streamctl.tokenizer import SemanticIds
 from streamctl.tokenizer import vectors as item_vectors
 from streamctl.tokenizer.neighbours import nearest, unit
@@ -41,7 +41,7 @@ class LiveCatalog:
         self._newcomers = 0
         self._parts: list[Any] = []  # methods, and those inside them
         self._evidence: list[Evidence] = []
-        self._seen = {"changes": None, "number": 0, "removed": 0, "taken": 0, "forgotten": 0}
+        self._mark: dict[str, int] = {}  # of the last changes that were taken over
         self._stage = run.stage("tokenizer")
         self._tokenizer: Tokenizer | None = None
         self.vectors = np.empty((store.base, 0), np.float32)
@@ -54,6 +54,8 @@ class LiveCatalog:
     def serve(self, recommender: Recommender) -> None:
         """Have a method know what came since, now and from now on."""
         self.follow()
+        while (past := self.store.changes({})) and past.mark != self._mark:
+            self.follow()  # others wrote meanwhile
         new = []
         for part in _inside(recommender):
             self._parts.append(part)
@@ -62,9 +64,8 @@ class LiveCatalog:
                 self._evidence.append(evidence)
                 new.append(evidence)
         self._grow()
-        for evidence in new:
-            forgotten, taken = self.store.forgotten_since(0)[0], self.store.taken_since(0)[0]
-            self._learn(evidence, forgotten, taken)
+        for evidence in new if past else ():
+            self._learn(evidence, past)
 
     def known(self, recommender: Recommender) -> int:
         """How many items a method can read: those of the run, or all."""
@@ -81,44 +82,33 @@ class LiveCatalog:
 
     def follow(self) -> None:
         """Take over what was written to the store, by whichever process."""
-        seen, store = self._seen, self.store
-        changes = store.changes()
-        if changes == seen["changes"]:
-            return
-        self.add(store.added_since(seen["number"]))
-        gone, seen["removed"] = store.removed_since(seen["removed"])
-        self.removed = np.union1d(self.removed, np.array(gone, np.int64))
-        forgotten, seen["forgotten"] = store.forgotten_since(seen["forgotten"])
-        taken, seen["taken"] = store.taken_since(seen["taken"])
-        for user, items in taken:
-            np.add.at(self._counts, items, 1)
-            self._number(user)
-        for evidence in self._evidence:
-            self._learn(evidence, forgotten, taken)
-        seen["number"], seen["changes"] = store.last_number(), changes
-
-    def add(self, items: list[tuple[int, str, str, list[int] | None, np.ndarray]]) -> None:
-        """Make live items known to all methods: codes, vectors, the trie, neighbours.
-
-        Args:
-            items: as `Store.added_since` gives them; without codes they get theirs here.
-        """
-        live = self.store.last_number()
-        self._counts = _longer(self._counts, self.store.base + live)
-        self.vectors = _longer(self.vectors, self.store.base + live)
-        self._codes = _longer(self._codes, live, -1)
-        if self._stage.complete and items:
-            unread = [one for one in items if one[3] is None]
-            if unread:
-                codes, vectors = self.tokenize([one[2] for one in unread])
+        while news := self.store.changes(self._mark):
+            unread = [one for one in news.items if one[2] is None] if self._stage.complete else []
+            if unread:  # they were added to a run with another tokenizer
+                codes, vectors = self.tokenize([one[1] for one in unread])
                 with self.store.writing():
                     for one, code, vector in zip(unread, codes, vectors, strict=True):
                         self.store.set_codes(one[0], self.free(code), vector)
-                return self.add(self.store.added_since(self._seen["number"]))
-            numbers = np.array([one[0] for one in items])
-            self._codes[numbers - self.store.base] = [one[3] for one in items]
-            self.vectors[numbers] = np.stack([one[4] for one in items])
+            else:
+                self._take_over(news)
+
+    def _take_over(self, news: Changes) -> None:
+        live = news.mark.get("items", 0)
+        self._counts = _longer(self._counts, self.store.base + live)
+        self.vectors = _longer(self.vectors, self.store.base + live)
+        self._codes = _longer(self._codes, live, -1)
+        if self._stage.complete and news.items:
+            numbers = np.array([one[0] for one in news.items])
+            self._codes[numbers - self.store.base] = [one[2] for one in news.items]
+            self.vectors[numbers] = np.stack([one[3] for one in news.items])
         self._grow()
+        self.removed = np.union1d(self.removed, np.array(news.removed, np.int64))
+        for user, items in news.taken:
+            np.add.at(self._counts, items, 1)
+            self._number(user)
+        for evidence in self._evidence:
+            self._learn(evidence, news)
+        self._mark = news.mark
 
     def _grow(self) -> None:
         """Whatever knows fewer items than there are learns the rest."""
@@ -138,12 +128,10 @@ class LiveCatalog:
                 live = np.setdiff1d(np.flatnonzero(self._codes[:, 0] >= 0), held)
                 part.trie.add(base + live, tokens[live])
 
-    def _learn(
-        self, evidence: Evidence, forgotten: list[str], taken: list[tuple[str, list[int]]]
-    ) -> None:
-        for user in forgotten:
+    def _learn(self, evidence: Evidence, news: Changes) -> None:
+        for user in news.forgotten:
             evidence.forget(self._number(user))
-        evidence.append_all([(self._number(user), items) for user, items in taken])
+        evidence.append_all([(self._number(user), items) for user, items in news.taken])
 
     def _number(self, user: str) -> int:
         """Under which number a user's interactions are counted from now on."""

@@ -13,8 +13,9 @@ import re
 import sqlite3
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,6 +148,25 @@ def make_catalog(run: RunDir, path: Path) -> None:
         base.close()
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What was written to the store from one moment to another.
+
+    Attributes:
+        mark: the last number of each table, for the next look; "items": live items there ever were.
+        items: (dense index, text, codes, vector) of the new ones that are present; codes are None
+            where this run's tokenizer has not read the item yet.
+        removed: dense indexes of items taken out.
+        forgotten: users. taken: (user, items) of what was taken since, oldest first.
+    """
+
+    mark: dict[str, int]
+    items: list[tuple[int, str, list[int] | None, np.ndarray]]
+    removed: list[int]
+    forgotten: list[str]
+    taken: list[tuple[str, list[int]]]
+
+
 class Store:
     """One connection to a run's catalogue and to the changes since; several threads may use it.
 
@@ -178,13 +198,14 @@ class Store:
             if not catalog.exists():
                 make_catalog(run, catalog)
             self._db = sqlite3.connect(
-                self.folder / LIVE, BUSY_S, isolation_level=None, check_same_thread=False
+                self.folder / LIVE, BUSY_S, isolation_level=None, check_same_thread=False, uri=True
             )
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.executescript(
                 "PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;" + _CHANGES
             )
-            self._db.execute("ATTACH ? AS base", [str(catalog)])
+            # Nobody writes to it: without locks on it a reader keeps no writer of the other waiting.
+            self._db.execute("ATTACH ? AS base", [f"{catalog.resolve().as_uri()}?immutable=1"])
             self.base = self._one("SELECT count(*) FROM base.items")
             self._db.executescript(_VIEWS.format(last=self.base - 1, tokenizer=self.tokenizer))
         except (OSError, sqlite3.Error) as error:
@@ -215,23 +236,30 @@ class Store:
         return rows[0][0] if rows else None
 
     @contextmanager
+    def _transaction(self, kind: Literal["DEFERRED", "IMMEDIATE"]) -> Iterator[None]:
+        """Queries that see one state, and changes that come to be together; part of a larger one
+        if there is one."""
+        with self._lock:
+            if self._db.in_transaction:
+                yield
+                return
+            self._db.execute(f"BEGIN {kind}")
+            with self._db:  # commits, or rolls back
+                yield
+
+    @contextmanager
     def writing(self) -> Iterator[None]:
         """A transaction that keeps other writers out from its first look; synced at its end.
 
         Raises:
             StreamctlError: the disk refuses; nothing of it is stored.
         """
-        with self._lock:
-            if self._db.in_transaction:  # part of a larger one
+        try:
+            with self._transaction("IMMEDIATE"):
                 yield
-                return
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                with self._db:  # commits, or rolls back
-                    yield
-            except sqlite3.Error as error:
-                what = f"the change cannot be stored: {error}"
-                raise StreamctlError(what, where=self.folder) from error
+        except sqlite3.Error as error:
+            what = f"the change cannot be stored: {error}"
+            raise StreamctlError(what, where=self.folder) from error
 
     # Items
 
@@ -432,14 +460,14 @@ class Store:
         return self.base + number - 1
 
     def set_codes(self, item: int, codes: Sequence[int], vector: np.ndarray) -> None:
-        """What the run's tokenizer makes of a live item, inside `writing`.
+        """What the run's tokenizer makes of a live item, inside `writing`; the first word counts.
 
         Args:
             codes: (m,). vector: float32 (dim,).
         """
         record = item - self.base + 1, self.tokenizer, json.dumps([int(code) for code in codes])
         blob = np.asarray(vector, "<f4").tobytes()
-        self._db.execute("INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?)", (*record, blob))
+        self._db.execute("INSERT OR IGNORE INTO codes VALUES (?, ?, ?, ?)", (*record, blob))
 
     def last_codes(self, prefix: Sequence[int]) -> set[int]:
         """The last codes of present items whose other codes are these."""
@@ -491,49 +519,34 @@ class Store:
 
     # What others changed
 
-    def added_since(self, number: int) -> list[tuple[int, str, str, list[int] | None, np.ndarray]]:
-        """(dense index, id, text, codes, vector) of the present live items after one.
+    def changes(self, since: Mapping[str, int]) -> Changes | None:
+        """What was written after a mark, by whichever connection; None if nothing was.
 
-        Codes are None where this run's tokenizer has not read the item yet.
+        Args:
+            since: the `mark` of the last changes; empty for all that there ever were.
         """
-        sql = """SELECT item, id, text, codes, vector FROM of_live
-                 WHERE number > ? AND NOT gone ORDER BY number"""
-        return [
-            (item, id_, text, codes and json.loads(codes), np.frombuffer(vector or b"", "<f4"))
-            for item, id_, text, codes, vector in self._all(sql, number)
-        ]
-
-    def last_number(self) -> int:
-        """How many live items there ever were."""
-        return self._one("SELECT max(number) FROM items") or 0
-
-    def removed_since(self, seq: int) -> tuple[list[int], int]:
-        """Dense indexes of items taken out after one removal, and the last removal's number."""
-        sql = """SELECT seq, coalesce(r.number + ?, b.item) FROM removed AS r
-                 LEFT JOIN base.items AS b ON b.id = r.id WHERE seq > ? ORDER BY seq"""
-        rows = self._all(sql, self.base - 1, seq)
-        return [item for _, item in rows if item is not None], rows[-1][0] if rows else seq
-
-    def taken_since(self, seq: int) -> tuple[list[tuple[str, list[int]]], int]:
-        """(user, items) of the interactions after one, and the last one's number."""
-        sql = "SELECT seq, user, items FROM interactions WHERE seq > ? AND data = ? ORDER BY seq"
-        rows = self._all(sql, seq, self.data)
-        lists = [json.loads(items) for _, _, items in rows]
-        ids = list(dict.fromkeys(id_ for taken in lists for id_ in taken))
-        known = dict(zip(ids, self.indexes(ids), strict=True))
-        found = [
-            (user, [known[id_] for id_ in taken if known[id_] is not None])
-            for (_, user, _), taken in zip(rows, lists, strict=True)
-        ]
-        return found, rows[-1][0] if rows else seq
-
-    def forgotten_since(self, seq: int) -> tuple[list[str], int]:
-        """Users forgotten after one, and the last one's number."""
-        rows = self._all("SELECT seq, user FROM forgotten WHERE seq > ? ORDER BY seq", seq)
-        return [user for _, user in rows], rows[-1][0] if rows else seq
-
-    def changes(self) -> tuple[int, ...]:
-        """Another tuple after anything has changed, by whichever connection."""
-        keys = "items.number", "removed.seq", "interactions.seq", "forgotten.seq"
-        last = ", ".join(f"(SELECT max({key}) FROM main.{key.split('.')[0]})" for key in keys)
-        return self._all(f"SELECT {last}")[0]
+        with self._transaction("DEFERRED"):
+            mark = dict(self._all("SELECT name, seq FROM main.sqlite_sequence"))
+            if mark == since:
+                return None
+            live, removed, taken, forgotten = (
+                since.get(table, 0) for table in ("items", "removed", "interactions", "forgotten")
+            )
+            sql = """SELECT item, text, codes, vector FROM of_live
+                     WHERE number > ? AND NOT gone ORDER BY number"""
+            items = [
+                (item, text, codes and json.loads(codes), np.frombuffer(vector or b"", "<f4"))
+                for item, text, codes, vector in self._all(sql, live)
+            ]
+            sql = """SELECT coalesce(r.number + ?, b.item) FROM removed AS r
+                     LEFT JOIN base.items AS b ON b.id = r.id WHERE seq > ? ORDER BY seq"""
+            gone = [item for (item,) in self._all(sql, self.base - 1, removed) if item is not None]
+            sql = "SELECT user, items FROM interactions WHERE seq > ? AND data = ? ORDER BY seq"
+            rows = [(user, json.loads(ids)) for user, ids in self._all(sql, taken, self.data)]
+            ids = list(dict.fromkeys(id_ for _, some in rows for id_ in some))
+            known = dict(zip(ids, self.indexes(ids), strict=True))
+            users = self._all("SELECT user FROM forgotten WHERE seq > ? ORDER BY seq", forgotten)
+        return Changes(
+            mark, items, gone, [user for (user,) in users],
+            [(user, [known[id_] for id_ in some if known[id_] is not None]) for user, some in rows],
+        )  # fmt: skip
