@@ -1,10 +1,11 @@
 """When compiled code runs, and where it is kept.
 
-Compiling takes tens of seconds once a machine. A training waits for it: its arithmetic must not
-change on the way. With STREAMCTL_COMPILE=background, as `recommend` and `serve` set it, a process
-goes on in plain PyTorch while another one, of low priority, compiles what `streamctl.model.warm`
-calls; what that leaves in the cache is loaded when all of it is there. With STREAMCTL_COMPILE=never
-nothing is compiled, and code that is compiled already is not used.
+Compiling takes tens of seconds once a machine. A training waits for it, whose arithmetic must not
+change on the way, and so does a server, whose first requests would be late. With
+STREAMCTL_COMPILE=background, as `recommend` sets it, a process goes on in plain PyTorch while
+another one, of low priority, compiles what `streamctl.model.warm` calls; what that leaves in the
+cache is loaded when all of it is there. With STREAMCTL_COMPILE=never nothing is compiled, and code
+that is compiled already is not used.
 """
 
 import atexit

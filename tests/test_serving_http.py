@@ -142,9 +142,10 @@ def test_a_close_id_is_suggested(server):
 
 
 def test_a_wrong_place_in_a_batch_is_named(server):
-    body = {"requests": [{"user_id": "u017"}, {"history": ["nothing"]}]}
-    answer = server.client.post("/v1/recommend/batch", json=body)
-    assert answer.json()["errors"][0]["field"] == "/requests/1/history/0"
+    right, wrong = {"user_id": "u017"}, {"history": ["nothing"]}
+    for place, requests in ((1, [right, wrong]), (0, [wrong])):
+        answer = server.client.post("/v1/recommend/batch", json={"requests": requests})
+        assert answer.json()["errors"][0]["field"] == f"/requests/{place}/history/0"
 
 
 def test_bodies_over_a_mebibyte_are_refused_declared_or_not(server):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from serving_run import make_run
 
 from streamctl.data import load_data
+from streamctl.model import frozen
 from streamctl.runs import RunDir
 from streamctl.serving.engine import Engine
 from streamctl.serving.question import as_job
@@ -108,6 +111,17 @@ def test_what_shares_a_batch_changes_no_answer(engine):
     assert groups[0] == groups[1] != groups[2]  # a wider search may find other items
 
 
+def test_no_request_waits_until_the_faster_way_is_measured(run, folder, monkeypatch):
+    engine = Engine(run, Store(run, folder), device="cpu", batch=16)
+    engine.warm_up()
+    monkeypatch.setattr(frozen.choice, "fastest", None)
+    items = [item["id"] for item in engine.store.search("", 20)["items"]]
+    for count, length, think in product((1, 3, 16), (1, 7, 20), (0, "auto")):
+        query = Query(history=items[:length], think=think)
+        job = as_job(query, engine.store, engine.about())
+        assert len(engine.answer([job.details] * count, **job.group)) == count
+
+
 def test_it_survives_the_process_and_reaches_those_beside_it(run, folder, engine):
     beside = Engine(run, Store(run, folder), device="cpu")
     new = add(engine, "new-1")
@@ -128,7 +142,7 @@ def test_what_others_write_while_it_looks_is_not_missed(run, folder, engine):
     while reached:  # before each of the statements of a look
         moment, reached, statements = moment + 1, False, 0
 
-        def write(_: str) -> None:
+        def write(_: str, moment: int = moment) -> None:
             nonlocal statements, reached
             statements += 1
             if statements == moment:

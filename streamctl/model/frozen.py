@@ -30,6 +30,7 @@ from streamctl.model import tiles
 WAYS = ("auto", "packed", "plain")
 _way: ContextVar[str | None] = ContextVar("streamctl_decode", default=None)  # while one is timed
 _USERS = (1, 4, 16)  # batches that are measured; larger ones do as the largest of these
+_LENGTH = 16  # positions of each of their users
 _BEAM = 20  # branches of a decoder that is measured
 _SPARE = 4  # a store that grows makes room for so many steps like the one that it grows for
 _RANGE = 4 * tiles.BLOCK  # rows a thread takes at a time: milliseconds beside its waking up
@@ -391,15 +392,14 @@ def _ready(module: nn.Module, kind: Callable[..., Any], dtype: torch.dtype) -> A
 def _faster(
     module: nn.Module, kind: Callable[..., Any], x: torch.Tensor, dtype: torch.dtype
 ) -> str:
-    """The way that `choice.fastest` has found for inputs of roughly this shape."""
+    """The way that `choice.fastest` has found for roughly so many users."""
     users = min((size for size in _USERS if size * 2 >= len(x)), default=_USERS[-1])
-    length = 1 << (x[0].numel() // x.shape[-1] - 1).bit_length() if len(x) else 1
-    key = dtype, users, length, torch.get_num_threads()
+    key = dtype, users, torch.get_num_threads()
     known = _CHOSEN.setdefault(module, {})
     if key not in known:
         # Of its own generator: a training's chance must not depend on what has been measured.
         own = torch.Generator().manual_seed(0)
-        sample = torch.randn(users, length, x.shape[-1], generator=own).to(x.dtype)
+        sample = torch.randn(users, _LENGTH, x.shape[-1], generator=own).to(x.dtype)
         known[key] = choice.fastest(*_question(module, kind, sample, dtype))
     return known[key]
 

@@ -217,7 +217,7 @@ def _add_recommend(app: FastAPI, service: Service) -> None:
     @app.post("/v1/recommend/batch", response_model=schemas.BatchAnswer, **options)
     async def recommend_batch(batch: schemas.Batch) -> Response:
         """Several questions at once, answered in their order."""
-        return _json({"answers": await service.recommend(batch.requests)})
+        return _json({"answers": await service.recommend(batch.requests, "/requests")})
 
 
 def _json(content: dict[str, Any]) -> Response:

@@ -30,17 +30,19 @@ class Engine:
     """
 
     def __init__(
-        self, run: RunDir, store: Store, *, method: str | None = None, device: str = "auto"
-    ):
+        self, run: RunDir, store: Store, *, method: str | None = None, device: str = "auto",
+        batch: int = 1,
+    ):  # fmt: skip
         """Load a method.
 
         Args:
             method: its name; None for the run's best.
+            batch: most jobs answered together.
 
         Raises:
             StreamctlError: the run has no such method, or cannot be served.
         """
-        self.run, self.store, self.device = run, store, device
+        self.run, self.store, self.device, self.batch = run, store, device, batch
         self.methods = method_names(run)
         self._source, self.method, _ = answering(run, method)
         _, recommender = load_best(run, device, method=method, beam=BEAM)
@@ -61,7 +63,7 @@ class Engine:
         """
         if method not in (*self._loaded, POPULAR):
             self._join(method, load_method(self.run, method, self.device, beam=BEAM))
-            self.warm_up(1, method)
+            self.warm_up(method)
 
     def about(self) -> dict[str, Any]:
         """What the server has to know."""
@@ -76,18 +78,19 @@ class Engine:
             "history": self._split.history,
         }
 
-    def warm_up(self, batch: int, method: str | None = None) -> None:
-        """Run the paths that queries take, so that the first ones find everything compiled."""
+    def warm_up(self, method: str | None = None) -> None:
+        """Run the paths that queries take, so that the first ones find everything compiled, and
+        measured where there are two ways (`model.frozen`), by batches of three sizes."""
         method = method or self.method
         size, length = self.store.base, self._split.history
-        rows = (np.arange(batch * length) % size).reshape(batch, length).tolist()
+        rows = (np.arange(self.batch * length) % size).reshape(self.batch, length).tolist()
         jobs = [
             {"history": row, "user_id": None, "exclude": [], "allow": None, "k": 10, "note": None}
             for row in rows
         ]
         for think in (0, None):
-            self.answer(jobs, method, think, False)
-            self.answer(jobs[:1], method, think, False)
+            for count in (1, 4, self.batch):
+                self.answer(jobs[:count], method, think, False)
         self.answer(jobs[:1], method, None, True)
 
     def answer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -139,8 +140,10 @@ def answer_questions(
         from streamctl.serving.store import Store
 
         folder = RunDir(Path(run))
-        engine = Engine(folder, Store(folder, Path(store)), method=method, device=device)
-        engine.warm_up(batch)
+        at = Store(folder, Path(store))
+        engine = Engine(folder, at, method=method, device=device, batch=batch)
+        engine.warm_up()
+        gc.freeze()  # a collection over all that is loaded would keep a request waiting for 0.1 s
     except StreamctlError as error:
         send("error", [str(error)])
         return

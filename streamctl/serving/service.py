@@ -225,8 +225,11 @@ class Service:
         busy = self._served.batcher.refusal(1, deadline)
         return None if busy is None else _too_many(busy)
 
-    async def recommend(self, queries: Sequence[Query]) -> list[dict[str, Any]]:
+    async def recommend(self, queries: Sequence[Query], within: str = "") -> list[dict[str, Any]]:
         """Answers in the order of the queries.
+
+        Args:
+            within: pointer to the list that they are in; empty where one is the whole body.
 
         Raises:
             Refused: a query with a wrong value.
@@ -235,7 +238,7 @@ class Service:
         arrived, served = time.monotonic(), self.served
         jobs = []
         for number, query in enumerate(queries):
-            prefix = f"/requests/{number}" if len(queries) > 1 else ""
+            prefix = within and f"{within}/{number}"
             jobs.append(as_job(query, served.store, served.about, prefix))
         for method in {job.group["method"] for job in jobs} - set(served.about["loaded"]):
             await served.load(method)

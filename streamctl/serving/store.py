@@ -204,7 +204,7 @@ class Store:
             self._db.executescript(
                 "PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;" + _CHANGES
             )
-            # Nobody writes to it: without locks on it a reader keeps no writer of the other waiting.
+            # Nobody writes to it; with locks on it who reads would keep writers of LIVE waiting.
             self._db.execute("ATTACH ? AS base", [f"{catalog.resolve().as_uri()}?immutable=1"])
             self.base = self._one("SELECT count(*) FROM base.items")
             self._db.executescript(_VIEWS.format(last=self.base - 1, tokenizer=self.tokenizer))
