@@ -6,17 +6,16 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
 from streamctl.data.catalog import Catalog
-from streamctl.data.log import InteractionLog, ranges
+from streamctl.data.log import InteractionLog
 from streamctl.data.sources import find_source
 from streamctl.data.sources.amazon import TEXT
 from streamctl.data.sources.items import ID_NAMES
@@ -27,71 +26,80 @@ from streamctl.progress import warn
 from streamctl.runs import RunDir
 
 RATING = 5  # the log holds no ratings; tools that drop low ones must keep what was taken
+BATCH = 1 << 17  # rows of a parquet file that are held at once
+
+Rows = Iterable[Sequence[Any]]
+Write = Callable[[Path, list[str], Rows], None]  # a file with these columns
 
 
-@dataclass(frozen=True)
-class Export:
-    """One export.
+@contextmanager
+def _text_file(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
+    """A text file to write, compressed as its name says, there when the block ends.
 
-    Attributes:
-        folder: where the files go.
-        suffix: "", ".gz" or ".zst".
-        index: the tokenizer's index.json, or None.
+    The same texts give the same bytes.
     """
+    with atomic_file(path) as temporary, ExitStack() as stack:
+        raw = stack.enter_context(open(temporary, "wb"))
+        if path.suffix == ".gz":
+            raw = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
+        elif path.suffix == ".zst":
+            import zstandard
 
-    folder: Path
-    catalog: Catalog
-    log: InteractionLog
-    suffix: str = ""
-    index: Path | None = None
+            raw = stack.enter_context(zstandard.ZstdCompressor().stream_writer(raw))
+        yield stack.enter_context(io.TextIOWrapper(raw, encoding, newline=""))
 
-    @property
-    def name(self) -> str:
-        """The folder's name, which names the files."""
-        return self.folder.resolve().name
 
-    @property
-    def columns(self) -> dict[str, list[str]]:
-        """The title and the other columns of the catalogue."""
-        return {"title": self.catalog.titles, **self.catalog.fields}
+def _csv(path: Path, columns: list[str], rows: Rows, delimiter: str = ",") -> None:
+    """A header and lines; what holds the delimiter or a quote is quoted."""
+    with _text_file(path) as handle:
+        writer = csv.writer(handle, delimiter=delimiter, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
 
-    @property
-    def header(self) -> list[str]:
-        return ["user_id", "item_id", "position" if self.log.timestamps is None else "timestamp"]
 
-    def paths(self, *names: str) -> list[Path]:
-        """Files of the folder, NAME being its name."""
-        return [self.folder / (name.replace("NAME", self.name) + self.suffix) for name in names]
+def _joined(
+    path: Path, columns: list[str], rows: Rows, *, by: str, header: bool = True, encoding="utf-8"
+) -> None:
+    """Lines of values parted by a text that none of them holds; nothing is quoted."""
+    with _text_file(path, encoding) as handle:
+        handle.writelines(f"{by.join(columns)}\n" for _ in range(header))
+        handle.writelines(f"{by.join(map(str, row))}\n" for row in rows)
 
-    def sequences(self) -> Iterator[tuple[str, list[str], Sequence[int]]]:
-        """(user id, item ids, times or positions) of every user."""
-        log, ids = self.log, self.catalog.ids
-        for user, name in enumerate(log.user_ids):
-            part = slice(log.offsets[user], log.offsets[user + 1])
-            taken = [ids[item] for item in log.items[part].tolist()]
-            timed = log.timestamps is not None
-            yield name, taken, log.timestamps[part].tolist() if timed else range(len(taken))
 
-    def interactions(self) -> Iterator[tuple[str, str, int]]:
-        """(user id, item id, time or position) of every interaction."""
-        for user, taken, times in self.sequences():
-            yield from ((user, item, time) for item, time in zip(taken, times, strict=True))
+def _json_lines(path: Path, columns: list[str], rows: Rows) -> None:
+    with _text_file(path) as handle:
+        for row in rows:
+            value = dict(zip(columns, row, strict=True))
+            handle.write(json.dumps(value, ensure_ascii=False) + "\n")
 
-    def items(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """(item id, title and other columns) of every item."""
-        columns = self.columns
-        for name, *values in zip(self.catalog.ids, *columns.values(), strict=True):
-            yield name, dict(zip(columns, values, strict=True))
 
-    def check_ids(self, path: Path, *forbidden: str, ascii_only: bool = False) -> None:
-        """Raise StreamctlError if an id holds one of the texts that part columns and lines."""
-        for kind, names in (("user", self.log.user_ids), ("item", self.catalog.ids)):
-            for name in names:
-                held = next((text for text in ("\n", "\r", *forbidden) if text in name), None)
-                if held is not None:
-                    raise _cannot_hold(f"{kind} id {name!r} ({held!r} ends it)", path)
-                if ascii_only and not name.isascii():
-                    raise _cannot_hold(f"{kind} id {name!r} (it is not ASCII)", path)
+def _parquet(path: Path, columns: list[str], rows: Rows) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = [pa.int64() if name in ("timestamp", "position") else pa.string() for name in columns]
+    schema, rows = pa.schema(list(zip(columns, kinds, strict=True))), iter(rows)
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        while batch := list(islice(rows, BATCH)):
+            arrays = map(pa.array, zip(*batch, strict=True), kinds)
+            writer.write_table(pa.table(list(arrays), schema))
+
+
+def _json_object(path: Path, columns: list[str], rows: Rows) -> None:
+    """A JSON object of the first column: to the one other value, or to an object of the others."""
+    with _text_file(path) as handle:
+        for number, (name, *values) in enumerate(rows):
+            value = dict(zip(columns[1:], values, strict=True)) if columns else values[0]
+            handle.write(",\n" if number else "{\n")
+            handle.write(f"{json.dumps(name, ensure_ascii=False)}: ")
+            handle.write(json.dumps(value, ensure_ascii=False))
+        handle.write("\n}\n")
+
+
+def _lines(path: Path, columns: list[str], rows: Rows) -> None:
+    """A user and the items, blank-separated."""
+    with _text_file(path) as handle:
+        handle.writelines(f"{' '.join([user, *taken])}\n" for user, taken in rows)
 
 
 @dataclass(frozen=True)
@@ -100,17 +108,32 @@ class Sink:
 
     Attributes:
         source: the reader that reads it.
-        write: writes the files of an export; interactions first.
-        times: whether it holds times, or the order only.
-        columns: the item columns that are read back; None: all.
+        files: of interactions and of items; NAME is the folder's name.
+        write, write_items: what writes each.
+        log: column -> "user", "item", "time", or a value that is the same in every row; empty: a
+            row (user, items) each user, without times.
+        item: the items file's column of ids.
+        columns: the item columns that are written and read back; None: all.
+        rename: how these are called, {} being their name.
+        forbidden: texts that no id can hold, beside line ends.
         compressible: whether .gz and .zst make sense.
     """
 
     source: str
-    write: Callable[[Export], list[Path]]
-    times: bool = True
+    files: tuple[str, str]
+    write: Write
+    write_items: Write
+    log: Mapping[str, Any] = field(default_factory=dict)
+    item: str = "item_id"
     columns: tuple[str, ...] | None = None
+    rename: str = "{}"
+    forbidden: tuple[str, ...] = ()
     compressible: bool = True
+
+    @property
+    def times(self) -> bool:
+        """Whether it holds times, or the order only."""
+        return bool(self.log)
 
 
 def export(
@@ -146,16 +169,22 @@ def export(
     if compression != "none" and not sink.compressible:
         raise UsageError(f"{format_name} is compressed already; leave --compress out")
     stage = run.require("data")
-    tokenizer = run.stage("tokenizer")
-    files = sink.write(
-        Export(
-            folder,
-            Catalog.load(stage),
-            InteractionLog.load(stage),
-            "" if compression == "none" else f".{compression}",
-            tokenizer.file("index.json") if tokenizer.complete else None,
-        )
-    )
+    catalog, log = Catalog.load(stage), InteractionLog.load(stage)
+    name, suffix = folder.resolve().name, "" if compression == "none" else f".{compression}"
+    inter, meta = (folder / (file.replace("NAME", name) + suffix) for file in sink.files)
+    columns, items = _items(sink, catalog)
+    _check(sink, inter, meta, log, items)
+
+    header = [*sink.log]
+    if sink.log == TABLE and log.timestamps is None:
+        header[-1] = "position"
+    sink.write(inter, header, _interactions(sink, catalog.ids, log))
+    sink.write_items(meta, columns, items)
+    files, tokenizer = [inter, meta], run.stage("tokenizer")
+    if format_name == "lcrec" and tokenizer.complete:
+        files.append(folder / f"{name}.index.json{suffix}")
+        with _text_file(files[-1]) as handle:
+            handle.write(tokenizer.file("index.json").read_text(encoding="utf-8"))
     try:
         _, read = find_source(folder)
         taken = read.interactions in files
@@ -167,211 +196,103 @@ def export(
     return files
 
 
-def _cannot_hold(what: str, path: Path) -> StreamctlError:
-    """The error of something that a format has no way to write."""
-    return StreamctlError(
-        f"the format cannot hold {what}", where=path, run="the same with --format table-jsonl"
-    )
+def _interactions(sink: Sink, ids: list[str], log: InteractionLog) -> Iterator[Sequence[Any]]:
+    """The rows of the interactions file."""
+    for number, user in enumerate(log.user_ids):
+        part = slice(log.offsets[number], log.offsets[number + 1])
+        taken = [ids[item] for item in log.items[part].tolist()]
+        if not sink.log:
+            yield user, taken
+            continue
+        times = range(len(taken)) if log.timestamps is None else log.timestamps[part].tolist()
+        for item, time in zip(taken, times, strict=True):
+            row = {"user": user, "item": item, "time": time}
+            yield [row.get(value, value) for value in sink.log.values()]
 
 
-@contextmanager
-def _text_file(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
-    """A text file to write, compressed as its name says, there when the block ends.
-
-    The same texts give the same bytes.
-    """
-    with atomic_file(path) as temporary, ExitStack() as stack:
-        raw = stack.enter_context(open(temporary, "wb"))
-        if path.suffix == ".gz":
-            raw = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
-        elif path.suffix == ".zst":
-            import zstandard
-
-            raw = stack.enter_context(zstandard.ZstdCompressor().stream_writer(raw))
-        yield stack.enter_context(io.TextIOWrapper(raw, encoding, newline=""))
+def _items(sink: Sink, catalog: Catalog) -> tuple[list[str], list[tuple[str, ...]]]:
+    """(columns, rows) of the items file."""
+    fields = {"title": catalog.titles, **catalog.fields}
+    if sink.columns == GENRES:  # MovieLens parts them so, and has no other columns
+        genres = fields.get("genres", [""] * len(catalog))
+        fields = {"title": catalog.titles, "genres": [text.replace(", ", "|") for text in genres]}
+    elif sink.columns is not None:  # Amazon's: all but what would be taken for an id
+        fields = {name: fields[name] for name in fields if name.lower() not in ID_NAMES}
+    columns = [sink.item, *map(sink.rename.format, fields)]
+    return columns, list(zip(catalog.ids, *fields.values(), strict=True))
 
 
-def _lines(path: Path, lines: Iterable[str], encoding: str = "utf-8") -> None:
-    with _text_file(path, encoding) as handle:
-        handle.writelines(f"{line}\n" for line in lines)
+def _check(sink: Sink, inter: Path, meta: Path, log: InteractionLog, items: Rows) -> None:
+    """Refuse ids and titles that the format has no way to write, before anything is written."""
 
+    def refuse(what: str, path: Path) -> None:
+        raise StreamctlError(
+            f"the format cannot hold {what}", where=path, run="the same with --format table-jsonl"
+        )
 
-def _json_lines(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    _lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
-
-
-def _csv(path: Path, header: list[str], rows: Iterable[Iterable], delimiter: str = ",") -> None:
-    """A delimited file with a header; what holds the delimiter or a quote is quoted."""
-    with _text_file(path) as handle:
-        writer = csv.writer(handle, delimiter=delimiter, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
-def _delimited(export: Export, *, kind: str, delimiter: str) -> list[Path]:
-    inter, item = export.paths(f"interactions.{kind}", f"items.{kind}")
-    export.check_ids(inter)
-    _csv(inter, export.header, export.interactions(), delimiter)
-    rows = ([name, *fields.values()] for name, fields in export.items())
-    _csv(item, ["item_id", *export.columns], rows, delimiter)
-    return [inter, item]
-
-
-def _jsonl(export: Export) -> list[Path]:
-    inter, item = export.paths("interactions.jsonl", "items.jsonl")
-    header = export.header
-    _json_lines(inter, (dict(zip(header, row, strict=True)) for row in export.interactions()))
-    _json_lines(item, ({"item_id": name, **fields} for name, fields in export.items()))
-    return [inter, item]
-
-
-def _parquet(export: Export) -> list[Path]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    inter, item = export.paths("interactions.parquet", "items.parquet")
-    log = export.log
-    users, items = pa.array(log.user_ids, pa.string()), pa.array(export.catalog.ids, pa.string())
-    schema = pa.schema(
-        list(zip(export.header, (pa.string(), pa.string(), pa.int64()), strict=True))
-    )
-    with atomic_file(inter) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for first, last in ranges(log.offsets):
-            part = slice(log.offsets[first], log.offsets[last])
-            of_user = np.repeat(np.arange(first, last), log.lengths[first:last])
-            order = np.arange(part.start, part.stop) - log.offsets[of_user]
-            columns = [
-                users.take(pa.array(of_user)),
-                items.take(pa.array(log.items[part])),
-                pa.array(order if log.timestamps is None else log.timestamps[part], pa.int64()),
-            ]
-            writer.write_table(pa.table(columns, schema))
-    columns = {"item_id": export.catalog.ids, **export.columns}
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-    with atomic_file(item) as path:
-        pq.write_table(table, path, compression="zstd")
-    return [inter, item]
-
-
-def _sequences(export: Export) -> list[Path]:
-    inter, item = export.paths("user_sequence.txt", "items.jsonl")
-    for name in (*export.log.user_ids, *export.catalog.ids):
-        if name.split() != [name]:
-            raise _cannot_hold(f"id {name!r} (blanks part ids)", inter)
-    _lines(inter, (" ".join([user, *taken]) for user, taken, _ in export.sequences()))
-    _json_lines(item, ({"item_id": name, **fields} for name, fields in export.items()))
-    return [inter, item]
-
-
-def _recbole(export: Export) -> list[Path]:
-    """RecBole's atomic files: tab-separated, with typed headers."""
-    inter, item = export.paths("NAME.inter", "NAME.item")
-    export.check_ids(inter, "\t")
-    header = "user_id:token\titem_id:token\ttimestamp:float"
-    rows = ("\t".join(map(str, row)) for row in export.interactions())
-    _lines(inter, (line for lines in ([header], rows) for line in lines))
-    header = "\t".join(["item_id:token", *(f"{column}:token_seq" for column in export.columns)])
-    rows = ("\t".join([name, *fields.values()]) for name, fields in export.items())
-    _lines(item, (line for lines in ([header], rows) for line in lines))
-    return [inter, item]
-
-
-def _lcrec(export: Export) -> list[Path]:
-    inter, item, index = export.paths("NAME.inter.json", "NAME.item.json", "NAME.index.json")
-    _json_object(inter, ((user, taken) for user, taken, _ in export.sequences()))
-    _json_object(item, export.items())
-    if export.index is None:
-        return [inter, item]
-    with _text_file(index) as handle:
-        handle.write(export.index.read_text(encoding="utf-8"))
-    return [inter, item, index]
-
-
-def _json_object(path: Path, entries: Iterator[tuple[str, Any]]) -> None:
-    """A JSON object an entry at a time: a log of any length goes through."""
-    with _text_file(path) as handle:
-        for number, (name, value) in enumerate(entries):
-            handle.write(",\n" if number else "{\n")
-            handle.write(f"{json.dumps(name, ensure_ascii=False)}: ")
-            handle.write(json.dumps(value, ensure_ascii=False))
-        handle.write("\n}\n")
-
-
-def _movies(export: Export) -> Iterator[tuple[str, str, str]]:
-    """(item id, title, genres as MovieLens writes them) of every item."""
-    for name, fields in export.items():
-        yield name, fields["title"], fields.get("genres", "").replace(", ", "|")
-
-
-def _movielens_dat(export: Export) -> list[Path]:
-    """`::` parts the columns, as in 1M and 10M; movies are in Latin-1, as the originals."""
-    inter, item = export.paths("ratings.dat", "movies.dat")
-    export.check_ids(inter, ":", ascii_only=True)
-    movies = []
-    for row in _movies(export):
-        movies.append(line := "::".join(row))
+    for kind, names in (("user", log.user_ids), ("item", (row[0] for row in items))):
+        for name in names:
+            held = next((text for text in sink.forbidden if text in name), None)
+            if sink.write is _lines and name.split() != [name]:
+                refuse(f"id {name!r} (blanks part ids)", inter)
+            if held is not None:
+                refuse(f"{kind} id {name!r} ({held!r} ends it)", inter)
+            if sink.write is MOVIES and not name.isascii():
+                refuse(f"{kind} id {name!r} (it is not ASCII)", inter)
+    for row in items if sink.write is MOVIES else ():
+        line = "::".join(row)
         if line.split("::") != list(row):
-            raise _cannot_hold(f"{line!r} ('::' parts its columns)", item)
+            refuse(f"{line!r} ('::' parts its columns)", meta)
         if any(ord(character) > 255 for character in line):
-            raise _cannot_hold(f"{line!r} (it is in Latin-1)", item)
-    _lines(inter, (f"{user}::{i}::{RATING}::{time}" for user, i, time in export.interactions()))
-    _lines(item, movies, "latin-1")
-    return [inter, item]
+            refuse(f"{line!r} (it is in Latin-1)", meta)
 
 
-def _movielens_csv(export: Export) -> list[Path]:
-    inter, item = export.paths("ratings.csv", "movies.csv")
-    export.check_ids(inter)
-    rows = ((user, name, RATING, time) for user, name, time in export.interactions())
-    _csv(inter, ["userId", "movieId", "rating", "timestamp"], rows)
-    _csv(item, ["movieId", "title", "genres"], _movies(export))
-    return [inter, item]
-
-
-def _review(key: str, user: str, item: str, time: int) -> dict[str, Any]:
-    """An interaction as a review of the releases of 2014 and 2018 (key asin), or of 2023."""
-    if key == "asin":
-        rating = float(RATING)
-        return {"reviewerID": user, "asin": item, "overall": rating, "unixReviewTime": time}
-    rating = {"rating": float(RATING), "asin": item, "parent_asin": item}
-    return rating | {"user_id": user, "timestamp": time}
-
-
-def _amazon(export: Export, *, inter: str, meta: str, key: str) -> list[Path]:
-    """Amazon Reviews as released in 2014 and 2018 (key asin) or 2023 (parent_asin).
-
-    The meta file holds every column but those that would be taken for an id.
-    """
-    inter, meta = export.paths(inter, meta)
-    rows = export.interactions()
-    if inter.name.removesuffix(export.suffix).endswith(".csv"):
-        export.check_ids(inter)
-        rows = ((user, item, float(RATING), time) for user, item, time in rows)
-        _csv(inter, ["user_id", "parent_asin", "rating", "timestamp"], rows)
-    else:
-        _json_lines(inter, (_review(key, *row) for row in rows))
-    kept = [name for name in export.columns if name.lower() not in ID_NAMES]
-    described = export.items()
-    _json_lines(meta, ({key: i} | {name: row[name] for name in kept} for i, row in described))
-    return [inter, meta]
-
-
-_2018 = {"meta": "meta_NAME.json", "key": "asin"}
-_2023 = {"meta": "meta_NAME.jsonl", "key": "parent_asin"}
+GENRES = ("genres",)
+LINE = ("\n", "\r")
+TABLE = {"user_id": "user", "item_id": "item", "timestamp": "time"}  # or position
+MOVIES = partial(_joined, by="::", header=False)  # as in 1M and 10M
+_TABS, _TSV = partial(_joined, by="\t"), partial(_csv, delimiter="\t")
+_CSV = Sink("table", ("interactions.csv", "items.csv"), _csv, _csv, TABLE, forbidden=LINE)
+_STARS = float(RATING)
+_OLD = {"reviewerID": "user", "asin": "item", "overall": _STARS, "unixReviewTime": "time"}
+_REVIEW = {"rating": _STARS, "asin": "item", "parent_asin": "item", "user_id": "user",
+           "timestamp": "time"}  # fmt: skip
+_RATED = {"user_id": "user", "parent_asin": "item", "rating": _STARS, "timestamp": "time"}
+_2018 = {"log": _OLD, "item": "asin", "columns": TEXT}
+_2023 = {"item": "parent_asin", "columns": TEXT}
+_SEEN = {"userId": "user", "movieId": "item", "rating": RATING, "timestamp": "time"}
+_MOVIE = {"log": _SEEN, "item": "movieId", "columns": GENRES}
+_JSON = (_json_lines, _json_lines)
 SINKS: dict[str, Sink] = {
-    "recbole": Sink("recbole", _recbole),
-    "lcrec": Sink("lcrec", _lcrec, times=False),
-    "sequences": Sink("sequences", _sequences, times=False),
-    "table": Sink("table", partial(_delimited, kind="csv", delimiter=",")),
-    "table-tsv": Sink("table", partial(_delimited, kind="tsv", delimiter="\t")),
-    "table-jsonl": Sink("table", _jsonl),
-    "table-parquet": Sink("table", _parquet, compressible=False),
-    "movielens": Sink("movielens", _movielens_dat, columns=("genres",)),
-    "movielens-csv": Sink("movielens", _movielens_csv, columns=("genres",)),
-    "amazon2014": Sink(
-        "amazon", partial(_amazon, inter="reviews_NAME_5.json", **_2018), columns=TEXT
+    # RecBole's atomic files have typed headers.
+    "recbole": Sink(
+        "recbole", ("NAME.inter", "NAME.item"), _TABS, _TABS,
+        {"user_id:token": "user", "item_id:token": "item", "timestamp:float": "time"},
+        item="item_id:token", rename="{}:token_seq", forbidden=(*LINE, "\t"),
     ),
-    "amazon2018": Sink("amazon", partial(_amazon, inter="NAME_5.json", **_2018), columns=TEXT),
-    "amazon2023": Sink("amazon2023", partial(_amazon, inter="NAME.jsonl", **_2023), columns=TEXT),
-    "amazon2023-csv": Sink("amazon2023", partial(_amazon, inter="NAME.csv", **_2023), columns=TEXT),
-}
+    "lcrec": Sink("lcrec", ("NAME.inter.json", "NAME.item.json"), _json_object, _json_object),
+    "sequences": Sink("sequences", ("user_sequence.txt", "items.jsonl"), _lines, _json_lines),
+    "table": _CSV,
+    "table-tsv": Sink(
+        "table", ("interactions.tsv", "items.tsv"), _TSV, _TSV, TABLE, forbidden=LINE
+    ),
+    "table-jsonl": Sink("table", ("interactions.jsonl", "items.jsonl"), *_JSON, TABLE),
+    "table-parquet": Sink(
+        "table", ("interactions.parquet", "items.parquet"), _parquet, _parquet, TABLE,
+        compressible=False,
+    ),
+    "movielens": Sink(
+        "movielens", ("ratings.dat", "movies.dat"), MOVIES, partial(MOVIES, encoding="latin-1"),
+        **_MOVIE, forbidden=(*LINE, ":"),
+    ),
+    "movielens-csv": Sink(
+        "movielens", ("ratings.csv", "movies.csv"), _csv, _csv, **_MOVIE, forbidden=LINE
+    ),
+    "amazon2014": Sink("amazon", ("reviews_NAME_5.json", "meta_NAME.json"), *_JSON, **_2018),
+    "amazon2018": Sink("amazon", ("NAME_5.json", "meta_NAME.json"), *_JSON, **_2018),
+    "amazon2023": Sink("amazon2023", ("NAME.jsonl", "meta_NAME.jsonl"), *_JSON, _REVIEW, **_2023),
+    "amazon2023-csv": Sink(
+        "amazon2023", ("NAME.csv", "meta_NAME.jsonl"), _csv, _json_lines, _RATED, **_2023,
+        forbidden=LINE,
+    ),
+}  # fmt: skip
