@@ -92,7 +92,7 @@ def _inside(source: Path, run: Path) -> None:
     size = sum(file.stat().st_size for file in source.iterdir())
     settings = {"min_user": 3, "min_item": 1, **SETTINGS[size % len(SETTINGS)]}
     config = DataConfig(**settings)
-    build(read_source(source, reading=reading_of(config, None)), config)
+    build(read_source(source, reading=reading_of(config)), config)
 
 
 def _command(*words: str) -> None:

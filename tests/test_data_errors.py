@@ -150,7 +150,7 @@ def test_a_format_that_is_not_there_says_what_it_looked_for(source):
 @pytest.mark.parametrize("text", ["user", "user=", "usr=a", "=x"])
 def test_columns_of_another_form_are_a_usage_error(text):
     with pytest.raises(UsageError, match="--columns takes user=NAME"):
-        parse_columns(text)
+        parse_columns([text])
 
 
 def test_nothing_left_after_filtering_says_what_each_filter_took(source, tmp_path):

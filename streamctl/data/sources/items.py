@@ -15,13 +15,14 @@ from streamctl.data.sources.text import (
     clean,
     delimiter_of,
     first_sentence,
+    header_of,
     lines,
     numbered,
     plain_name,
     records,
     writable,
 )
-from streamctl.errors import StreamctlError, close_matches, count_of
+from streamctl.errors import StreamctlError, close_matches
 
 USER_NAMES = ("user_id", "user", "userid", "uid", "reviewerid", "customer_id", "visitorid",
               "session_id")  # fmt: skip
@@ -191,17 +192,15 @@ def delimited_rows(
         names: the columns; by default the first line holds them.
         quoted: whether texts may be in double quotes.
     """
-    header = list(names)
     if reading.skip_bad and encoding == "utf-8":
         encoding = "replace"
-    for line, row in records(numbered(path, encoding), delimiter, quoted, path):
-        if not header:
-            header = [name.strip() for name in row]
-        elif len(row) != len(header):
-            told = f"{count_of(len(row), 'column')} where the header has {len(header)}"
-            reading.bad(path, line, told)
+    first, names = header_of(path, delimiter, names, quoted=quoted, encoding=encoding)
+    source = (line for line in numbered(path, encoding) if line[0] > first)
+    for line, row, fault in records(source, delimiter, len(names), quoted=quoted):
+        if fault:
+            reading.bad(path, line, fault)
         else:
-            yield line, dict(zip(header, row, strict=True))
+            yield line, dict(zip(names, row, strict=True))
 
 
 def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -124,9 +124,14 @@ class RawLog:
         chosen = [str(part) if name == "part" else columns.get(name, "NULL") for name in names]
         self.con.execute(f"INSERT INTO staged SELECT {', '.join(chosen)} FROM {source}")
 
-    def add(self, columns: Mapping[str, Iterable[str | None]], part: int = 0) -> None:
-        """Add a batch of texts: `user`, `item` and, where there are any, `time` and others."""
-        arrays = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+    def add(self, columns: Mapping[str, Iterable[str | int | None]], part: int = 0) -> None:
+        """Add a batch: texts `user`, `item` and, where there are any, `time` and others, and
+        numbers `line` of the lines where these stand."""
+        if "line" in columns and "line" not in self.extra:
+            self.con.execute("ALTER TABLE staged ADD COLUMN line BIGINT")
+            self.extra.append("line")
+        kinds = {name: pa.int64() if name == "line" else pa.string() for name in columns}
+        arrays = {name: pa.array(values, kinds[name]) for name, values in columns.items()}
         self.con.register("batch", pa.table({f"{name}_": array for name, array in arrays.items()}))
         self.stage({name: f"{name}_" for name in arrays}, "batch", part)
         self.con.unregister("batch")
@@ -147,6 +152,7 @@ class RawLog:
         extra = [
             f"try_cast({name} AS DOUBLE) AS {name}" if name == "rating" else name
             for name in self.extra
+            if name != "line"
         ]
         self.con.execute(f"""
             CREATE TABLE log AS

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import duckdb
 
@@ -18,15 +18,14 @@ from streamctl.data.sources.text import (
     delimiter_of,
     first_line,
     first_sentence,
-    lines_at,
+    header_of,
     numbered,
-    plain_copy,
     plain_name,
     records,
-    wrong_encoding,
+    writable,
 )
 from streamctl.data.sources.times import DATE, INTEGER, LARGEST_TIME, NUMBER
-from streamctl.errors import StreamctlError, count_of, did_you_mean
+from streamctl.errors import StreamctlError, did_you_mean
 
 ITEM_NAMES = ("item_id", "item", "itemid", "iid", "parent_asin", "asin", "movieid", "product_id",
               "article_id", "sid")  # fmt: skip
@@ -41,6 +40,7 @@ ROLES = (*NEEDED, "rating", "event")
 _USUAL = (USER_NAMES, ITEM_NAMES, TIME_NAMES + POSITION_NAMES, RATING_NAMES, EVENT_NAMES)
 _KINDS = ("csv", "tsv", "parquet", "jsonl")
 _LONGEST_LINE = 2_000_000
+BATCH = 1 << 16
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _TIME_HELP = (
     "write 2024-01-31, 2024-01-31 18:30:00 or a number, or name another column with "
@@ -80,15 +80,21 @@ def read_table(
             continue
         name = plain_name(path)
         with database_errors(path):
+            again = None
             if name.endswith(".parquet"):
-                roles, rows = _parquet(raw, path, part, reading), None
+                roles = _parquet(raw, path, part, reading)
             elif name.endswith((".jsonl", ".json")):
                 roles = _json(raw, path, part, reading)
-                rows = partial(json_rows, path, Reading(skip_bad=True))
             else:
-                text = _Text(path, delimiter, names, quoted)
-                roles, rows = _delimited(raw, text, part, reading), text.rows
-            dates = _check_values(raw, path, part, reading, roles, rows) if roles else None
+                tabs = name.endswith((".tsv", ".inter"))
+                parted = delimiter or ("\t" if tabs else delimiter_of(path))
+                text = _Text(path, parted, quoted, *header_of(path, parted, names, quoted=quoted))
+                roles = _wanted(raw, find_roles(text.header, reading.columns, path), reading, path)
+                again = partial(_line_by_line, raw, text, part, reading, roles)
+                if not _at_once(raw, text, part, roles):
+                    again()
+                    again = None
+            dates = _check_values(raw, path, part, reading, roles, again) if roles else None
             known = dates if known is None else known
             if dates is not None and dates != known:
                 words = ("dates", "numbers") if dates else ("numbers", "dates")
@@ -180,105 +186,69 @@ def _wanted(raw: RawLog, roles: dict[str, str], reading: Reading, path: Path) ->
     return wanted
 
 
+@dataclass(frozen=True)
 class _Text:
-    """A text table: its columns, and its rows as a slow reader sees them.
+    """A text table; its rows begin behind line `first`."""
 
-    Raises:
-        StreamctlError: an empty file, or a first line that is no header.
-    """
-
-    def __init__(self, path: Path, delimiter: str | None, names: Sequence[str], quoted: bool):
-        self.path, self.quoted = path, quoted
-        tabs = plain_name(path).endswith((".tsv", ".inter"))
-        self.delimiter = delimiter or ("\t" if tabs else delimiter_of(path))
-        self.first, text = first_line(path)
-        self.header = list(names)
-        if names:
-            self.first = 0
-        else:
-            source = [(self.first, text)]
-            row = next(records(source, self.delimiter, quoted, path), (0, [""]))[1]
-            self.header = [name.strip() for name in row]
-
-    def rows(self) -> Iterator[tuple[int, list[str]]]:
-        """(line, row) of the rows that are well formed."""
-        source = numbered(self.path, "replace")
-        for line, row in records(source, self.delimiter, self.quoted, self.path):
-            if line > self.first and len(row) == len(self.header):
-                yield line, row
+    path: Path
+    delimiter: str
+    quoted: bool
+    first: int
+    header: list[str]
 
 
-def _delimited(raw: RawLog, text: _Text, part: int, reading: Reading) -> dict[str, str]:
-    """Stage a text table; its roles."""
-    path, header = text.path, text.header
-    roles = _wanted(raw, find_roles(header, reading.columns, path), reading, path)
-    places = {role: f"c{header.index(name)}" for role, name in roles.items()}
-    columns = ", ".join(f"'c{place}': 'VARCHAR'" for place in range(len(header)))
+def _at_once(raw: RawLog, text: _Text, part: int, roles: Mapping[str, str]) -> bool:
+    """Stage a text table with DuckDB: whether all lines are well formed; else nothing is staged."""
+    places = {role: f"c{text.header.index(name)}" for role, name in roles.items()}
+    columns = ", ".join(f"'c{place}': 'VARCHAR'" for place in range(len(text.header)))
     quote = '"' if text.quoted else ""
-
-    def stage(file: Path, compression: str) -> None:
-        source = f"""
-            read_csv({raw.link(file)}, delim = '{text.delimiter}',
-                quote = '{quote}', escape = '{quote}', header = false, skip = {text.first},
-                auto_detect = false, compression = '{compression}', columns = {{{columns}}},
-                hive_partitioning = false, max_line_size = {_LONGEST_LINE}, strict_mode = true,
-                store_rejects = true, rejects_limit = 0)"""
-        raw.stage(places, source, part)
-
-    file = path
+    compression = _COMPRESSIONS.get(text.path.suffix.lower(), "none")
+    source = f"""
+        read_csv({raw.link(text.path)}, delim = '{text.delimiter}', quote = '{quote}',
+            escape = '{quote}', header = false, skip = {text.first}, auto_detect = false,
+            compression = '{compression}', columns = {{{columns}}}, hive_partitioning = false,
+            max_line_size = {_LONGEST_LINE}, strict_mode = true)"""
     try:
-        stage(file, _COMPRESSIONS.get(path.suffix.lower(), "none"))
-    except duckdb.OutOfMemoryException:
+        raw.stage(places, source, part)
+    except (duckdb.OutOfMemoryException, duckdb.InterruptException):
         raise
-    except duckdb.Error as first:
-        # A compressed file that is cut short, lines that end now so, now so: of plain bytes with
-        # one kind of line end what can be read is read, and what cannot is named.
-        raw.con.execute("DROP TABLE IF EXISTS reject_errors; DROP TABLE IF EXISTS reject_scans")
-        raw.con.execute(f"DELETE FROM {_rows_of(raw, part)}")
-        file = plain_copy(path, Path(raw.folder.name) / f"plain{part}", reading)
+    except duckdb.Error:  # a bad line, a file cut short, lines that end now so, now so
+        return False
+    return True
+
+
+def _line_by_line(
+    raw: RawLog, text: _Text, part: int, reading: Reading, roles: Mapping[str, str]
+) -> None:
+    """Stage a text table with the lines of its rows, and report those that are bad."""
+    places = {role: text.header.index(name) for role, name in roles.items()}
+
+    def rows() -> Iterator[tuple[int, dict[str, str]]]:
+        lines = numbered(text.path, "keep" if reading.skip_bad else "utf-8")
+        lines = (line for line in lines if line[0] > text.first)
+        line, width = text.first, len(text.header)
         try:
-            stage(file, "none")
-        except duckdb.Error:
-            reason = first_sentence(first).removeprefix("Invalid Input Error: ")
-            raise StreamctlError(
-                f"not CSV: {reason}",
-                where=path,
-                run="give each line the columns of the header; quote texts that hold a delimiter",
-            ) from first
-    _rejects(raw, text, file, reading)
-    return roles
-
-
-def _rejects(raw: RawLog, text: _Text, file: Path, reading: Reading) -> None:
-    """Report the lines that DuckDB left out of `file`."""
-    path, width = text.path, len(text.header)
-    limit = SHOWN if reading.skip_bad else 1
-    found = raw.ask(f"""
-        SELECT line_byte_position, any_value(error_type)::VARCHAR, left(any_value(csv_line), 10000)
-        FROM reject_errors GROUP BY line_byte_position ORDER BY line_byte_position LIMIT {limit}""")
-    count = raw.one("SELECT count(DISTINCT line_byte_position) FROM reject_errors")
-    raw.con.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
-    told = []
-    # A line that is left out begins with the blank ones before it.
-    blank = [len(content) - len(content.lstrip("\r\n")) for _, _, content in found]
-    places = [place - 1 + skip for (place, _, _), skip in zip(found, blank, strict=True)]
-    for line, (_, kind, content) in zip(lines_at(file, places), found, strict=True):
-        reason = "not CSV: a quote that is not closed, or text behind its end"
-        if kind == "INVALID ENCODING":
+            for line, row, fault in records(
+                lines, text.delimiter, width, quoted=text.quoted, strict=True
+            ):
+                told = fault or ("not UTF-8 text" if writable("".join(row)) != "".join(row) else "")
+                if told:
+                    reading.bad(text.path, line, told)
+                else:
+                    yield line, {role: row[place] for role, place in places.items()}
+        except StreamctlError as error:
             if not reading.skip_bad:
-                raise wrong_encoding(path, line)
-            reason = "not UTF-8 text"
-        elif kind == "LINE SIZE OVER MAXIMUM":
-            reason = f"a line of more than {_LONGEST_LINE // 10**6} MB"
-        elif kind.endswith("COLUMNS"):
-            source = [(line, content.strip("\r\n"))]
-            row = next(records(source, text.delimiter, text.quoted, path), (0, [""]))[1]
-            reason = f"{count_of(len(row), 'column')} where the header has {width}"
-        told.append((line, reason))
-    if told and not reading.skip_bad:
-        reading.bad(path, *told[0])
-    if told:
-        reading.count(path, told, count)
+                raise
+            reading.bad(text.path, line + 1, f"{error.what} from here on")
+
+    _stage_rows(raw, rows(), part)
+
+
+def _stage_rows(raw: RawLog, rows: Iterator[tuple[int, dict[str, str]]], part: int) -> None:
+    """Stage rows of (line, role -> text), batch by batch."""
+    while batch := list(islice(rows, BATCH)):
+        columns = {role: [row[role] for _, row in batch] for role in batch[0][1]}
+        raw.add({**columns, "line": [line for line, _ in batch]}, part)
 
 
 def _check_values(
@@ -287,12 +257,13 @@ def _check_values(
     part: int,
     reading: Reading,
     roles: Mapping[str, str],
-    rows: Callable[[], Iterator[tuple[int, Any]]] | None,
+    again: Callable[[], None] | None,
 ) -> bool | None:
     """Delete the rows of this part without ids or a time, and report them.
 
     Args:
-        rows: the file's rows with their lines; None: the number of a row is its line.
+        again: stages the part anew with the lines of its rows; None: they are known, or the number
+            of a row is its line.
 
     Returns:
         whether the times are dates; None: there are none.
@@ -308,28 +279,28 @@ def _check_values(
     rarer = NUMBER if numbers < dates else DATE
     if numbers == dates and raw.one(f"SELECT {NUMBER} IS NULL {here} ORDER BY rowid LIMIT 1"):
         rarer = NUMBER
-    raw.con.execute(f"""
-        CREATE TABLE wrong AS SELECT rowid AS place, left(time, 100) AS text, CASE
-            WHEN user_id IS NULL OR user_id = '' THEN 'user' WHEN item_id IS NULL OR item_id = ''
-            THEN 'item' WHEN abs({NUMBER}) > {LARGEST_TIME} THEN 'large'
-            WHEN {NUMBER} IS NULL AND {DATE} IS NULL THEN 'time'
-            WHEN {rarer} IS NOT NULL THEN 'mixed' END AS kind {here} AND kind IS NOT NULL""")
-    count = raw.one("SELECT count(*) FROM wrong")
+    kind = f"""CASE
+        WHEN user_id IS NULL OR user_id = '' THEN 'user' WHEN item_id IS NULL OR item_id = ''
+        THEN 'item' WHEN abs({NUMBER}) > {LARGEST_TIME} THEN 'large'
+        WHEN {NUMBER} IS NULL AND {DATE} IS NULL THEN 'time'
+        WHEN {rarer} IS NOT NULL THEN 'mixed' END"""
+    count = raw.one(f"SELECT count({kind}) {here}")
+    if count and again is not None:
+        raw.con.execute(f"DELETE {here}")
+        again()
+        return _check_values(raw, path, part, reading, roles, None)
     if count:
+        line = f"rowid - (SELECT min(rowid) {here}) + 1"
+        line = f"coalesce(line, {line})" if "line" in raw.extra else line
         limit = SHOWN if reading.skip_bad else 1
-        found = raw.ask(f"SELECT place, kind, text FROM wrong ORDER BY place LIMIT {limit}")
-        first = raw.one(f"SELECT min(rowid) {here}")
-        numbers = _lines_of([place - first for place, _, _ in found], rows)
-        told = [
-            (line, _reason(kind, roles, time))
-            for line, (_, kind, time) in zip(numbers, found, strict=True)
-        ]
+        found = raw.ask(f"""
+            SELECT {line}, {kind} AS kind, left(time, 100) {here} AND {kind} IS NOT NULL
+            ORDER BY rowid LIMIT {limit}""")
+        told = [(line, _reason(kind, roles, time)) for line, kind, time in found]
         if not reading.skip_bad:
-            about_ids = found[0][1] in ("user", "item")
-            reading.bad(path, *told[0], None if about_ids else _TIME_HELP)
+            reading.bad(path, *told[0], None if found[0][1] in ("user", "item") else _TIME_HELP)
         reading.count(path, told, count)
-        raw.con.execute("DELETE FROM staged WHERE rowid IN (SELECT place FROM wrong)")
-    raw.con.execute("DROP TABLE wrong")
+        raw.con.execute(f"DELETE {here} AND {kind} IS NOT NULL")
     return rarer == NUMBER
 
 
@@ -350,20 +321,6 @@ def _reason(kind: str, roles: Mapping[str, str], time: str | None) -> str:
             "mixed": "but it is a number in some lines and a date in others",
         }[kind]
     )
-
-
-def _lines_of(places: list[int], rows: Callable[[], Iterator[tuple[int, Any]]] | None) -> list[int]:
-    """File lines of the rows at ascending places, counted from 0."""
-    if rows is None:
-        return [place + 1 for place in places]
-    found, wanted = [], set(places)
-    with suppress(StreamctlError):  # of a line that this slow reader cannot take
-        for place, (line, _) in enumerate(rows()):
-            if place in wanted:
-                found.append(line)
-                if len(found) == len(places):
-                    return found
-    return [*found, *(place + 1 for place in places[len(found) :])]
 
 
 def _parquet(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, str]:
@@ -427,21 +384,18 @@ def _as_text(name: str, kind: str, role: str, path: Path) -> str:
 def _json(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, str]:
     first_line(path, "replace")  # an empty file is an error
     roles: dict[str, str] = {}
-    waiting: dict[str, list[str | None]] = {}
-    for line, row in json_rows(path, reading):
-        if not roles:
-            roles = _wanted(raw, find_roles(list(row), reading.columns, path), reading, path)
-            waiting = {role: [] for role in roles}
-        missing = next((roles[r] for r in NEEDED if row.get(roles[r]) is None), None)
-        if missing is not None and not reading.skip_bad:
-            reading.bad(path, line, f"no {missing!r} here")
-        for role, name in roles.items():
-            waiting[role].append(id_text(row.get(name)))
-        if len(waiting["user"]) >= 1 << 18:
-            raw.add(waiting, part)
-            waiting = {role: [] for role in roles}
-    if roles:
-        raw.add(waiting, part)
+
+    def rows() -> Iterator[tuple[int, dict[str, str]]]:
+        for line, row in json_rows(path, reading):
+            if not roles:
+                found = find_roles(list(row), reading.columns, path)
+                roles.update(_wanted(raw, found, reading, path))
+            missing = next((roles[r] for r in NEEDED if row.get(roles[r]) is None), None)
+            if missing is not None and not reading.skip_bad:
+                reading.bad(path, line, f"no {missing!r} here")
+            yield line, {role: id_text(row.get(name)) for role, name in roles.items()}
+
+    _stage_rows(raw, rows(), part)
     return roles
 
 

@@ -8,15 +8,15 @@ import html
 import io
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from streamctl.data.sources.reading import Reading
-from streamctl.errors import StreamctlError
-from streamctl.files import disk_errors
+from streamctl.errors import StreamctlError, count_of
 
 COMPRESSED = (".gz", ".zst")
+LONGEST = 10_000  # lines of a row: a quote that is open for longer was never to be closed
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 
 
@@ -79,14 +79,16 @@ def numbered(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """(line number from 1, text without its line end) of every line.
 
     Args:
-        encoding: "replace" is UTF-8 in which what is none is replaced.
+        encoding: "replace" is UTF-8 in which what is none is replaced, "keep" in which it becomes
+            lone surrogates.
 
     Raises:
         StreamctlError: unreadable, truncated, or not text in `encoding`.
     """
     import zstandard
 
-    codec, errors = ("utf-8", "replace") if encoding == "replace" else (encoding, "strict")
+    errors = {"replace": "replace", "keep": "surrogateescape"}.get(encoding, "strict")
+    codec = encoding if errors == "strict" else "utf-8"
     number = 0
     with open_binary(path) as handle:
         stream = iter(handle)
@@ -113,84 +115,54 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
 
 
 def records(
-    source: Iterable[tuple[int, str]], delimiter: str, quoted: bool, path: Path
-) -> Iterator[tuple[int, list[str]]]:
-    """(line in which it begins, values) of the rows of a delimited text; blank ones are left out.
+    source: Iterable[tuple[int, str]], delimiter: str, width: int, *, quoted: bool, strict=False
+) -> Iterator[tuple[int, list[str], str]]:
+    """(line in which it begins, values, fault) of each row of a delimited text but blank ones.
+
+    The fault is "" of a row that is well formed. After one that is not, with a quote that is not
+    closed, say, the line behind its first one begins the next row.
 
     Args:
-        source: numbered lines.
+        source: numbered lines. width: how many values a row has.
         quoted: whether values may be in double quotes, and then hold line breaks.
-
-    Raises:
-        StreamctlError: a line that is no CSV.
+        strict: whether text behind a closing quote is a fault.
     """
-    if not quoted:
-        yield from ((number, text.split(delimiter)) for number, text in source if text.strip())
-        return
-    read: list[int] = []
+    csv.field_size_limit(1 << 30)
+    source, again = iter(source), deque()
+    read: list[tuple[int, str]] = []
+    ended = False
 
     def texts() -> Iterator[str]:
-        for number, text in source:
-            read.append(number)
-            yield text + "\n"
+        nonlocal ended
+        while len(read) < LONGEST:
+            if (line := again.popleft() if again else next(source, None)) is None:
+                break
+            read.append(line)
+            yield line[1] + "\n"
+        ended = True
 
-    csv.field_size_limit(1 << 30)
-    rows = csv.reader(texts(), delimiter=delimiter)
     while True:
         read.clear()
+        ended = False
+        fault = ""
         try:
-            row = next(rows, None)
-        except csv.Error as error:
-            where = read[0] if read else None
-            raise StreamctlError(
-                f"not CSV: {error}",
-                where=path,
-                line=where,
-                run="give each line the columns of the header; quote texts that hold a delimiter",
-            ) from error
+            if quoted:
+                row = next(csv.reader(texts(), delimiter=delimiter, strict=strict), None)
+            else:
+                row = next((text[:-1].split(delimiter) for text in texts()), None)
+        except csv.Error:
+            ended = True
+            row, fault = [], "not CSV: a quote that is not closed, or text behind its end"
         if row is None:
             return
-        if len(row) > 1 or (row and row[0].strip()):
-            yield read[0], row
-
-
-def lines_at(path: Path, places: Sequence[int]) -> list[int]:
-    """The line numbers of bytes (ascending, of the decompressed file)."""
-    numbers, line, start = [], 1, 0
-    with open_binary(path) as handle:
-        for place in places:
-            while start < place and (block := handle.read(min(1 << 20, place - start))):
-                line += block.count(b"\n")
-                start += len(block)
-            numbers.append(line)
-    return numbers
-
-
-def plain_copy(path: Path, copy: Path, reading: Reading) -> Path:
-    """The file decompressed, with one kind of line end; as far as it can be read.
-
-    Raises:
-        StreamctlError: the file is damaged, and bad lines are not to be left out.
-    """
-    import zstandard
-
-    line = 1
-    with open_binary(path) as source, disk_errors(copy), open(copy, "wb") as target:
-        while True:
-            try:
-                block = source.read1(1 << 20)  # what there is of a file that is cut short
-                while block.endswith(b"\r") and (more := source.read1(1)):
-                    block += more
-            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-                if not reading.skip_bad:
-                    raise damaged(path, error) from error
-                reading.bad(path, line, "the compressed file is damaged or cut short from here on")
-                return copy
-            if not block:
-                return copy
-            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-            line += block.count(b"\n")
-            target.write(block)
+        number = read[0][0]
+        if not fault and len(row) != width:
+            if len(row) < 2 and not "".join(row).strip():
+                continue
+            fault = f"{count_of(len(row), 'column')} where the header has {width}"
+        if fault and ended:
+            again.extendleft(reversed(read[1:]))
+        yield number, row, fault
 
 
 def first_line(path: Path, encoding: str = "utf-8") -> tuple[int, str]:
@@ -202,6 +174,26 @@ def first_line(path: Path, encoding: str = "utf-8") -> tuple[int, str]:
     for number, text in lines(path, encoding):
         return number, text
     raise StreamctlError("the file is empty", where=path, run="copy or download it again")
+
+
+def header_of(
+    path: Path, delimiter: str, names: Sequence[str] = (), *, quoted: bool, encoding: str = "utf-8"
+) -> tuple[int, list[str]]:
+    """(number of the line, names) of a table's header; (0, `names`) where there are any.
+
+    Raises:
+        StreamctlError: the file is empty or unreadable.
+    """
+    number, text = first_line(path, encoding)
+    if names:
+        return 0, list(names)
+    try:
+        row = next(csv.reader([text], delimiter=delimiter)) if quoted else text.split(delimiter)
+    except csv.Error as error:
+        raise StreamctlError(
+            f"not CSV: {error}", where=path, line=number, run="a first line that names the columns"
+        ) from error
+    return number, [name.strip() for name in row]
 
 
 def delimiter_of(path: Path) -> str:
