@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
@@ -221,9 +223,9 @@ def _line_by_line(
     raw: RawLog, text: _Text, part: int, reading: Reading, roles: Mapping[str, str]
 ) -> None:
     """Stage a text table with the lines of its rows, and report those that are bad."""
-    places = {role: text.header.index(name) for role, name in roles.items()}
+    pick = itemgetter(*(text.header.index(name) for name in roles.values()))
 
-    def rows() -> Iterator[tuple[int, dict[str, str]]]:
+    def rows() -> Iterator[tuple[Any, ...]]:
         lines = numbered(text.path, "keep" if reading.skip_bad else "utf-8")
         lines = (line for line in lines if line[0] > text.first)
         line, width = text.first, len(text.header)
@@ -231,24 +233,27 @@ def _line_by_line(
             for line, row, fault in records(
                 lines, text.delimiter, width, quoted=text.quoted, strict=True
             ):
-                told = fault or ("not UTF-8 text" if writable("".join(row)) != "".join(row) else "")
-                if told:
-                    reading.bad(text.path, line, told)
+                whole = "".join(row)
+                if not fault and writable(whole) != whole:
+                    fault = "not UTF-8 text"
+                if fault:
+                    reading.bad(text.path, line, fault)
                 else:
-                    yield line, {role: row[place] for role, place in places.items()}
+                    yield line, *pick(row)
         except StreamctlError as error:
             if not reading.skip_bad:
                 raise
             reading.bad(text.path, line + 1, f"{error.what} from here on")
 
-    _stage_rows(raw, rows(), part)
+    _stage_rows(raw, rows(), roles, part)
 
 
-def _stage_rows(raw: RawLog, rows: Iterator[tuple[int, dict[str, str]]], part: int) -> None:
-    """Stage rows of (line, role -> text), batch by batch."""
+def _stage_rows(
+    raw: RawLog, rows: Iterator[tuple[Any, ...]], roles: Iterable[str], part: int
+) -> None:
+    """Stage rows of (line, the text of each role), batch by batch."""
     while batch := list(islice(rows, BATCH)):
-        columns = {role: [row[role] for _, row in batch] for role in batch[0][1]}
-        raw.add({**columns, "line": [line for line, _ in batch]}, part)
+        raw.add(dict(zip(("line", *roles), zip(*batch, strict=True), strict=True)), part)
 
 
 def _check_values(
@@ -385,7 +390,7 @@ def _json(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, str
     first_line(path, "replace")  # an empty file is an error
     roles: dict[str, str] = {}
 
-    def rows() -> Iterator[tuple[int, dict[str, str]]]:
+    def rows() -> Iterator[tuple[Any, ...]]:
         for line, row in json_rows(path, reading):
             if not roles:
                 found = find_roles(list(row), reading.columns, path)
@@ -393,9 +398,9 @@ def _json(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, str
             missing = next((roles[r] for r in NEEDED if row.get(roles[r]) is None), None)
             if missing is not None and not reading.skip_bad:
                 reading.bad(path, line, f"no {missing!r} here")
-            yield line, {role: id_text(row.get(name)) for role, name in roles.items()}
+            yield line, *(id_text(row.get(name)) for name in roles.values())
 
-    _stage_rows(raw, rows(), part)
+    _stage_rows(raw, rows(), roles, part)
     return roles
 
 

@@ -141,15 +141,19 @@ def records(
             yield line[1] + "\n"
         ended = True
 
+    rows = None
     while True:
         read.clear()
-        ended = False
         fault = ""
+        if rows is None:
+            ended = False
+            rows = (
+                csv.reader(texts(), delimiter=delimiter, strict=strict)
+                if quoted
+                else (text[:-1].split(delimiter) for text in texts())
+            )
         try:
-            if quoted:
-                row = next(csv.reader(texts(), delimiter=delimiter, strict=strict), None)
-            else:
-                row = next((text[:-1].split(delimiter) for text in texts()), None)
+            row = next(rows, None)
         except csv.Error:
             ended = True
             row, fault = [], "not CSV: a quote that is not closed, or text behind its end"
@@ -160,8 +164,9 @@ def records(
             if len(row) < 2 and not "".join(row).strip():
                 continue
             fault = f"{count_of(len(row), 'column')} where the header has {width}"
-        if fault and ended:
-            again.extendleft(reversed(read[1:]))
+        if ended:  # in the midst of a row: what is behind its first line is read again
+            again.extendleft(reversed(read[1:] if fault else ()))
+            rows = None
         yield number, row, fault
 
 
