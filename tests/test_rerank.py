@@ -14,11 +14,10 @@ from streamctl.data import load_data, synthesize
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import answering, best_method, load_best, load_method
 from streamctl.evaluation.refit import refit
-from streamctl.evaluation.rerank import ranks_by_folds, rerank
+from streamctl.evaluation.rerank import FOLDS, folds, ranks_by_folds, rerank
 from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.ranking import evaluate, gains
 from streamctl.rerank import features
-from streamctl.rerank.fit import FOLDS, folds
 from streamctl.rerank.lambdarank import Groups, LambdaRank
 from streamctl.retrieval.transitions import pair_weights
 from streamctl.runs import RunDir

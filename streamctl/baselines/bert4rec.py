@@ -10,7 +10,7 @@ from torch import nn
 
 from streamctl.baselines.base import Baseline
 from streamctl.baselines.objectives import catalogue_cross_entropy
-from streamctl.baselines.transformer import INITIAL_STD, Block
+from streamctl.baselines.sasrec import INITIAL_STD, Block
 from streamctl.config import BaselineConfig
 from streamctl.data import Split
 from streamctl.training.loop import Batch

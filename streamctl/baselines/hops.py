@@ -1,4 +1,5 @@
-"""Methods that rank by evidence alone: what the hops bring, then the popular items."""
+"""Methods that rank by evidence alone, what one hop brings and then the popular items, and what
+those that learn over several hops begin with."""
 
 from __future__ import annotations
 
@@ -70,3 +71,23 @@ class HopBaseline(Baseline):
         items = torch.from_numpy(pieces.items.clip(min=0).astype(np.int64))
         device = scores.device
         return scores.scatter_reduce(1, items.to(device), values.to(device), "amax")
+
+
+class Transitions(HopBaseline):
+    """Counts of what other users took next after each item of the history (sequential rules,
+    Ludewig and Jannach, 2018). Trains nothing."""
+
+    sizes: ClassVar[dict[str, int] | None] = {"next": MOST}
+
+    def values(self, pieces: Pieces) -> np.ndarray:
+        return pieces.strengths[..., HOPS.index("next")]
+
+
+class KNN(HopBaseline):
+    """The next items of the most similar training prefixes of other users, by their votes
+    (session-kNN, Jannach and Ludewig, 2017). Trains nothing."""
+
+    sizes: ClassVar[dict[str, int] | None] = {"others": MOST}
+
+    def values(self, pieces: Pieces) -> np.ndarray:
+        return pieces.strengths[..., HOPS.index("others")]

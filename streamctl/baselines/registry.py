@@ -8,12 +8,11 @@ from streamctl.baselines.base import Baseline
 from streamctl.baselines.bert4rec import BERT4Rec
 from streamctl.baselines.caser import Caser
 from streamctl.baselines.gru4rec import GRU4Rec
-from streamctl.baselines.knn import KNN
+from streamctl.baselines.hops import KNN, Transitions
 from streamctl.baselines.popularity import Popularity
 from streamctl.baselines.ranker import Ranker
 from streamctl.baselines.sasrec import SASRecBCE, SASRecCE
 from streamctl.baselines.tiger import Tiger
-from streamctl.baselines.transitions import Transitions
 from streamctl.config import BaselineConfig
 from streamctl.errors import UsageError, close_matches
 
@@ -44,15 +43,18 @@ def baseline_class(name: str) -> type[Baseline]:
 
 def own_settings(config: BaselineConfig) -> BaselineConfig:
     """What was set for all baselines, without the settings that this one does not have."""
-    known = baseline_class(config.name).defaults.keys() | {"seed", "name", "loss"}
-    return BaselineConfig(**{name: getattr(config, name) for name in known})
+    return BaselineConfig(**{name: getattr(config, name) for name in _settings(config.name)})
 
 
 def applicable(name: str, sets: Sequence[str]) -> list[str]:
     """`--set` texts for all baselines, without those of settings that this one does not have."""
-    known = baseline_class(name).defaults.keys() | {"seed", "name", "loss"}
+    known, prefix = _settings(name), "baseline."
     return [
         text
         for text in sets
-        if not text.startswith("baseline.") or text.partition("=")[0][len("baseline.") :] in known
+        if not text.startswith(prefix) or text.partition("=")[0].removeprefix(prefix) in known
     ]
+
+
+def _settings(name: str) -> set[str]:
+    return baseline_class(name).defaults.keys() | {"seed", "name", "loss"}

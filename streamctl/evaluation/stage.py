@@ -103,13 +103,14 @@ def _outdated(run: RunDir, config: EvalConfig, parents: list[str]) -> bool:
     stage = run.stage("eval")
     if not stage.complete:
         return False
-    manifest = stage.manifest
-    settings = json.loads(json.dumps(to_dict(config)))
-    return (
-        manifest["config"] != settings
-        or set(manifest["parents"]) != set(parents)
-        or bool(stage.stale_parents())
-    )
+    made = stage.manifest
+    same = made["config"] == _settings(config) and set(made["parents"]) == set(parents)
+    return not same or bool(stage.stale_parents())
+
+
+def _settings(config: EvalConfig) -> dict[str, Any]:
+    """As a manifest has them."""
+    return json.loads(json.dumps(to_dict(config)))
 
 
 def _unchanged(run: RunDir, config: EvalConfig, rows: list[Row]) -> dict[str, tuple]:
@@ -117,7 +118,7 @@ def _unchanged(run: RunDir, config: EvalConfig, rows: list[Row]) -> dict[str, tu
     stage = run.stage("eval")
     if not stage.complete:
         return {}
-    manifest, wanted = stage.manifest, json.loads(json.dumps(to_dict(config)))
+    manifest, wanted = stage.manifest, _settings(config)
     if any(manifest["config"].get(key) != wanted[key] for key in wanted if key != "methods"):
         return {}
     result, ranks = read_result(stage), load_file(stage.file(RANKS))
@@ -155,43 +156,33 @@ class _Table:
         self.entries: dict[str, dict[str, Any]] = meta["entries"]
         self.latency: dict[str, float] = meta["latency"]
 
-    def run(self, name: str, recommender: Recommender) -> dict[str, Any]:
-        """Evaluate one row, seen items left in and masked."""
-        found = {}
-        for masked in (False, True):
-            done = evaluate(
-                recommender,
-                self.examples,
-                n_items=self.n_items,
-                masked=masked,
-                batch=self.config.batch,
-                title=f"eval {name}{' masked' if masked else ''}",
-                facts=self.facts,
-            )
-            self.ranks[f"{name}/masked" if masked else name] = done.ranks
-            users = self.examples.users
-            interval = bootstrap_mean(gains(done.ranks, 10), users=users, **self.drawn)
-            found[masked] = done.metrics | {"interval": [interval.low, interval.high]}
-            if not masked:
-                self.latency[name] = done.ms_per_user
-            self.stage.log(
-                method=name, masked=masked, **done.metrics, ms_per_user=round(done.ms_per_user, 4)
-            )
-        return {**found[False], "masked": found[True]}
-
     def add(self, name: str, recommender: Recommender, decided: bool) -> None:
-        """Evaluate one row and keep it, so that an interruption does not lose it.
+        """Evaluate one row, seen items left in and masked, and keep it, so that an interruption
+        does not lose it.
 
         Args:
             decided: whether it might win, so that validation users judge it.
         """
-        self.entries[name] = self.run(name, recommender)
-        if decided:
-            found = evaluate(
-                recommender, self.deciders, n_items=self.n_items, masked=True,
-                batch=self.config.batch, title=f"choose {name}",
+        options = {"n_items": self.n_items, "batch": self.config.batch}
+        found = []
+        for end in ("", "/masked"):
+            done = evaluate(
+                recommender, self.examples, masked=bool(end), facts=self.facts,
+                title=f"eval {name}{' masked' if end else ''}", **options,
             )  # fmt: skip
-            self.ranks[CHOICE + name] = found.ranks
+            self.ranks[name + end] = done.ranks
+            drawn = {"users": self.examples.users, **self.drawn}
+            interval = bootstrap_mean(gains(done.ranks, 10), **drawn)
+            found.append(done.metrics | {"interval": [interval.low, interval.high]})
+            if not end:
+                self.latency[name] = done.ms_per_user
+            ms = round(done.ms_per_user, 4)
+            self.stage.log(method=name, masked=bool(end), **done.metrics, ms_per_user=ms)
+        self.entries[name] = {**found[0], "masked": found[1]}
+        if decided:
+            title = f"choose {name}"
+            chosen = evaluate(recommender, self.deciders, masked=True, title=title, **options)
+            self.ranks[CHOICE + name] = chosen.ranks
         tensors = {name: torch.from_numpy(ranks) for name, ranks in self.ranks.items()}
         self.stage.save_checkpoint(tensors, {"entries": self.entries, "latency": self.latency})
 

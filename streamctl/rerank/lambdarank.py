@@ -84,22 +84,23 @@ class LambdaRank:
             parameters: LightGBM's, in the place of some of `PARAMETERS`.
 
         Raises:
-            StreamctlError: no group has its target among its candidates, or LightGBM is missing.
+            StreamctlError: no group has its target among its candidates.
         """
-        library = _library()
+        import lightgbm
+
         if not len(groups.sizes):
             raise StreamctlError(
                 "there is nothing to rank: no candidate is anybody's target",
                 run="--methods with others, or a log with more validation users",
             )
-        data = library.Dataset(groups.features, groups.hits, group=groups.sizes)
+        data = lightgbm.Dataset(groups.features, groups.hits, group=groups.sizes)
         settings = {**PARAMETERS, **(parameters or {}), "learning_rate": lr, "seed": seed % 2**31}
         options = {}
         if valid is not None and len(valid.sizes):
-            held = library.Dataset(valid.features, valid.hits, group=valid.sizes, reference=data)
-            stop = library.early_stopping(PATIENCE, verbose=False)
+            held = lightgbm.Dataset(valid.features, valid.hits, group=valid.sizes, reference=data)
+            stop = lightgbm.early_stopping(PATIENCE, verbose=False)
             options = {"valid_sets": [held], "callbacks": [stop]}
-        return cls(library.train(settings, data, trees, **options))
+        return cls(lightgbm.train(settings, data, trees, **options))
 
     @property
     def trees(self) -> int:
@@ -124,12 +125,6 @@ class LambdaRank:
 
     @classmethod
     def load(cls, path: Path) -> LambdaRank:
-        return cls(_library().Booster(model_str=path.read_text(encoding="utf-8")))
-
-
-def _library():
-    try:
         import lightgbm
-    except ImportError as error:
-        raise StreamctlError("LightGBM is not installed", run="pip install lightgbm") from error
-    return lightgbm
+
+        return cls(lightgbm.Booster(model_str=path.read_text(encoding="utf-8")))

@@ -16,6 +16,7 @@ from fastapi import Query as Parameter
 from fastapi.responses import FileResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -191,8 +192,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     )
     async def prometheus() -> Response:
         """Counters and histograms for Prometheus."""
-        body, kind = metrics.exposition()
-        return Response(body, media_type=kind)
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _health(service: Service) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Counter, Gauge, Histogram
 
 _TIMES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.6, 1.0, 2.0, 5.0)
 
@@ -24,8 +24,3 @@ ITEMS = Gauge("streamctl_items", "Items that can be recommended.")
 MODELS = Gauge("streamctl_models", "Model processes that answer.")
 DEATHS = Counter("streamctl_model_deaths", "Model processes that ended by themselves.")
 RELOADS = Counter("streamctl_reloads", "Models loaded after the first, by outcome.", ["outcome"])
-
-
-def exposition() -> tuple[bytes, str]:
-    """(body, content type)."""
-    return generate_latest(), CONTENT_TYPE_LATEST

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from streamctl.errors import StreamctlError
 from streamctl.serving.store import Refused
@@ -64,7 +64,7 @@ class Problem(Exception):
         if retry_after is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         body = {  # by hand: pydantic takes no lone surrogates, which a request may hold
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
@@ -72,15 +72,8 @@ class Problem(Exception):
             "detail": self.detail,
             "errors": [{"field": field, "detail": detail} for field, detail in self.errors],
         }
-        return ProblemResponse(body, self.status, self.headers)
-
-
-class ProblemResponse(JSONResponse):
-    media_type = MEDIA_TYPE
-
-    def render(self, content: Any) -> bytes:
-        """JSON in ASCII: UTF-8 cannot carry lone surrogates either."""
-        return json.dumps(content).encode("ascii")
+        # In ASCII: UTF-8 cannot carry lone surrogates either.
+        return Response(json.dumps(body), self.status, self.headers, MEDIA_TYPE)
 
 
 def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -98,7 +91,7 @@ def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def install(app: FastAPI) -> None:
     """Answer every error of the application with problem+json."""
 
-    async def answer(_: Request, error: Exception) -> JSONResponse:
+    async def answer(_: Request, error: Exception) -> Response:
         return _as_problem(error).response()
 
     kinds = Problem, Refused, StreamctlError, RequestValidationError, HTTPException, Exception
