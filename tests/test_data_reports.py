@@ -25,8 +25,7 @@ from streamctl.data.doctor import examine
 from streamctl.data.prepare import build
 from streamctl.data.sources import read_source
 from streamctl.data.sources.items import as_number, id_text
-from streamctl.data.sources.raw import PREFIX, RawLog
-from streamctl.data.sources.reading import Reading
+from streamctl.data.sources.raw import PREFIX, RawLog, Reading
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
 

@@ -5,42 +5,29 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.filesize import decimal
 
 from streamctl.config import DataConfig
 from streamctl.data.catalog import Catalog
-from streamctl.data.clean import FIRST_YEAR, moment_text
+from streamctl.data.clean import FIRST_YEAR, moment_text, time_units
 from streamctl.data.log import InteractionLog, forget, ranges
 from streamctl.data.prepare import build, reading_of
 from streamctl.data.sources import find_source, read_source
 from streamctl.data.sources.items import as_number
-from streamctl.data.sources.raw import ItemTable, RawLog, database_errors
-from streamctl.data.sources.reading import Damage
+from streamctl.data.sources.raw import Damage, ItemTable, RawLog, database_errors
 from streamctl.data.split import Split
-from streamctl.data.statistics import differences, id_rank, order_fault, user_items
+from streamctl.data.statistics import Finding, findings, id_rank, user_items
 from streamctl.errors import StreamctlError, count_of
 
-Level = Literal["good", "note", "warning", "error"]
-_UNITS = ((1e17, "nanoseconds", 1e9), (1e14, "microseconds", 1e6), (1e11, "milliseconds", 1e3))
+_UNITS = {1: "seconds", 10**3: "milliseconds", 10**6: "microseconds", 10**9: "nanoseconds"}
 _FIRST_SECOND = 631_152_000  # of FIRST_YEAR
 _ID_TIME = 0.5  # rank correlation of id and first appearance from which ids tell the time
 _HEAVY = 0.1  # share of a log from which one user is no customer
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing examined: how bad it is, what was seen, and what to do about it."""
-
-    topic: str
-    level: Level
-    what: str
-    remedy: str = ""
-    lines: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,7 @@ def examine(source: Path, config: DataConfig) -> Examination:
         reading = reading_of(dataclasses.replace(config, skip_bad=0.0))
         raw = read_source(source, config.format, items=items, reading=reading)
     with database_errors():
-        findings = [
+        found = [
             *files_found(raw),
             *bad_lines(raw, reading.damages),
             *repeated_and_unordered(raw),
@@ -87,16 +74,16 @@ def examine(source: Path, config: DataConfig) -> Examination:
     try:
         catalog, log, statistics = build(raw, config)
     except StreamctlError as error:
-        findings.append(Finding("filters", "error", error.what, error.run or ""))
+        found.append(Finding("filters", "error", error.what, error.run or ""))
     else:
-        findings += [
+        found += [
             *filters(statistics),
-            *order(log, statistics),
+            *findings(statistics),
+            *ties(log, statistics),
             *leakage(catalog, log),
-            *as_published(statistics),
         ]
     names = [str(path) for path in raw.files]
-    return Examination(str(source), kind.name, names, findings, statistics)
+    return Examination(str(source), kind.name, names, found, statistics)
 
 
 def files_found(raw: RawLog) -> Iterator[Finding]:
@@ -114,14 +101,6 @@ def files_found(raw: RawLog) -> Iterator[Finding]:
         f"{count_of(read['users'], 'user')} and {count_of(read['items'], 'item')}"
         f"{described}",
     )
-    for role, option in (("rating", "--min-rating N"), ("event", "--events KIND,KIND")):
-        if role in raw.unread:
-            yield Finding(
-                "files",
-                "note",
-                f"column {raw.unread[role]!r} is there and every row counts alike",
-                f"{option} keeps what was liked" if role == "rating" else option,
-            )
 
 
 def bad_lines(raw: RawLog, damages: list[Damage]) -> Iterator[Finding]:
@@ -201,11 +180,8 @@ def clock(raw: RawLog) -> Iterator[Finding]:
     if not raw.scale:
         yield Finding("times", "note", "the times have too many digits; only their order is used")
         return
-    middle = raw.one("SELECT median(t) FROM log") / raw.scale
-    unit, parts = next(((n, p) for least, n, p in _UNITS if middle >= least), ("seconds", 1.0))
-    if raw.dates:
-        unit, parts = "dates", 1.0
-    parts *= raw.scale
+    parts = time_units(raw)
+    unit = "dates" if raw.dates else _UNITS.get(round(parts / raw.scale), "parts of a second")
     least, latest = _FIRST_SECOND * parts, (time.time() + 86_400) * parts
     wrong, example, first, last = raw.ask(
         """SELECT count(*) FILTER (t < $1 OR t > $2), arg_min(t, row) FILTER (t < $1 OR t > $2),
@@ -339,25 +315,21 @@ def filters(facts: dict[str, Any]) -> Iterator[Finding]:
     )
 
 
-def order(log: InteractionLog, facts: dict[str, Any]) -> Iterator[Finding]:
-    """Whether the sequences are in the order of time, or of something else."""
-    fault = order_fault(facts)
-    if fault is None:
-        yield Finding("order", "good", "the order of items has nothing to do with their ids")
-    else:
-        yield Finding("order", *fault)
-    if log.timestamps is not None and log.cuts is None:
-        tied = log.timestamps[log.offsets[1:] - 1] == log.timestamps[log.offsets[1:] - 2]
-        share = float(tied.mean())
-        yield Finding(
-            "order",
-            "warning" if share > 0.1 else "good",
-            f"{share:.1%} of users have their valid and test item at the same time; "
-            f"{facts['tied_neighbours']:.1%} of all neighbours are at the same time",
-            "which of them is the test item is chance: --ties shuffle, and state it"
-            if share > 0.1
-            else "",
-        )
+def ties(log: InteractionLog, facts: dict[str, Any]) -> Iterator[Finding]:
+    """Whether chance decides which interaction is the test."""
+    if log.timestamps is None or log.cuts is not None:
+        return
+    tied = log.timestamps[log.offsets[1:] - 1] == log.timestamps[log.offsets[1:] - 2]
+    share = float(tied.mean())
+    yield Finding(
+        "order",
+        "warning" if share > 0.1 else "good",
+        f"{share:.1%} of users have their valid and test item at the same time; "
+        f"{facts['tied_neighbours']:.1%} of all neighbours are at the same time",
+        "which of them is the test item is chance: --ties shuffle, and state it"
+        if share > 0.1
+        else "",
+    )
 
 
 def leakage(catalog: Catalog, log: InteractionLog) -> Iterator[Finding]:
@@ -412,19 +384,3 @@ def leakage(catalog: Catalog, log: InteractionLog) -> Iterator[Finding]:
             f"item ids follow the time of first appearance (rank correlation {tie:.2f})",
             "nothing here: `data prepare` numbers items at random; other tools may not",
         )
-
-
-def as_published(facts: dict[str, Any]) -> Iterator[Finding]:
-    """Whether a known public set has the sizes that were published of it."""
-    known = facts["published"]
-    if known is None:
-        return
-    if found := differences(facts):
-        yield Finding(
-            "published",
-            "warning",
-            f"not {known['name']} as in {known['source']}: {found}",
-            "check the copy and the filters before comparing with published results",
-        )
-    else:
-        yield Finding("published", "good", f"as {known['name']} in {known['source']}")

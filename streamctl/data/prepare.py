@@ -12,8 +12,7 @@ from streamctl.data.clean import clean, find_core, minimums
 from streamctl.data.log import InteractionLog
 from streamctl.data.order import number
 from streamctl.data.sources import parse_columns, read_source
-from streamctl.data.sources.raw import RawLog, database_errors
-from streamctl.data.sources.reading import Reading
+from streamctl.data.sources.raw import RawLog, Reading, database_errors
 from streamctl.data.statistics import describe, warn_about
 from streamctl.errors import StreamctlError, UsageError, count_of
 from streamctl.files import file_hash

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +21,20 @@ from streamctl.data.split import Split
 from streamctl.errors import count_of
 from streamctl.progress import say, warn
 
+Level = Literal["good", "note", "warning", "error"]
 TIE_BIAS = 0.05  # from which P(test id > valid id) is no longer called one half
 SORTED = 0.95  # neighbours in ascending id order; order by time gives about one half
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing examined: how bad it is, what was seen, and what to do about it."""
+
+    topic: str
+    level: Level
+    what: str
+    remedy: str = ""
+    lines: list[str] = field(default_factory=list)
 
 
 def describe(
@@ -110,15 +124,41 @@ def _share(part: int, rest: int) -> float | None:
     return round(part / (part + rest), 4) if part + rest else None
 
 
-def order_fault(facts: dict[str, Any]) -> tuple[str, str, str] | None:
-    """(level, what, remedy) if the order of the sequences has to do with item ids."""
+def findings(facts: dict[str, Any]) -> Iterator[Finding]:
+    """What the statistics say about a log, good and bad."""
+    for role, column in facts["unread"].items():
+        what = f"column {column!r} is not used: every row counts alike"
+        options = {"rating": "--min-rating N keeps what was liked", "event": "--events KIND,KIND"}
+        yield Finding("files", "note", what, options[role])
+    yield _order(facts)
+    if (known := facts["published"]) is None:
+        return
+    different = ", ".join(
+        f"{name} {facts[name]:,} (published {known[name]:,})"
+        for name in ("users", "items", "interactions")
+        if known[name] != facts[name]
+    )
+    if different:
+        yield Finding(
+            "published",
+            "warning",
+            f"not {known['name']} as in {known['source']}: {different}",
+            "check the copy and the filters before comparing with published results",
+        )
+    else:
+        yield Finding("published", "good", f"as {known['name']} in {known['source']}")
+
+
+def _order(facts: dict[str, Any]) -> Finding:
+    """Whether the order of the sequences has to do with item ids."""
     share, above = facts["ascending_ids"], facts["test_id_above_valid_id"]
     timed, tied = facts["order"] == "time", facts["tied_neighbours"]
     harmless = "nothing here: `data prepare` numbers items at random; other tools may not"
     if share is not None and facts["interactions"] >= 50 and not 1 - SORTED < share < SORTED:
         sure = f"({share:.0%} of neighbouring items have ascending ids; 50% is unbiased)"
         if not timed:
-            return (
+            return Finding(
+                "order",
                 "error",
                 f"the sequences are sorted by item id, not by time {sure}: every result on them is "
                 "meaningless",
@@ -126,8 +166,9 @@ def order_fault(facts: dict[str, Any]) -> tuple[str, str, str] | None:
             )
         if tied < 0.5:
             what = f"item ids follow the times {sure}: later items have higher ids"
-            return "note", what, harmless
-        return (
+            return Finding("order", "note", what, harmless)
+        return Finding(
+            "order",
             "error",
             f"the sequences are sorted by item id {sure}: most times are equal, and what is "
             "taken at the same time is in the order of ids",
@@ -135,11 +176,13 @@ def order_fault(facts: dict[str, Any]) -> tuple[str, str, str] | None:
         )
     # Chance (4 sigma) is allowed for.
     if above is None or abs(above - 0.5) <= max(TIE_BIAS, 2 / facts["users"] ** 0.5):
-        return None
+        return Finding("order", "good", "the order of items has nothing to do with their ids")
     chance = f"P(id of the test item > id of the valid item) is {above:.2f}"
     if timed and not tied:
-        return "note", f"item ids follow the times: {chance}, and no times are equal", harmless
-    return (
+        what = f"item ids follow the times: {chance}, and no times are equal"
+        return Finding("order", "note", what, harmless)
+    return Finding(
+        "order",
         "warning",
         f"{chance}, 0.50 is unbiased: items taken at the same time were sorted by id, or ids "
         "follow the time",
@@ -148,31 +191,14 @@ def order_fault(facts: dict[str, Any]) -> tuple[str, str, str] | None:
 
 
 def warn_about(facts: dict[str, Any]) -> None:
-    """Warn on stderr about what would make numbers on this log wrong or hard to compare."""
-    fault = order_fault(facts)
-    if fault is not None and fault[0] != "note":
-        _, what, remedy = fault
-        warn(f"{what}. Next: {remedy}")
-    for role, column in facts["unread"].items():
-        option = "--min-rating N" if role == "rating" else "--events KIND,KIND"
-        say(f"column {column!r} is not used, every row counts alike; {option} chooses")
-    missing = facts["items_without_text"]
-    if missing:
-        few = f"{count_of(missing, 'item')} of {facts['items']:,}"
-        warn(f"no text: {few}, shown by their id")
-    known = facts["published"]
-    if known is not None and (found := differences(facts)):
-        warn(f"this is not {known['name']} as published in {known['source']}: {found}")
-
-
-def differences(facts: dict[str, Any]) -> str:
-    """How the log differs from what was published of the known set; "" if it does not."""
-    known = facts["published"]
-    return ", ".join(
-        f"{name} {facts[name]:,} (published {known[name]:,})"
-        for name in ("users", "items", "interactions")
-        if known[name] != facts[name]
-    )
+    """Say on stderr what would make numbers on this log wrong or hard to compare."""
+    for finding in findings(facts):
+        if finding.level in ("warning", "error"):
+            warn(f"{finding.what}. Next: {finding.remedy}")
+        elif finding.topic == "files":
+            say(f"{finding.what}; {finding.remedy}")
+    if missing := facts["items_without_text"]:
+        warn(f"no text: {count_of(missing, 'item')} of {facts['items']:,}, shown by their id")
 
 
 def id_rank(ids: list[str]) -> np.ndarray:

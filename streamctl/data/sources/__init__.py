@@ -9,8 +9,7 @@ from pathlib import Path
 from streamctl.data.sources import lcrec, movielens, recbole, sequences, table
 from streamctl.data.sources.amazon import AMAZON, AMAZON_2023
 from streamctl.data.sources.items import ITEMS_FILE, read_items
-from streamctl.data.sources.raw import RawLog
-from streamctl.data.sources.reading import Reading
+from streamctl.data.sources.raw import RawLog, Reading
 from streamctl.data.sources.source import Files, Source
 from streamctl.data.sources.text import plain_name
 from streamctl.errors import StreamctlError, UsageError, close_matches

@@ -7,8 +7,6 @@ from glob import escape
 from pathlib import Path
 
 from streamctl.data.sources.items import read_items
-from streamctl.data.sources.raw import ItemTable, RawLog
-from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.source import (
     Files,
     Source,
@@ -52,27 +50,20 @@ def _find(path: Path, *, patterns: tuple[str, ...], words: tuple[str, ...]) -> F
     )
 
 
-def _read(files: Files, reading: Reading, *, name: str) -> RawLog:
-    return read_table(files, reading, format_name=name)
-
-
-def _items(path: Path, reading: Reading) -> ItemTable:
-    return read_items(path, reading, text=TEXT, repeated="first")
-
-
+_items = partial(read_items, text=TEXT, repeated="first")
 AMAZON_2023 = Source(
     "amazon2023",
     "CATEGORY.csv (user_id, parent_asin, rating, timestamp), CATEGORY.jsonl, or "
     "CATEGORY.train.csv, .valid.csv and .test.csv "
     "+ meta_CATEGORY.jsonl.gz",
     partial(_find, patterns=("*.csv", "*.jsonl"), words=("user_id", "parent_asin")),
-    partial(_read, name="amazon2023"),
+    partial(read_table, format_name="amazon2023"),
     _items,
 )
 AMAZON = Source(
     "amazon",
     "reviews_CATEGORY_5.json.gz (2014) or CATEGORY_5.json.gz (2018) + meta_CATEGORY.json.gz",
     partial(_find, patterns=("*.json", "*.jsonl"), words=("reviewerID", "asin")),
-    partial(_read, name="amazon"),
+    partial(read_table, format_name="amazon"),
     _items,
 )

@@ -9,8 +9,7 @@ from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
 
-from streamctl.data.sources.raw import ItemTable
-from streamctl.data.sources.reading import Reading
+from streamctl.data.sources.raw import ItemTable, Reading
 from streamctl.data.sources.text import (
     clean,
     delimiter_of,

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamctl.data.sources.items import make_table
-from streamctl.data.sources.raw import ItemTable, RawLog
-from streamctl.data.sources.reading import Reading
+from streamctl.data.sources.raw import ItemTable, RawLog, Reading
 from streamctl.data.sources.source import Files, Source, beside, matches, only
 from streamctl.data.sources.text import numbered, plain_name, writable
 from streamctl.errors import StreamctlError

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from streamctl.data.sources.items import delimited_rows, make_table
-from streamctl.data.sources.raw import ItemTable, RawLog
-from streamctl.data.sources.reading import Reading
+from streamctl.data.sources.raw import ItemTable, RawLog, Reading
 from streamctl.data.sources.source import Files, Source, beside, pick
 from streamctl.data.sources.table import read_table
 from streamctl.data.sources.text import plain_name

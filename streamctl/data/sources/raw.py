@@ -1,4 +1,4 @@
-"""What a reader of any format returns: a log in a DuckDB database, and the items' columns."""
+"""How a source is read, and what its reader returns: a log in DuckDB, and the items' columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from streamctl.data.sources.reading import Damage, Reading
 from streamctl.data.sources.text import first_sentence
 from streamctl.data.sources.times import as_integers
 from streamctl.errors import StreamctlError, UsageError
@@ -27,6 +26,7 @@ from streamctl.files import disk_errors
 MEMORY = "1GB"  # that DuckDB may use; what is more goes to the folder for temporary files
 HELD_BYTES = 32 << 20  # of a source, up to which its log stays in memory altogether
 _YOUNG = 60  # seconds
+SHOWN = 20  # bad lines that are kept of a file; the others are counted
 PREFIX = "streamctl-log-"  # of the folders of temporary files
 PARTS = ("train", "valid", "test")
 EXTRA = ("rating", "event", "part")
@@ -34,6 +34,53 @@ EXTRA = ("rating", "event", "part")
 # blanks around it.
 _SAME = """CASE WHEN try_cast(trim({0}) AS DECIMAL(38, 6)) % 1 = 0
     THEN try_cast(trim({0}) AS DECIMAL(38, 6))::HUGEINT::VARCHAR ELSE trim({0}) END"""
+
+
+@dataclass
+class Damage:
+    """Bad lines of one file: the first ones as (line, what is wrong), and how many in all."""
+
+    path: Path
+    lines: list[tuple[int, str]] = field(default_factory=list)
+    count: int = 0
+
+
+@dataclass
+class Reading:
+    """How a source is to be read.
+
+    Attributes:
+        columns: the user's names of the columns for `user`, `item`, `time`, `rating`, `event`.
+        rating, event: whether these columns are wanted.
+        numbers: ids that are the same number are the same id.
+        skip_bad: bad lines are left out and listed in `damages`; otherwise the first is an error.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    rating: bool = False
+    event: bool = False
+    numbers: bool = False
+    skip_bad: bool = False
+    damages: list[Damage] = field(default_factory=list)
+
+    def bad(self, path: Path, line: int, reason: str, run: str | None = None) -> None:
+        """Report a bad line.
+
+        Raises:
+            StreamctlError: bad lines are not to be left out.
+        """
+        if not self.skip_bad:
+            run = run or "`data doctor` lists the bad lines, --skip-bad 0.01 leaves out up to 1%"
+            raise StreamctlError(reason, where=path, line=line, run=run)
+        self.count(path, [(line, reason)], 1)
+
+    def count(self, path: Path, lines: list[tuple[int, str]], count: int) -> None:
+        """Report `count` bad lines, the first of which are `lines`."""
+        damage = next((d for d in self.damages if d.path == path), None)
+        if damage is None:
+            self.damages.append(damage := Damage(path))
+        damage.count += count
+        damage.lines += lines[: SHOWN - len(damage.lines)]
 
 
 @dataclass

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from glob import escape
 from pathlib import Path
 
-from streamctl.data.sources.raw import RawLog
-from streamctl.data.sources.reading import Reading
 from streamctl.data.sources.source import Files, Source, beside, matches, only, parts_of
 from streamctl.data.sources.table import read_table
 from streamctl.data.sources.text import plain_name
@@ -25,14 +24,10 @@ def _find(path: Path) -> Files | None:
     return Files(found, items, () if whole else parts)
 
 
-def _read(files: Files, reading: Reading) -> RawLog:
-    return read_table(files, reading, format_name="recbole", quoted=False)
-
-
 SOURCE = Source(
     "recbole",
     "NAME.inter (user_id:token, item_id:token, timestamp:float), or NAME.train.inter, "
     "NAME.valid.inter and NAME.test.inter, + NAME.item",
     _find,
-    _read,
+    partial(read_table, format_name="recbole", quoted=False),
 )

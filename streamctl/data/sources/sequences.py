@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from streamctl.data.sources.raw import RawLog
-from streamctl.data.sources.reading import Reading
+from streamctl.data.sources.raw import RawLog, Reading
 from streamctl.data.sources.source import Files, Source, beside, pick
 from streamctl.data.sources.text import first_line, lines
 

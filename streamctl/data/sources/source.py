@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamctl.data.sources.items import read_items
-from streamctl.data.sources.raw import ItemTable, RawLog
-from streamctl.data.sources.reading import Reading
+from streamctl.data.sources.raw import ItemTable, RawLog, Reading
 from streamctl.data.sources.text import first_line, plain_name
 from streamctl.errors import StreamctlError
 

@@ -13,8 +13,7 @@ from typing import Any
 import duckdb
 
 from streamctl.data.sources.items import USER_NAMES, find_column, id_text, json_rows
-from streamctl.data.sources.raw import RawLog, database_errors
-from streamctl.data.sources.reading import SHOWN, Reading
+from streamctl.data.sources.raw import SHOWN, RawLog, Reading, database_errors
 from streamctl.data.sources.source import Files, Source, beside, parts_of, pick
 from streamctl.data.sources.text import (
     delimiter_of,
@@ -414,15 +413,11 @@ def _find(path: Path) -> Files | None:
     return Files(found or parts[0], items, parts) if found or parts else None
 
 
-def _read(files: Files, reading: Reading) -> RawLog:
-    return read_table(files, reading, format_name="table")
-
-
 SOURCE = Source(
     "table",
     "interactions.csv|tsv|parquet|jsonl (user_id, item_id, timestamp or position), or "
     "train.csv, valid.csv and test.csv of such, "
     "+ items.jsonl|csv|tsv|parquet",
     _find,
-    _read,
+    partial(read_table, format_name="table"),
 )
