@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
-import json
 import os
 import re
 import time
@@ -14,11 +13,10 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from streamctl.errors import StreamctlError
-from streamctl.files import atomic_file, disk_errors
+from streamctl.files import disk_errors
 from streamctl.progress import progress_bar, say
 
 TIMEOUT_S = 30.0  # without a byte
@@ -74,7 +72,7 @@ def download(urls: Sequence[str], path: Path, md5: str | None = None) -> None:
 
 def _from_mirror(url: str, path: Path, md5: str | None) -> None:
     """One mirror, as often as it brings something new."""
-    part = _Part(path, url)
+    part = _Part(path)
     failures, spoilt = 0, False
     while True:
         before = part.size
@@ -106,45 +104,40 @@ def _from_mirror(url: str, path: Path, md5: str | None) -> None:
 
 
 class _Part:
-    """What has come of a file, and which version of it that is."""
+    """What has come of a file, and which version of it (ETag or date) that is."""
 
-    def __init__(self, target: Path, url: str):
-        self.target, self.url = target, url
-        self.path = target.with_name(f".{target.name}.part")
-        self._about = target.with_name(f".{target.name}.part.json")
-        about = None
-        with suppress(OSError, ValueError):
-            about = json.loads(self._about.read_text(encoding="utf-8"))
-        known = isinstance(about, dict) and about.get("url") == url and self.path.is_file()
-        self.version: str | None = about.get("version") if known else None
-        if self.version is None:
-            self.discard()
+    def __init__(self, target: Path):
+        self.target = target
+        self.path, self._version = (
+            target.with_name(f".{target.name}.part{suffix}") for suffix in ("", ".version")
+        )
 
     @property
     def size(self) -> int:
         return self.path.stat().st_size if self.path.is_file() else 0
 
-    def begin(self, version: str | None) -> None:
-        """Start from nothing; `version` (ETag or date) is what a later call must find again."""
+    @property
+    def version(self) -> str:
+        """What a server must still have for the rest to fit; "" where it did not say."""
+        return self._version.read_text(encoding="utf-8") if self._version.is_file() else ""
+
+    def begin(self, version: str) -> None:
+        """Start from nothing."""
         self.discard()
-        self.version = version
-        with atomic_file(self._about) as temporary:
-            temporary.write_text(
-                json.dumps({"url": self.url, "version": version}), encoding="utf-8"
-            )
+        with disk_errors(self.path):
+            self._version.write_text(version, encoding="utf-8")
 
     def discard(self) -> None:
         with disk_errors(self.path):
             self.path.unlink(missing_ok=True)
-            self._about.unlink(missing_ok=True)
-        self.version = None
+            self._version.unlink(missing_ok=True)
 
     def publish(self) -> None:
         with disk_errors(self.target):
             with open(self.path, "rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(self.path, self.target)
-            self._about.unlink(missing_ok=True)
+            self._version.unlink(missing_ok=True)
 
 
 def _receive(url: str, part: _Part) -> bool:
@@ -165,7 +158,7 @@ def _receive(url: str, part: _Part) -> bool:
         length = piece[2] if piece else answer.headers.get("Content-Length", "")
         total = int(length) if length.isascii() and length.isdigit() else None
         if answer.status != 206 or piece is None or int(piece[1]) != part.size:
-            part.begin(answer.headers.get("ETag") or answer.headers.get("Last-Modified"))
+            part.begin(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
             if answer.status == 206:
                 return False  # it sends another piece than was asked for
         with progress_bar(part.target.name, max((total or 1) >> 20, 1), "MB") as bar:

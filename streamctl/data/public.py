@@ -74,53 +74,49 @@ class PublicSet:
     terms: str
 
 
-def _movielens(name: str, md5: str | None) -> PublicSet:
-    terms = "research use, no redistribution without permission; see its README"
-    return PublicSet(name, (Remote(f"{name}.zip", _GROUPLENS, md5),), terms)
-
-
-_TERMS = "see amazon-reviews-2023.github.io; cite Hou et al., 2024"
-# Ready-made splits of the 2023 release: the last two of each user, or at two moments.
-SPLITS = {"": "rating_only", "last-out": "last_out", "timestamp": "timestamp"}
-
-
-def _amazon_2023(category: str, split: str = "") -> PublicSet:
-    folder = f"amazon_2023/benchmark/5core/{SPLITS[split]}"
-    parts = [f".{part}" for part in ("train", "valid", "test")] if split else [""]
-    files = [Remote(f"{folder}/{category}{part}.csv.gz", _UCSD) for part in parts]
-    files.append(Remote(f"amazon_2023/raw/meta_categories/meta_{category}.jsonl.gz", _UCSD))
-    return PublicSet(_name(2023, category, split), tuple(files), _TERMS)
-
-
-def _amazon_2018(category: str) -> PublicSet:
-    files = (
-        Remote(f"amazon_v2/categoryFilesSmall/{category}_5.json.gz", _UCSD),
-        Remote(f"amazon_v2/metaFiles2/meta_{category}.json.gz", _UCSD),
-    )
-    return PublicSet(_name(2018, category), files, "cite Ni, Li and McAuley, EMNLP 2019")
-
-
-def _amazon_2014(category: str) -> PublicSet:
-    names = (f"reviews_{category}_5.json.gz", f"meta_{category}.json.gz")
-    files = tuple(Remote(name, _SNAP) for name in names)
-    return PublicSet(_name(2014, category), files, "cite He and McAuley, WWW 2016")
-
-
-def _name(year: int, category: str, split: str = "") -> str:
-    return "-".join(filter(None, (f"amazon-{year}", category.lower().replace("_", "-"), split)))
-
-
+_ML_TERMS = "research use, no redistribution without permission; see its README"
+_MOVIELENS = {
+    "ml-100k": "0e33842e24a9c977be4e0107933c0723",
+    "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
+    "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
+    "ml-25m": "6b51fb2759a8657d3bfcbfc42b592ada",
+    "ml-32m": None,
+}
+_TERMS_2023 = "see amazon-reviews-2023.github.io; cite Hou et al., 2024"
+_META = "amazon_2023/raw/meta_categories/meta_{}.jsonl.gz"
+_CORE = "amazon_2023/benchmark/5core/"
+_PARTS = (".train", ".valid", ".test")
+# Release, what its sets' names end in, categories, servers, files of a category, terms. The release
+# of 2023 also comes split: the last two of each user, or at two moments.
+_AMAZON = (
+    ("2014", "", CATEGORIES_2014, _SNAP, ("reviews_{}_5.json.gz", "meta_{}.json.gz"),
+     "cite He and McAuley, WWW 2016"),
+    ("2018", "", CATEGORIES_2018, _UCSD,
+     ("amazon_v2/categoryFilesSmall/{}_5.json.gz", "amazon_v2/metaFiles2/meta_{}.json.gz"),
+     "cite Ni, Li and McAuley, EMNLP 2019"),
+    ("2023", "", CATEGORIES, _UCSD, (_CORE + "rating_only/{}.csv.gz", _META), _TERMS_2023),
+    *(
+        ("2023", f"-{name}", CATEGORIES, _UCSD,
+         (*(f"{_CORE}{folder}/{{}}{part}.csv.gz" for part in _PARTS), _META), _TERMS_2023)
+        for name, folder in (("last-out", "last_out"), ("timestamp", "timestamp"))
+    ),
+)  # fmt: skip
 SETS: dict[str, PublicSet] = {
     public.name: public
     for public in (
-        _movielens("ml-100k", "0e33842e24a9c977be4e0107933c0723"),
-        _movielens("ml-1m", "c4d9eecfca2ab87c1945afe126590906"),
-        _movielens("ml-20m", "cd245b17a1ae2cc31bb14903e1204af3"),
-        _movielens("ml-25m", "6b51fb2759a8657d3bfcbfc42b592ada"),
-        _movielens("ml-32m", None),
-        *map(_amazon_2014, CATEGORIES_2014),
-        *map(_amazon_2018, CATEGORIES_2018),
-        *(_amazon_2023(category, split) for split in SPLITS for category in CATEGORIES),
+        *(
+            PublicSet(name, (Remote(f"{name}.zip", _GROUPLENS, md5),), _ML_TERMS)
+            for name, md5 in _MOVIELENS.items()
+        ),
+        *(
+            PublicSet(
+                f"amazon-{year}-{category.lower().replace('_', '-')}{end}",
+                tuple(Remote(path.format(category), servers) for path in paths),
+                terms,
+            )
+            for year, end, categories, servers, paths, terms in _AMAZON
+            for category in categories
+        ),
     )
 }
 
