@@ -19,6 +19,7 @@ from streamctl import cli
 from streamctl.config import DataConfig
 from streamctl.data.prepare import build
 from streamctl.data.sources import SOURCES, find_source, read_source
+from streamctl.data.sources.raw import Reading
 from streamctl.errors import StreamctlError
 
 START = 1_400_000_000
@@ -275,7 +276,7 @@ def test_unusual_columns_are_named(tmp_path, expected):
     told = r"no column user_id, .*columns: 'who', 'what', 'when'.*user=NAME,item=NAME,time=NAME"
     with pytest.raises(StreamctlError, match=told):
         read_source(tmp_path)
-    raw = read_source(tmp_path, columns={"user": "who", "item": "what", "time": "when"})
+    raw = read_source(tmp_path, reading=Reading({"user": "who", "item": "what", "time": "when"}))
     _, log, _ = build(raw, DataConfig(min_user=3, min_item=1))
     np.testing.assert_array_equal(log.items, expected[1].items)
 

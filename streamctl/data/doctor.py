@@ -19,7 +19,7 @@ from streamctl.data.log import InteractionLog, forget, ranges
 from streamctl.data.prepare import build, reading_of
 from streamctl.data.sources import find_source, read_source
 from streamctl.data.sources.items import as_number
-from streamctl.data.sources.raw import Damage, ItemTable, RawLog, database_errors
+from streamctl.data.sources.raw import PARTS, Damage, ItemTable, RawLog, database_errors
 from streamctl.data.split import Split
 from streamctl.data.statistics import Finding, findings, id_rank, user_items
 from streamctl.errors import StreamctlError, count_of
@@ -270,15 +270,8 @@ def parts(raw: RawLog) -> Iterator[Finding]:
     late = raw.one("""
         SELECT count(*) FROM (SELECT max(t) FILTER (part = 0) > min(t) FILTER (part > 0) AS late
             FROM log GROUP BY u) WHERE late""")
-    sizes = ", ".join(
-        f"{name} {rows:,}"
-        for name, rows in zip(
-            ("train", "valid", "test"),
-            raw.ask("""SELECT count(*) FILTER (part = 0), count(*) FILTER (part = 1),
-                count(*) FILTER (part = 2) FROM log""")[0],
-            strict=True,
-        )
-    )
+    rows = raw.ask("SELECT part, count(*) FROM log GROUP BY part ORDER BY part")
+    sizes = ", ".join(f"{PARTS[part]} {count:,}" for part, count in rows)
     if again or (late and raw.timed):
         yield Finding(
             "leakage",

@@ -90,9 +90,7 @@ class VectorIndex:
             index (Q, min(k, N)) int64 and cosine (Q, min(k, N)) float32; where an inverted file
             finds fewer, -1 and the least float.
         """
-        cosine, found = self._index.search(unit(queries), min(k, self._index.ntotal))
-        order = np.lexsort((found, -cosine))
-        return np.take_along_axis(found, order, 1), np.take_along_axis(cosine, order, 1)
+        return _sorted(*self._index.search(unit(queries), min(k, self._index.ntotal)))
 
 
 def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +103,11 @@ def _nearest(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     import faiss
 
     count = min(k, len(rows))
-    cosine, found = faiss.knn(queries, rows, count, metric=faiss.METRIC_INNER_PRODUCT)
+    return _sorted(*faiss.knn(queries, rows, count, metric=faiss.METRIC_INNER_PRODUCT))
+
+
+def _sorted(cosine: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(index, cosine) best first, equal ones in index order."""
     order = np.lexsort((found, -cosine))
     found = np.take_along_axis(found, order, 1).astype(np.int64)
     return found, np.take_along_axis(cosine, order, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,6 @@ SOURCES: tuple[Source, ...] = (
 def read_source(
     path: Path,
     format_name: str = "auto",
-    columns: Mapping[str, str] | None = None,
     *,
     items: Path | None = None,
     reading: Reading | None = None,
@@ -39,7 +38,6 @@ def read_source(
     Args:
         path: a folder or the interactions file.
         format_name: a reader's name, or "auto": the first whose files are there.
-        columns: `user`, `item`, `time`, `rating`, `event` -> column, for tables.
         items: the items file, where it is not one that lies beside the interactions.
         reading: how, and where bad lines are told of; by default the first is an error.
 
@@ -60,7 +58,7 @@ def read_source(
                 run=ITEMS_FILE,
             )
         files = replace(files, items=items)
-    reading = reading or Reading(columns or {})
+    reading = reading or Reading()
     raw = source.read(files, reading)
     raw.files = tuple(filter(None, (*(files.parts or (files.interactions,)), files.items)))
     own = items is None or plain_name(items).startswith("meta_")

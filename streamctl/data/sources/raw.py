@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ from streamctl.files import disk_errors
 MEMORY = "1GB"  # that DuckDB may use; what is more goes to the folder for temporary files
 HELD_BYTES = 32 << 20  # of a source, up to which its log stays in memory altogether
 _YOUNG = 60  # seconds
+BATCH = 1 << 16  # rows that are added at once
 SHOWN = 20  # bad lines that are kept of a file; the others are counted
 PREFIX = "streamctl-log-"  # of the folders of temporary files
 PARTS = ("train", "valid", "test")
@@ -183,6 +185,12 @@ class RawLog:
         self.stage({name: f"{name}_" for name in arrays}, "batch", part)
         self.con.unregister("batch")
 
+    def add_rows(self, names: Iterable[str], rows: Iterable[Sequence[Any]], part: int = 0) -> None:
+        """`add` of rows, a batch at a time."""
+        names, rows = list(names), iter(rows)
+        while batch := list(islice(rows, BATCH)):
+            self.add(dict(zip(names, zip(*batch, strict=True), strict=True)), part)
+
     def finish(self) -> RawLog:
         """Number users and items in the order of their names, and make whole numbers of times."""
         if self._reading.numbers:
@@ -226,15 +234,8 @@ class RawLog:
                 )
         raw = cls(size, reading)
         raw.format, raw.timed = format, False
-        users: list[str] = []
-        items: list[str] = []
-        for user, taken in sequences:
-            users += [user] * len(taken)
-            items += taken
-            if len(items) > 1 << 18:
-                raw.add({"user": users, "item": items})
-                users, items = [], []
-        raw.add({"user": users, "item": items})
+        pairs = ((user, item) for user, taken in sequences for item in taken)
+        raw.add_rows(("user", "item"), pairs)
         return raw.finish()
 
     @classmethod

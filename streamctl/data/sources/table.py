@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ ROLES = (*NEEDED, "rating", "event")
 _USUAL = (USER_NAMES, ITEM_NAMES, TIME_NAMES + POSITION_NAMES, RATING_NAMES, EVENT_NAMES)
 _KINDS = ("csv", "tsv", "parquet", "jsonl")
 _LONGEST_LINE = 2_000_000
-BATCH = 1 << 16
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _TIME_HELP = (
     "write 2024-01-31, 2024-01-31 18:30:00 or a number, or name another column with "
@@ -244,15 +243,7 @@ def _line_by_line(
                 raise
             reading.bad(text.path, line + 1, f"{error.what} from here on")
 
-    _stage_rows(raw, rows(), roles, part)
-
-
-def _stage_rows(
-    raw: RawLog, rows: Iterator[tuple[Any, ...]], roles: Iterable[str], part: int
-) -> None:
-    """Stage rows of (line, the text of each role), batch by batch."""
-    while batch := list(islice(rows, BATCH)):
-        raw.add(dict(zip(("line", *roles), zip(*batch, strict=True), strict=True)), part)
+    raw.add_rows(("line", *roles), rows(), part)
 
 
 def _check_values(
@@ -387,19 +378,20 @@ def _as_text(name: str, kind: str, role: str, path: Path) -> str:
 
 def _json(raw: RawLog, path: Path, part: int, reading: Reading) -> dict[str, str]:
     first_line(path, "replace")  # an empty file is an error
-    roles: dict[str, str] = {}
+    lines = json_rows(path, reading)
+    first = next(lines, None)
+    if first is None:
+        return {}
+    roles = _wanted(raw, find_roles(list(first[1]), reading.columns, path), reading, path)
 
     def rows() -> Iterator[tuple[Any, ...]]:
-        for line, row in json_rows(path, reading):
-            if not roles:
-                found = find_roles(list(row), reading.columns, path)
-                roles.update(_wanted(raw, found, reading, path))
+        for line, row in chain([first], lines):
             missing = next((roles[r] for r in NEEDED if row.get(roles[r]) is None), None)
             if missing is not None and not reading.skip_bad:
                 reading.bad(path, line, f"no {missing!r} here")
             yield line, *(id_text(row.get(name)) for name in roles.values())
 
-    _stage_rows(raw, rows(), roles, part)
+    raw.add_rows(("line", *roles), rows(), part)
     return roles
 
 
