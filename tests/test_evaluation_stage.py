@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,6 +322,14 @@ def test_tiger_is_the_one_trained_alone_when_there_is_one(run, tmp_path):
     with copy.begin("baselines/tiger", BaselineConfig(name="tiger"), parents=["data"]) as stage:
         stage.publish()
     assert known_rows(copy)["tiger"].stages == ("tokenizer", "baselines/tiger")
+
+
+def test_tiger_trained_alone_is_searched_no_wider_than_the_other_rows(models, monkeypatch):
+    policy, trie = models.policy("pretrain"), models.material.trie
+    alone = SimpleNamespace(policy=policy, trie=trie)
+    monkeypatch.setattr(Models, "baseline", lambda *_: alone)
+    tiger, other = models.tiger(), models.generative("pretrain", decoder="direct")
+    assert (tiger.beam, tiger.narrow) == (other.beam, True)
 
 
 def test_the_table_shows_every_row_and_the_plot_is_written(result, tmp_path):

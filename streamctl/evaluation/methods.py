@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from operator import methodcaller as call
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from streamctl.training.sft import TWIN
 EVAL = "eval"
 RERANK = "rerank/"  # stages of rankers behind methods
 RERANKED = "+rerank"  # the end of their rows' names
+MIXED = ("weights", "codes")  # what an answer is made of, each alone a control
 UNJUDGED = ("stream_rl", "stream_sft", "stream_pt", "tiger")  # before there is an evaluation
 
 
@@ -71,41 +73,45 @@ class Models:
     def _policy(self, stage: str) -> Policy:
         return self.material.policy(self.run.stage(stage), self.device)
 
+    @property
+    def _search(self) -> dict[str, int]:
+        return {"beam": self.config.beam, "seed": self.config.seed}
+
     def generative(self, stage: str, **options: Any) -> PolicyRecommender:
         """A stage's policy with its beam search."""
-        settings = {"beam": self.config.beam, "seed": self.config.seed} | options
-        settings["narrow"] = self.examples is not None
-        return PolicyRecommender(self.policy(stage), self.material.trie, **settings)
+        return self._searching(self.policy(stage), **options)
 
-    def pretrained(self) -> PolicyRecommender:
-        """The slow path of pretraining: it writes its retrieved neighbours' codes first (Eq. 9)."""
-        policy, material = self.policy("pretrain"), self.material
-        if policy.config.thoughts == "evidence":
-            count = self.run.stage("pretrain").manifest["config"]["neighbours"]
-            return self.reasoning("pretrain", think=count)
-        wanted = self.run.stage("pretrain").manifest["config"]["neighbours"]
-        count = min(wanted, material.neighbours.shape[1])
-
-        def thoughts(history: torch.Tensor, users: np.ndarray) -> torch.Tensor:
-            return retrieved_codes(policy, history, count)
-
-        return self.generative("pretrain", thoughts=thoughts)
+    def _searching(self, policy: Policy, **options: Any) -> PolicyRecommender:
+        options = {**self._search, "narrow": self.examples is not None} | options
+        return PolicyRecommender(policy, self.material.trie, **options)
 
     def reasoning(self, stage: str, **options: Any) -> EvidenceRecommender:
         """A stage's policy that thinks with evidence."""
-        settings = {"beam": self.config.beam, "seed": self.config.seed} | options
-        policy, material = self.policy(stage), self.material
-        return EvidenceRecommender(policy, material.trie, material.evidence, **settings)
+        policy, material, options = self.policy(stage), self.material, self._search | options
+        return EvidenceRecommender(policy, material.trie, material.evidence, **options)
 
-    def thinking(self, stage: str) -> PolicyRecommender:
+    def _reasons(self, stage: str) -> bool:
+        return self.policy(stage).config.thoughts == "evidence"
+
+    def pretrained(self) -> PolicyRecommender | EvidenceRecommender:
+        """The slow path of pretraining: it writes its retrieved neighbours' codes first (Eq. 9)."""
+        count = self.run.stage("pretrain").manifest["config"]["neighbours"]
+        if self._reasons("pretrain"):
+            return self.reasoning("pretrain", think=count)
+        policy, count = self.policy("pretrain"), min(count, self.material.neighbours.shape[1])
+        return self.generative(
+            "pretrain", thoughts=lambda history, users: retrieved_codes(policy, history, count)
+        )
+
+    def thinking(self, stage: str) -> PolicyRecommender | EvidenceRecommender:
         """A policy that thinks with the evidence it weighs, or greedily for l tokens of its own."""
-        if self.policy(stage).config.thoughts == "evidence":
+        if self._reasons(stage):
             return self.reasoning(stage)
         return self.generative(stage, think=self.annotation["length"])
 
-    def random(self, stage: str) -> PolicyRecommender:
+    def random(self, stage: str) -> PolicyRecommender | EvidenceRecommender:
         """A thinking policy given thoughts that mean nothing."""
-        if self.policy(stage).config.thoughts == "evidence":
+        if self._reasons(stage):
             return self.reasoning(stage, random=self.config.seed)
         tokens, users = self.policy(stage).config.tokens, self.split.log.n_users
         length = self.annotation["length"]
@@ -139,9 +145,7 @@ class Models:
 
     def tiger(self) -> PolicyRecommender:
         """The TIGER trained alone, searched like the other generative rows."""
-        model = self.baseline("tiger")
-        settings = {"beam": self.config.beam, "seed": self.config.seed}
-        return PolicyRecommender(model.policy, model.trie, decoder="direct", **settings)
+        return self._searching(self.baseline("tiger").policy, decoder="direct")
 
     def reranked(self, names: tuple[str, ...]) -> Recommender:
         """Methods with the ranker behind them that was fitted on validation users."""
@@ -183,76 +187,46 @@ class Row:
 def _thinking_controls(run: RunDir) -> tuple[Row, ...]:
     """What a claim about thinking is held against, by what thoughts are made of."""
     control, pretrain = partial(Row, control=True), run.stage("pretrain")
+    needs = ("tokenizer", "annotate", "sft")
     if pretrain.complete and pretrain.manifest["config"]["thoughts"] == "evidence":
-        needs = ("tokenizer", "annotate", "sft")
         direct = "no thought: the direct decoder that was trained beside the slow one"
         random = "every piece of evidence is another item, at random, with the same features"
+        alone = {part: f"the same thought, answered by the {part} alone" for part in MIXED}
         return (
-            control("l0", needs, lambda of: of.generative("sft", decoder="direct"), note=direct),
-            control("random_evidence", needs, lambda of: of.random("sft"), note=random),
+            control("l0", needs, call("generative", "sft", decoder="direct"), note=direct),
+            control("random_evidence", needs, call("random", "sft"), note=random),
             *(
-                control(
-                    f"{part}_alone",
-                    needs,
-                    lambda of, part=part: of.reasoning("sft", mix=part),
-                    note=f"the same thought, answered by the {part} alone",
-                )
-                for part in ("weights", "codes")
+                control(f"{part}_alone", needs, call("reasoning", "sft", mix=part), note=note)
+                for part, note in alone.items()
             ),
         )
     seen = "an upper bound that has seen the answer: its thoughts come from the target"
     return (
-        control("no_thinking", ("tokenizer", TWIN), lambda of: of.generative(TWIN)),
-        *(
-            control(
-                f"random_thinking{suffix}",
-                ("tokenizer", "annotate", stage),
-                lambda of, stage=stage: of.random(stage),
-            )
-            for stage, suffix in (("sft", ""), ("rl", "_rl"))
-        ),
-        control(
-            "oracle_thinking",
-            ("tokenizer", "annotate", "sft"),
-            lambda of: of.oracle("sft"),
-            note=seen,
-        ),
+        control("no_thinking", ("tokenizer", TWIN), call("generative", TWIN)),
+        control("random_thinking", needs, call("random", "sft")),
+        control("random_thinking_rl", (*needs[:2], "rl"), call("random", "rl")),
+        control("oracle_thinking", needs, call("oracle", "sft"), note=seen),
     )
 
 
 def known_rows(run: RunDir) -> dict[str, Row]:
     """Every row there could be, in the order of the table; TIGER as good as the run has it."""
-    own_tiger = run.stage("baselines/tiger").complete
-    tiger = (
-        Row("tiger", ("tokenizer", "baselines/tiger"), Models.tiger)
-        if own_tiger
-        else Row(
-            "tiger",
-            ("tokenizer", "pretrain"),
-            lambda models: models.generative("pretrain", decoder="direct"),
-            note="the direct decoder of pretraining; `streamctl baseline tiger` trains one alone",
-        )
-    )
-    classic = (
-        Row(
-            name,
-            (*baseline_class(name).parents[1:], f"baselines/{name}"),
-            lambda models, name=name: models.baseline(name),
-        )
-        for name in BASELINES
-        if name not in ("popularity", "tiger")
-    )
+    beside = "the direct decoder of pretraining; `streamctl baseline tiger` trains one alone"
+    tiger = Row("tiger", ("tokenizer", "baselines/tiger"), Models.tiger)
+    if not run.stage("baselines/tiger").complete:
+        direct = call("generative", "pretrain", decoder="direct")
+        tiger = Row("tiger", ("tokenizer", "pretrain"), direct, note=beside)
     rows = (
         Row("popularity", ("data",), Models.popularity),
-        *classic,
+        *(
+            Row(name, (*found.parents[1:], f"baselines/{name}"), call("baseline", name))
+            for name, found in BASELINES.items()
+            if name not in ("popularity", "tiger")
+        ),
         tiger,
         Row("stream_pt", ("tokenizer", "pretrain"), Models.pretrained),
         *(
-            Row(
-                f"stream_{stage}",
-                ("tokenizer", "annotate", stage),
-                lambda models, stage=stage: models.thinking(stage),
-            )
+            Row(f"stream_{stage}", ("tokenizer", "annotate", stage), call("thinking", stage))
             for stage in ("sft", "rl")
         ),
         *_thinking_controls(run),
@@ -283,7 +257,7 @@ def _reranked_row(run: RunDir, names: tuple[str, ...]) -> Row:
     return Row(
         "+".join(names) + RERANKED,
         (*stage.manifest["parents"], stage.name),
-        lambda models: models.reranked(names),
+        call("reranked", names),
         eligible=kept,
         note="" if kept else "the re-ranker does not surely help on validation: it cannot win",
     )
@@ -304,9 +278,8 @@ def choose_rows(run: RunDir, names: tuple[str, ...]) -> tuple[list[Row], list[st
     """
     rows = known_rows(run)
     if names:
-        chosen = [_row(rows, name) for name in rows if name in names]
-        for name in names:
-            _row(rows, name)
+        wanted = {_row(rows, name).name for name in names}
+        chosen = [row for row in rows.values() if row.name in wanted]
         for stage in dict.fromkeys(stage for row in chosen for stage in row.stages):
             run.require(stage)
         return chosen, []
@@ -337,9 +310,7 @@ def load_method(run: RunDir, name: str, device: str = "auto", *, beam: int = 50)
         UsageError: there is no method of that name.
         StreamctlError: a stage that it is read from is missing, damaged or stale.
     """
-    row = _row(known_rows(run), name)
-    for stage in row.stages:
-        run.require(stage)
+    [row], _ = choose_rows(run, (name,))
     return row.make(Models(run, EvalConfig(beam=beam), None, device))
 
 

@@ -16,7 +16,7 @@ from streamctl.baselines.train import train_baseline
 from streamctl.config import RefitConfig
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError
-from streamctl.evaluation.methods import best_method, known_rows, method_names
+from streamctl.evaluation.methods import best_method, choose_rows, method_names
 from streamctl.evaluation.reproduce import ancestors, maker
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage, StageWriter
@@ -51,12 +51,8 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
             run=f"`{run.command('run')}`, which trains every stage",
         )
     asked, method = bool(config.method), config.method or best_method(run)[0]
-    row = known_rows(run).get(method)
+    [row], _ = choose_rows(run, (method,))
     config = dataclasses.replace(config, method=method)
-    if row is None:
-        from streamctl.evaluation.methods import load_method
-
-        load_method(run, method)  # names what is near
     parents = list(dict.fromkeys(["data", *row.stages]))
     with run.begin(FINAL, config, parents=parents, force=force) as stage:
         if stage is None:
