@@ -198,46 +198,35 @@ def minimums(raw: RawLog, config: DataConfig, leave_one_out: bool) -> tuple[int,
     return max(user, LEAVE_ONE_OUT if leave_one_out else 1), item
 
 
-def find_core(raw: RawLog, min_user: int, min_item: int, cleaned: bool = False) -> dict[str, int]:
-    """What each filter removes; tables `left_u` (u, n) and `left_i` (i, n) hold what is left.
+def find_core(raw: RawLog, min_user: int, min_item: int) -> dict[str, int]:
+    """Delete users and items with too few interactions, until none is left that has.
 
-    Users and items with too few interactions go, until none is left that has. An interaction
-    stays while its user and its item do.
-
-    Args:
-        cleaned: whether rows have been taken out before.
+    Returns:
+        how many rounds it took, and what each filter removed.
 
     Raises:
         StreamctlError: nothing is left.
     """
     removed = {"min_user": min_user, "min_item": min_item, "rounds": 0}
-    total = len(raw)
-    before = [
-        raw.one(f"SELECT count(DISTINCT {letter}) FROM log") if cleaned else raw.sizes[plural]
-        for letter, plural in (("u", "users"), ("i", "items"))
-    ]
-    steps = (("u", "i", min_user, "short_users"), ("i", "u", min_item, "rare_items"))
+    steps = (("u", min_user, "short_users"), ("i", min_item, "rare_items"))
     removed |= {key: 0 for *_, kind in steps for key in (kind, f"interactions_of_{kind}")}
-    raw.con.execute("CREATE TABLE left_u AS SELECT u, count(*) AS n FROM log GROUP BY u")
-    while True:
+    distinct = "SELECT count(DISTINCT u), count(DISTINCT i), count(*) FROM log"
+    *before, total = raw.ask(distinct)[0]
+    count = 1
+    while count:
         removed["rounds"] += 1
-        for letter, other, least, kind in steps:
-            count, rows = raw.ask(f"""
-                SELECT count(*), coalesce(sum(n), 0) FROM left_{letter} WHERE n < {least}""")[0]
+        for letter, least, kind in steps:
+            raw.con.execute(f"""
+                CREATE OR REPLACE TABLE few AS SELECT {letter}, count(*) AS n
+                FROM log GROUP BY {letter} HAVING n < {least}""")
+            count, rows = raw.ask("SELECT count(*), coalesce(sum(n), 0)::BIGINT FROM few")[0]
             removed[kind] += count
-            removed[f"interactions_of_{kind}"] += int(rows)
-            raw.con.execute(f"DELETE FROM left_{letter} WHERE n < {least}")
-            first = removed["rounds"] == 1 and letter == "u"  # nothing is known of the items yet
-            if count or first:
-                rest = "" if first else f"SEMI JOIN left_{other} USING ({other})"
-                raw.con.execute(f"""
-                    CREATE OR REPLACE TABLE left_{other} AS SELECT {other}, count(*) AS n
-                    FROM log SEMI JOIN left_{letter} USING ({letter}) {rest} GROUP BY {other}""")
-        if not count:
-            break
-    for number, letter, plural in zip(before, "ui", ("users", "items"), strict=True):
-        removed[plural] = number - raw.one(f"SELECT count(*) FROM left_{letter}")
-    if not raw.one("SELECT count(*) FROM left_u"):
+            removed[f"interactions_of_{kind}"] += rows
+            if count:
+                raw.con.execute(f"DELETE FROM log WHERE {letter} IN (SELECT {letter} FROM few)")
+    *after, left = raw.ask(distinct)[0]
+    removed |= {"users": before[0] - after[0], "items": before[1] - after[1]}
+    if not left:
         raise StreamctlError(
             f"no usable interactions are left of {total:,}: "
             f"{removed['interactions_of_short_users']:,} are of users with fewer than {min_user}, "
@@ -250,7 +239,3 @@ def find_core(raw: RawLog, min_user: int, min_item: int, cleaned: bool = False) 
             "users and items the right ones (--columns user=NAME,item=NAME)?",
         )
     return removed
-
-
-# The interactions whose user and item are left.
-LEFT = "log SEMI JOIN left_u USING (u) SEMI JOIN left_i USING (i)"

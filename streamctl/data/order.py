@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from streamctl.config import DataConfig
-from streamctl.data.clean import LEFT, moment, moment_text, parse_events
+from streamctl.data.clean import moment, moment_text, parse_events
 from streamctl.data.log import InteractionLog, forget, ranges
 from streamctl.data.sources.raw import RawLog, sql_text
 from streamctl.data.statistics import id_rank
@@ -34,7 +34,7 @@ def number(raw: RawLog, config: DataConfig) -> tuple[InteractionLog, list[str]]:
     if config.ties == "shuffle" and not raw.timed:
         warn("--ties shuffle has no effect: the source gives the order only, not times")
     names, dense = _number_items(raw, config)
-    counts = raw.array("SELECT n FROM left_u ORDER BY u")
+    counts = raw.array("SELECT count(*) FROM log GROUP BY u ORDER BY u")
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     total = int(offsets[-1])
     weights = parse_events(config.events)
@@ -45,7 +45,7 @@ def number(raw: RawLog, config: DataConfig) -> tuple[InteractionLog, list[str]]:
         cases = " ".join(f"WHEN {sql_text(name)} THEN {w!r}" for name, w in weights.items())
         chosen[f"(CASE event {cases} END)::FLOAT"] = np.float32
     part = "part, " if raw.split else ""
-    query = f"SELECT {', '.join(chosen)} FROM {LEFT} ORDER BY u, {part}t, row"
+    query = f"SELECT {', '.join(chosen)} FROM log ORDER BY u, {part}t, row"
     with disk_errors(Path(tempfile.gettempdir())):
         # A long log is not held in memory: its columns are maps of files that have no names.
         files = [tempfile.TemporaryFile() for _ in chosen]  # noqa: SIM115 - live as the maps
@@ -63,7 +63,7 @@ def number(raw: RawLog, config: DataConfig) -> tuple[InteractionLog, list[str]]:
     log = InteractionLog(
         items=arrays[0],
         offsets=offsets,
-        user_ids=raw.array("SELECT name FROM users SEMI JOIN left_u USING (u) ORDER BY u").tolist(),
+        user_ids=raw.array("SELECT name FROM users SEMI JOIN log USING (u) ORDER BY u").tolist(),
         timestamps=arrays[1] if raw.timed else None,
         weights=arrays[-1] if len(chosen) > 1 + raw.timed else None,
         cuts=_cuts(raw, config, offsets),
@@ -88,7 +88,7 @@ def _cuts(raw: RawLog, config: DataConfig, offsets: np.ndarray) -> np.ndarray | 
         train, valid = f"t < {first}", f"t < {second}"
     found = raw.con.execute(f"""
         SELECT count(*) FILTER ({train}) AS train, count(*) FILTER ({valid}) AS valid
-        FROM {LEFT} GROUP BY u ORDER BY u""").fetchnumpy()
+        FROM log GROUP BY u ORDER BY u""").fetchnumpy()
     cuts = np.stack([offsets[:-1] + found["train"], offsets[:-1] + found["valid"]], 1)
     if config.split == "auto" and not raw.one("SELECT count(*) FROM log WHERE part = 1"):
         # No part to validate on: the last of what trains, of users with something before it.
@@ -102,7 +102,7 @@ def _cuts(raw: RawLog, config: DataConfig, offsets: np.ndarray) -> np.ndarray | 
                     where="data.split",
                     run="--split leave-one-out, or --split-at 80%,90%, splits the log anew",
                 )
-            first, last = raw.ask(f"SELECT min(t), max(t) FROM {LEFT}")[0]
+            first, last = raw.ask("SELECT min(t), max(t) FROM log")[0]
             raise StreamctlError(
                 f"no interactions are left to {name} with --split-at {config.split}; the log goes "
                 f"from {moment_text(raw, first)} to {moment_text(raw, last)}",
@@ -124,7 +124,7 @@ def _moments(raw: RawLog, text: str) -> tuple[int, int]:
         raise UsageError(f"--split-at takes TIME or VALIDATION,TEST, not {text!r}")
 
     def at(share: float) -> int:
-        return raw.one(f"SELECT quantile_disc(t, {share}) FROM {LEFT}")
+        return raw.one(f"SELECT quantile_disc(t, {share}) FROM log")
 
     found = []
     for word in words:
@@ -135,7 +135,7 @@ def _moments(raw: RawLog, text: str) -> tuple[int, int]:
         else:
             raise UsageError(f"--split-at takes a share like 80%, not {word!r}")
     if len(found) == 1:  # validation gets as many interactions as test
-        test = raw.one(f"SELECT avg((t >= {found[0]})::INTEGER) FROM {LEFT}")
+        test = raw.one(f"SELECT avg((t >= {found[0]})::INTEGER) FROM log")
         found.insert(0, min(at(max(0.0, 1 - 2 * test)), found[0]))
     if found[0] > found[1]:
         raise UsageError(
@@ -151,8 +151,8 @@ def _number_items(raw: RawLog, config: DataConfig) -> tuple[list[str], np.ndarra
     the items file that nobody took, too. Numbers are a seeded permutation of the sorted ids, so
     that no model can read order or age from an id.
     """
-    used = raw.array("SELECT i FROM left_i ORDER BY i")
-    names = raw.array("SELECT name FROM items SEMI JOIN left_i USING (i) ORDER BY i").tolist()
+    used = raw.array("SELECT DISTINCT i FROM log ORDER BY i")
+    names = raw.array("SELECT name FROM items SEMI JOIN log USING (i) ORDER BY i").tolist()
     if config.min_item == 0 and raw.catalogue is not None:
         names += sorted(set(raw.catalogue.ids).difference(names))
     by_name = sorted(range(len(names)), key=names.__getitem__)

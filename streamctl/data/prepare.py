@@ -144,7 +144,7 @@ def build(raw: RawLog, config: DataConfig) -> tuple[Catalog, InteractionLog, dic
             raw.split = False  # parts become one log, which is split anew
         taken = clean(raw, config)
         leave_one_out = not raw.split if config.split == "auto" else config.split == "leave-one-out"
-        removed = find_core(raw, *minimums(raw, config, leave_one_out), cleaned=any(taken.values()))
+        removed = find_core(raw, *minimums(raw, config, leave_one_out))
         log, names = number(raw, config)
     catalog, without_text = _catalog(raw, names)
     statistics = describe(raw, read, log, catalog, config)
