@@ -234,8 +234,15 @@ class RawLog:
                 )
         raw = cls(size, reading)
         raw.format, raw.timed = format, False
-        pairs = ((user, item) for user, taken in sequences for item in taken)
-        raw.add_rows(("user", "item"), pairs)
+        users: list[str] = []
+        items: list[str] = []
+        for user, taken in sequences:
+            users += [user] * len(taken)
+            items += taken
+            if len(items) > BATCH:
+                raw.add({"user": users, "item": items})
+                users, items = [], []
+        raw.add({"user": users, "item": items})
         return raw.finish()
 
     @classmethod
