@@ -4,8 +4,9 @@
     python benchmarks/serve.py --json [--save] --memory-minutes 10
 
 Starts `streamctl serve` on loopback with a model of the paper's size (random weights: the work is
-the same) and drives it with wrk (`apt-get install wrk`). wrk's connections pause for exponential
-times, so that many of them arrive like a Poisson process; server and load share the machine.
+the same), compiled, and drives it with wrk (`apt-get install wrk`). wrk's connections pause for
+exponential times, so that many of them arrive like a Poisson process; server and load share the
+machine.
 latency/*: single requests that arrive at LOAD of what one connection can ask for; beside it, as
 `alone`, that connection, which is also how the peer is compared. saturation: four times what the
 server can take; a refusal (429) is no error, everything else that is not an answer is one, a
@@ -144,7 +145,8 @@ def serving(command: list[str]):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, *command, "--port", str(port)])
+    compiled = {**os.environ, "STREAMCTL_COMPILE": "wait"}
+    process = subprocess.Popen([sys.executable, *command, "--port", str(port)], env=compiled)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(1200):

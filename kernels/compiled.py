@@ -1,11 +1,11 @@
 """When compiled code runs, and where it is kept.
 
-Compiling takes tens of seconds once a machine. A training waits for it, whose arithmetic must not
-change on the way, and so does a server, whose first requests would be late. With
-STREAMCTL_COMPILE=background, as `recommend` sets it, a process goes on in plain PyTorch while
-another one, of low priority, compiles what `streamctl.model.warm` calls; what that leaves in the
-cache is loaded when all of it is there. With STREAMCTL_COMPILE=never nothing is compiled, and code
-that is compiled already is not used.
+Compiling takes tens of seconds once a machine. A training waits for it: its arithmetic must not
+change on the way. With STREAMCTL_COMPILE=background, as `recommend` and `serve` set it, a process
+goes on in plain PyTorch while another one, of low priority, compiles what `streamctl.model.warm`
+calls; what that leaves in the cache is loaded when all of it is there. A server would keep requests
+waiting while it loads: its processes `settle`, and others take their place. With
+STREAMCTL_COMPILE=never nothing is compiled, and code that is compiled already is not used.
 """
 
 import atexit
@@ -81,10 +81,10 @@ def ready() -> bool:
     if chosen == "wait":
         return True
     now = time.monotonic()
-    if chosen == "never" or (marker := _marker()) is None or now < _State.looked:
+    if chosen == "never" or _marker() is None or now < _State.looked:
         return False
     _State.looked = now + _LOOK_EVERY_S
-    if marker.exists():
+    if complete():
         _State.ready = True
     elif _State.process is None:
         _State.process = _start()
@@ -106,6 +106,19 @@ def _start() -> subprocess.Popen | None:
     # What it has compiled stays; the next process goes on from there.
     atexit.register(process.terminate)
     return process
+
+
+def complete() -> bool:
+    """Whether all is compiled on this machine: a process that begins now is ready at once."""
+    return (marker := _marker()) is not None and marker.exists()
+
+
+def settle() -> bool:
+    """Have `ready` say for good what it says now; False while another process compiles."""
+    if ready():
+        return True
+    os.environ["STREAMCTL_COMPILE"] = "never"
+    return _State.process is None
 
 
 def finished() -> None:

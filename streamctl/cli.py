@@ -98,7 +98,7 @@ def main() -> None:
     # OpenMP's threads spin while they wait. Beside another busy process that costs most of the
     # machine (training was 8 times slower), so that they sleep here; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.argv[1:2] == ["recommend"]:  # one answer does not wait for Numba
+    if sys.argv[1:2] in (["recommend"], ["serve"]):  # what answers a user does not wait for Numba
         os.environ.setdefault("STREAMCTL_COMPILE", "background")
     try:
         build_app()()

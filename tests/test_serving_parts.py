@@ -18,6 +18,7 @@ from streamctl.runs import RunDir
 from streamctl.serving import service as services
 from streamctl.serving.batcher import Gone
 from streamctl.serving.keys import KeyRing
+from streamctl.serving.problems import Problem
 from streamctl.serving.question import as_job
 from streamctl.serving.schemas import Query
 from streamctl.serving.service import Served, Service, Settings
@@ -358,3 +359,43 @@ def test_a_replacement_that_cannot_load_is_ended_and_another_tried(run, folder, 
     monkeypatch.setattr(services.Model, "start", staticmethod(start))
     [model] = asyncio.run(replaced())
     assert len(killed) == 1 and model not in killed
+
+
+def test_models_that_began_before_the_compiler_was_done_make_room_for_others(run, monkeypatch):
+    made = []
+
+    class Fake:
+        def __init__(self, path, settings):
+            self.run, self.store, self.looks, self.stopped = RunDir(path), self, 0, False
+            self.about = {"run": "run", "method": "a", "settled": len(made) > 1}
+            made.append(self)
+
+        async def start(self) -> None:
+            pass
+
+        def count(self) -> int:
+            return 120
+
+        async def ask(self, what: str) -> bool:
+            assert what == "compiled"
+            self.looks += 1
+            if self.looks == 1:
+                raise Problem(503, "no model answers at this moment")
+            return self.looks > 2
+
+        async def stop(self) -> None:
+            self.stopped = True
+
+    monkeypatch.setattr(services, "Served", Fake)
+    monkeypatch.setattr(services, "LOOK_S", 0.0)
+
+    async def settled() -> Service:
+        service = Service(Settings(run.path))
+        await service._load_first()
+        await asyncio.sleep(0)
+        return service
+
+    service = asyncio.run(settled())
+    assert service.served is made[2] and service.failure is None
+    assert [one.looks for one in made] == [3, 3, 0]
+    assert [one.stopped for one in made] == [True, True, False]

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from streamctl.data import load_data
 from streamctl.decode.explain import explained, pairs_of
 from streamctl.evaluation.methods import answering, known_rows, load_best, load_method, method_names
+from streamctl.kernels import compiled
 from streamctl.ranking import Recommender
 from streamctl.ranking.mmr import Diverse
 from streamctl.runs import RunDir
@@ -66,7 +67,8 @@ class Engine:
             self.warm_up(method)
 
     def about(self) -> dict[str, Any]:
-        """What the server has to know."""
+        """What the server has to know. It computes as it does now from then on; `settled` is False
+        where others, that begin when the compiler is done, would be faster."""
         stage = self._source.stage(known_rows(self._source)[self.method].stages[-1])
         return {
             "run": self.run.path.resolve().name,
@@ -76,7 +78,12 @@ class Engine:
             "methods": self.methods,
             "loaded": [*self._loaded, POPULAR],
             "history": self._split.history,
+            "settled": compiled.settle(),
         }
+
+    def compiled(self) -> bool:
+        """Whether a process that begins now would have compiled code."""
+        return compiled.complete()
 
     def warm_up(self, method: str | None = None) -> None:
         """Run the paths that queries take, so that the first ones find everything compiled, and

@@ -23,6 +23,7 @@ from streamctl.serving.schemas import NewItem, Query, Taken
 from streamctl.serving.store import Store
 
 RETRY_S = 5.0  # before another try to start a model in a dead one's place
+LOOK_S = 2.0  # between two looks whether the compiler is done
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,19 @@ class Service:
             return
         about = served.about
         say(f"ready: {about['run']} ({about['method']}), {served.store.count():,} items")
+        await self._settle()
+
+    async def _settle(self) -> None:
+        """Have models that began in plain PyTorch make room for others when the compiler is done:
+        loading its work would keep their requests waiting."""
+        while not self.served.about["settled"]:
+            await asyncio.sleep(LOOK_S)
+            try:
+                if await self.served.ask("compiled"):
+                    await self.reload(None)
+            except Problem as problem:
+                if problem.status == 409:  # it cannot be loaded again, and goes on as it is
+                    return
 
     async def stop(self) -> None:
         """Answer what waits, then end."""
