@@ -29,6 +29,7 @@ from streamctl.data.sources.raw import PREFIX, RawLog, Reading
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
 
+HEAD = "user_id,item_id,timestamp"
 USERS = range(4)
 ORDER = [3, 0, 2, 1, 4]  # in which the items of every test here were taken; rows come as 0..4
 
@@ -278,6 +279,21 @@ def test_the_line_of_a_fault_counts_the_breaks_before_it(tmp_path, bad, told):
     lines = next(f for f in found.findings if f.topic == "lines")
     assert "1 bad line" in lines.what and f":{line}: " in lines.lines[0]
     assert found.statistics["read"]["interactions"] == 2001
+
+
+@pytest.mark.parametrize("lines", [30, 12_000])
+def test_a_quote_that_is_never_closed_takes_its_own_line_alone(tmp_path, lines):
+    good = [f"u{n % 5},i{n % 7},{n}" for n in range(lines)]
+    (tmp_path / "log.csv").write_text("\n".join([HEAD, good[0], 'u1,"i1,5', *good[1:]]))
+    items = [f'i{n},5" tube {n}' for n in range(7)]
+    (tmp_path / "items.csv").write_text("\n".join(["item_id,title", *items, 'i9,"open']))
+    reading = Reading(skip_bad=True)
+    raw = read_source(tmp_path / "log.csv", items=tmp_path / "items.csv", reading=reading)
+    assert len(raw) == lines
+    assert [(damage.path.name, damage.lines[0][0]) for damage in reading.damages] == [
+        ("log.csv", 3)
+    ]
+    assert raw.catalogue.columns["title"] == [*(line.split(",")[1] for line in items), "open"]
 
 
 def test_lines_that_end_now_so_now_so(tmp_path):
