@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamctl import config as configs
-from streamctl.baselines.registry import BASELINES, own_settings
+from streamctl.baselines.registry import BASELINES, resolved
 from streamctl.errors import UsageError
 from streamctl.evaluation.reproduce import maker
 from streamctl.evaluation.stage import evaluate_run
@@ -26,21 +26,18 @@ class Settings:
     seed: int | None = None
     size: str | None = None
 
-    def resolve(self, cls: type, run: RunDir, stage: str, **fixed: Any) -> Any:
+    def resolve(self, cls: type, run: RunDir, stage: str) -> Any:
         """The stage's configuration; one that is complete keeps its own unless told otherwise."""
         base = {}
         if run.stage(stage).complete:
             base = run.stage(stage).manifest["config"]
         flags = {"seed": self.seed, "size": self.size}
         flags = {name: value for name, value in flags.items() if name in cls.__dataclass_fields__}
+        options = {"base": base, "file": self.file, **flags}
+        if cls is configs.BaselineConfig:
+            return resolved(stage.removeprefix("baselines/"), sets=self.sets, **options)
         sets = [text for text in self.sets if text.partition(".")[0] not in BASELINES]
-        sets += [
-            f"baseline.{text.partition('.')[2]}"  # `tiger.epochs=8` is of this baseline alone
-            for text in self.sets
-            if text.partition(".")[0] == fixed.get("name")
-        ]
-        given = configs.resolve(cls, base=base, file=self.file, sets=sets, **flags, **fixed)
-        return own_settings(given) if cls is configs.BaselineConfig else given
+        return configs.resolve(cls, sets=sets, **options)
 
 
 STEPS = (
@@ -73,21 +70,15 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
                 f"--set {text}: `run` does not train {name}", run=run.command(f"baselines/{name}")
             )
     # Every configuration is resolved first: a typing mistake in the last stage's costs seconds.
-    resolved = {}
-    for name in steps:
-        cls = maker(name)[1]
-        fixed = {}
-        if cls is configs.BaselineConfig:
-            fixed["name"] = name.removeprefix("baselines/")
-        resolved[name] = settings.resolve(cls, run, name, **fixed)
-    resolved["eval"] = settings.resolve(configs.EvalConfig, run, "eval")
-    if resolved["pretrain"].thoughts == "evidence":
-        del resolved[TWIN]
-    for number, (name, config) in enumerate(resolved.items(), 1):
+    chosen = {name: settings.resolve(maker(name)[1], run, name) for name in steps}
+    chosen["eval"] = settings.resolve(configs.EvalConfig, run, "eval")
+    if chosen["pretrain"].thoughts == "evidence":
+        del chosen[TWIN]
+    for number, (name, config) in enumerate(chosen.items(), 1):
         stage = run.stage(name)
         stale = stage.complete and bool(stage.stale_parents())
         state = "redone, its parents changed" if stale else "complete" if stage.complete else ""
-        say(f"[{number}/{len(resolved)}] {name} {state}".rstrip())
+        say(f"[{number}/{len(chosen)}] {name} {state}".rstrip())
         make = evaluate_run if name == "eval" else maker(name)[0]
         make(run, config, device=device, force=stale)
     return run.stage("eval")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from streamctl import pipeline
@@ -20,8 +22,12 @@ def test_a_setting_of_one_baseline_is_of_no_other(tmp_path):
     run = RunDir(tmp_path)
     settings = pipeline.Settings(sets=["baseline.epochs=3", "tiger.epochs=9", "sft.epochs=2"])
     for name, epochs in (("tiger", 9), ("gru4rec", 3)):
-        found = settings.resolve(BaselineConfig, run, f"baselines/{name}", name=name)
-        assert found.epochs == epochs
+        found = settings.resolve(BaselineConfig, run, f"baselines/{name}")
+        assert (found.name, found.epochs) == (name, epochs)
+    for sets, says in (("baseline.dim=8", None), ("tiger.dim=8", "tiger has no setting 'dim'")):
+        settings = pipeline.Settings(sets=[sets])
+        with pytest.raises(UsageError, match=says) if says else nullcontext():
+            assert settings.resolve(BaselineConfig, run, "baselines/tiger").dim is None
     publish(run, "data", DataConfig())
     with pytest.raises(UsageError, match=r"does not train caser.*streamctl baseline caser"):
         pipeline.run_all(run, pipeline.Settings(sets=["caser.epochs=9"]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from streamctl.baselines.base import Baseline
 from streamctl.baselines.bert4rec import BERT4Rec
@@ -13,7 +14,7 @@ from streamctl.baselines.popularity import Popularity
 from streamctl.baselines.ranker import Ranker
 from streamctl.baselines.sasrec import SASRecBCE, SASRecCE
 from streamctl.baselines.tiger import Tiger
-from streamctl.config import BaselineConfig
+from streamctl.config import BaselineConfig, resolve
 from streamctl.errors import UsageError, close_matches
 
 BASELINES: dict[str, type[Baseline]] = {
@@ -41,20 +42,34 @@ def baseline_class(name: str) -> type[Baseline]:
     return BASELINES[name]
 
 
-def own_settings(config: BaselineConfig) -> BaselineConfig:
-    """What was set for all baselines, without the settings that this one does not have."""
-    return BaselineConfig(**{name: getattr(config, name) for name in _settings(config.name)})
-
-
-def applicable(name: str, sets: Sequence[str]) -> list[str]:
-    """`--set` texts for all baselines, without those of settings that this one does not have."""
-    known, prefix = _settings(name), "baseline."
-    return [
-        text
-        for text in sets
-        if not text.startswith(prefix) or text.partition("=")[0].removeprefix(prefix) in known
-    ]
-
-
-def _settings(name: str) -> set[str]:
+def settings(name: str) -> set[str]:
+    """Names of the settings that a baseline has."""
     return baseline_class(name).defaults.keys() | {"seed", "name", "loss"}
+
+
+def no_setting(name: str, key: str, known: Iterable[str]) -> UsageError:
+    """What is said of a setting that a baseline does not have."""
+    return UsageError(
+        f"{name} has no setting {key!r}; {close_matches(key, known)}",
+        run="docs/config.md, [baseline], says which setting is whose",
+    )
+
+
+def resolved(name: str, *, sets: Sequence[str] = (), **options: Any) -> BaselineConfig:
+    """A baseline's configuration: of what is set for all of them (`baseline.key=value`, a file's
+    [baseline]) the settings that it has; then its own (`NAME.key=value`).
+
+    Args:
+        options: of `config.resolve`.
+
+    Raises:
+        UsageError: as `config.resolve`, or one of its own is no setting of it.
+    """
+    own = [f"baseline.{text.partition('.')[2]}" for text in sets if text.startswith(f"{name}.")]
+    shared = [text for text in sets if text.partition(".")[0] not in BASELINES]
+    given = resolve(BaselineConfig, sets=shared, name=name, **options)
+    base = {setting: getattr(given, setting) for setting in settings(name)}
+    for text in own:
+        if (key := text.partition("=")[0].removeprefix("baseline.").strip()) not in base:
+            raise no_setting(name, key, base)
+    return resolve(BaselineConfig, base=base, sets=own)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from streamctl.baselines.base import Baseline
-from streamctl.baselines.registry import baseline_class
+from streamctl.baselines.registry import baseline_class, no_setting
 from streamctl.config import BaselineConfig
 from streamctl.data import Examples, Split, load_data
 from streamctl.device import derive_seed, resolve_device
-from streamctl.errors import UsageError, close_matches
+from streamctl.errors import UsageError
 from streamctl.progress import say
 from streamctl.ranking import evaluate, sample_users
 from streamctl.runs import RunDir, Stage, StageWriter
@@ -39,10 +39,7 @@ def settle(run: RunDir, config: BaselineConfig) -> BaselineConfig:
     }
     for name in given:
         if name not in own:
-            raise UsageError(
-                f"{config.name} has no setting {name!r}; {close_matches(name, own)}",
-                run="docs/config.md, [baseline], says which setting is whose",
-            )
+            raise no_setting(config.name, name, own)
     loss = given.get("loss")
     if loss is not None and loss not in cls.losses:
         raise UsageError(

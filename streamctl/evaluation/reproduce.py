@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from streamctl import config as configs
-from streamctl.baselines.registry import BASELINES, applicable
+from streamctl.baselines.registry import BASELINES, resolved, settings
 from streamctl.baselines.train import train_baseline
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError, close_matches
@@ -123,7 +123,8 @@ class Plan:
             if dot and owner not in owners:
                 known = close_matches(owner, owners)
                 raise UsageError(f"--set {text}: no stage or method {owner!r}; {known}")
-            if owner == "baseline" and not any(applicable(name, [text]) for name in BASELINES):
+            key = text.partition("=")[0].removeprefix("baseline.")
+            if owner == "baseline" and not any(key in settings(name) for name in BASELINES):
                 raise UsageError(f"--set {text}: no baseline has such a setting")
         for name in self.methods:
             for stage in METHODS[name]:
@@ -133,14 +134,13 @@ class Plan:
         """A stage's configuration."""
         _, cls = maker(stage)
         fixed: dict[str, Any] = {"seed": seed}
-        if cls is configs.BaselineConfig:
-            fixed["name"] = stage.removeprefix("baselines/")
         if "size" in cls.__dataclass_fields__ and (stage == "pretrain" or method == "tiger"):
             fixed["size"] = self.size
+        if cls is configs.BaselineConfig:
+            sets = [text for text in self.sets if text.startswith(("baseline.", f"{method}."))]
+            return resolved(stage.removeprefix("baselines/"), sets=sets, **fixed)
         sections = {each.section for each in configs.STAGES}
         sets = [text for text in self.sets if text.partition(".")[0] in sections]
-        if cls is configs.BaselineConfig:
-            sets = applicable(fixed["name"], sets)
         sets += LETTER if method == "letter" else ()
         own = [text for text in self.sets if text.partition(".")[0] == method != ""]
         sets += [f"{cls.section}.{text.partition('.')[2]}" for text in own]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from streamctl import config as configs
-from streamctl.baselines.registry import BASELINES, applicable, baseline_class, own_settings
+from streamctl.baselines.registry import BASELINES, baseline_class, resolved
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.refit import in_order
 from streamctl.evaluation.reproduce import maker
@@ -88,10 +88,10 @@ def _settings(
         base = base | {"epochs": EPOCHS}
     if name == "pretrain":
         base = base | {"hops": made["hops"]}  # what the weights of evidence were trained with
+    options = {"base": base, "file": file, "sets": sets, "seed": seed}
     if cls is configs.BaselineConfig:
-        sets = applicable(base["name"], sets)
-    config = configs.resolve(cls, base=base, file=file, sets=sets, seed=seed)
-    return own_settings(config) if cls is configs.BaselineConfig else config
+        return resolved(base["name"], **options)
+    return configs.resolve(cls, **options)
 
 
 def _evidence(old: RunDir) -> bool:
