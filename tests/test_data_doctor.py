@@ -169,6 +169,17 @@ def test_a_file_cut_short_is_examined_up_to_the_cut(tmp_path):
     assert found.statistics["interactions"] > 1000
 
 
+def test_items_cut_short_are_read_up_to_the_cut_where_bad_lines_may_be_left_out(tmp_path):
+    source = write(tmp_path / "s", healthy())
+    (source / "items.jsonl").unlink()
+    rng = np.random.default_rng(0)
+    rows = "".join(f"i{n:02},{rng.bytes(40).hex()}\n" for n in range(4000))
+    packed = gzip.compress(f"item_id,title\n{rows}".encode())
+    (source / "items.csv.gz").write_bytes(packed[:-2000])
+    assert "cut short from here on" in bad_lines(source)[-1]
+    assert "all 20 items of the log" in findings(source, "good")["items"]
+
+
 def test_duplicates_are_counted_exact_and_in_time(tmp_path):
     rows = healthy()
     user, item, moment = rows[0]

@@ -194,12 +194,33 @@ def delimited_rows(
     if reading.skip_bad and encoding == "utf-8":
         encoding = "replace"
     first, names = header_of(path, delimiter, names, quoted=quoted, encoding=encoding)
-    source = (line for line in numbered(path, encoding) if line[0] > first)
-    for line, row, fault in records(source, delimiter, len(names), quoted=quoted):
-        if fault:
-            reading.bad(path, line, fault)
-        else:
-            yield line, dict(zip(names, row, strict=True))
+    rows = good_rows(path, reading, encoding, first, delimiter, len(names), quoted=quoted)
+    return ((line, dict(zip(names, row, strict=True))) for line, row in rows)
+
+
+def good_rows(
+    path: Path, reading: Reading, encoding: str, first: int, *form: Any, **options: Any
+) -> Iterator[tuple[int, list[str]]]:
+    """(line, values) of a delimited file's rows behind line `first`; bad ones are reported.
+
+    Args:
+        form, options: of `text.records`.
+    """
+    line = first
+    try:
+        source = (each for each in numbered(path, encoding) if each[0] > first)
+        for line, row, fault in records(source, *form, **options):
+            whole = "".join(row)
+            if not fault and writable(whole) != whole:
+                fault = "not UTF-8 text"
+            if fault:
+                reading.bad(path, line, fault)
+            else:
+                yield line, row
+    except StreamctlError as error:
+        if not reading.skip_bad:
+            raise
+        reading.bad(path, line + 1, f"{error.what} from here on")
 
 
 def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import duckdb
 
-from streamctl.data.sources.items import USER_NAMES, find_column, id_text, json_rows
+from streamctl.data.sources.items import USER_NAMES, find_column, good_rows, id_text, json_rows
 from streamctl.data.sources.raw import SHOWN, RawLog, Reading, database_errors
 from streamctl.data.sources.source import Files, Source, beside, parts_of, pick
 from streamctl.data.sources.text import (
@@ -20,10 +20,7 @@ from streamctl.data.sources.text import (
     first_line,
     first_sentence,
     header_of,
-    numbered,
     plain_name,
-    records,
-    writable,
 )
 from streamctl.data.sources.times import DATE, INTEGER, LARGEST_TIME, NUMBER
 from streamctl.errors import StreamctlError, did_you_mean
@@ -222,28 +219,11 @@ def _line_by_line(
 ) -> None:
     """Stage a text table with the lines of its rows, and report those that are bad."""
     pick = itemgetter(*(text.header.index(name) for name in roles.values()))
-
-    def rows() -> Iterator[tuple[Any, ...]]:
-        lines = numbered(text.path, "keep" if reading.skip_bad else "utf-8")
-        lines = (line for line in lines if line[0] > text.first)
-        line, width = text.first, len(text.header)
-        try:
-            for line, row, fault in records(
-                lines, text.delimiter, width, quoted=text.quoted, strict=True
-            ):
-                whole = "".join(row)
-                if not fault and writable(whole) != whole:
-                    fault = "not UTF-8 text"
-                if fault:
-                    reading.bad(text.path, line, fault)
-                else:
-                    yield line, *pick(row)
-        except StreamctlError as error:
-            if not reading.skip_bad:
-                raise
-            reading.bad(text.path, line + 1, f"{error.what} from here on")
-
-    raw.add_rows(("line", *roles), rows(), part)
+    found = good_rows(
+        text.path, reading, "keep" if reading.skip_bad else "utf-8", text.first,
+        text.delimiter, len(text.header), quoted=text.quoted, strict=True,
+    )  # fmt: skip
+    raw.add_rows(("line", *roles), ((line, *pick(row)) for line, row in found), part)
 
 
 def _check_values(
