@@ -1,11 +1,11 @@
 """When compiled code runs, and where it is kept.
 
 Compiling takes tens of seconds once a machine. A training waits for it: its arithmetic must not
-change on the way. With STREAMCTL_COMPILE=background, as `recommend` and `serve` set it, a process
-goes on in plain PyTorch while another one, of low priority, compiles what `streamctl.model.warm`
-calls; what that leaves in the cache is loaded when all of it is there. A server would keep requests
-waiting while it loads: its processes `settle`, and others take their place. With
-STREAMCTL_COMPILE=never nothing is compiled, and code that is compiled already is not used.
+change on the way. With STREAMCTL_COMPILE=background, as `serve` and `recommend --input` set it, a
+process goes on in plain PyTorch while another one, of low priority, compiles what
+`streamctl.model.warm` calls; what that leaves in the cache is loaded when all of it is there. With
+STREAMCTL_COMPILE=never, as `recommend` for one user sets it, nothing is compiled, and code that is
+compiled already is not used. Evidence for many users at once is compiled in any case.
 """
 
 import atexit
@@ -66,8 +66,9 @@ def _marker() -> Path | None:
     if (place := places.folder()) is None or not OPTIONS["cache"]:
         return None
     here = Path(__file__).parent
-    model = Path(sys.modules["streamctl"].__file__).parent / "model"
-    sources = [path for root in (here, model) for path in sorted(root.rglob("*.py"))]
+    package = Path(sys.modules["streamctl"].__file__).parent
+    folders = (here, package / "model", package / "retrieval")
+    sources = [path for root in folders for path in sorted(root.rglob("*.py"))]
     stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sources]
     text = f"{machine()} {os.environ['NUMBA_CACHE_DIR']} {stamps}"
     return place / f"compiled-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

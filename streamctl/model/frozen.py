@@ -24,8 +24,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from streamctl.errors import UsageError
-from streamctl.kernels import choice, compiled, simd, threads
-from streamctl.model import tiles
+from streamctl.kernels import choice, compiled, threads
 
 WAYS = ("auto", "packed", "plain")
 _way: ContextVar[str | None] = ContextVar("streamctl_decode", default=None)  # while one is timed
@@ -33,14 +32,21 @@ _USERS = (1, 4, 16)  # batches that are measured; larger ones do as the largest 
 _LENGTH = 16  # positions of each of their users
 _BEAM = 20  # branches of a decoder that is measured
 _SPARE = 4  # a store that grows makes room for so many steps like the one that it grows for
-_RANGE = 4 * tiles.BLOCK  # rows a thread takes at a time: milliseconds beside its waking up
+_RANGE = 4  # blocks of rows a thread takes at a time: milliseconds beside its waking up
 _PACKED: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple]] = WeakKeyDictionary()
 _CHOSEN: WeakKeyDictionary[nn.Module, dict[tuple, str]] = WeakKeyDictionary()
 
 
+def _tiles() -> Any:
+    """Read where packed decoding begins: an answer in plain torch does not wait for Numba."""
+    from streamctl.model import tiles
+
+    return tiles
+
+
 def _like(dtype: torch.dtype, *widths: int) -> torch.dtype:
     """bf16 where it is wanted and the processor multiplies pairs of these widths; else float32."""
-    pairs = simd.HAS_BF16_DOT and not any(width % 2 for width in widths)
+    pairs = _tiles().simd.HAS_BF16_DOT and not any(width % 2 for width in widths)
     return dtype if pairs else torch.float32
 
 
@@ -59,8 +65,8 @@ def _passes() -> Any:
 def _over_rows(run: Callable[[int, int], None], count: int, each: int = 1) -> None:
     """run(first, last) over `count` things of `each` rows, on all threads."""
     share = -(-count // torch.get_num_threads())
-    share = -(-share // tiles.SOME) * tiles.SOME
-    threads.over_ranges(run, count, max(1, min(share, _RANGE // max(1, each))))
+    share = -(-share // _tiles().SOME) * _tiles().SOME
+    threads.over_ranges(run, count, max(1, min(share, _RANGE * _tiles().BLOCK // max(1, each))))
 
 
 class Rows:
@@ -119,15 +125,15 @@ class _PackedStack:
 
     def stacked(self, weights: list[torch.Tensor]) -> np.ndarray:
         """A weight of every layer: (layers, tiles, words, WIDTH)."""
-        return np.stack([tiles.pack(weight, self.like) for weight in weights])
+        return np.stack([_tiles().pack(weight, self.like) for weight in weights])
 
     def kept(self, layers: int, users: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for keys and values as `passes` lays them out, zero."""
         each = 2 if self.like == torch.bfloat16 else 1
-        across = tiles.padded(positions) // tiles.WIDTH, self.d_kv // each
-        along = tiles.padded(self.d_kv) // tiles.WIDTH, -(-positions // each)
+        across = _tiles().padded(positions) // _tiles().WIDTH, self.d_kv // each
+        along = _tiles().padded(self.d_kv) // _tiles().WIDTH, -(-positions // each)
         return tuple(
-            torch.zeros(layers, users, self.heads, *part, tiles.WIDTH, each, dtype=self.like)
+            torch.zeros(layers, users, self.heads, *part, _tiles().WIDTH, each, dtype=self.like)
             for part in (across, along)
         )
 
@@ -142,7 +148,7 @@ class PackedEncoder(_PackedStack):
         batch, length, width = x.shape
         rows = Rows(batch, length, mask)
         count = len(rows.users)
-        stream = torch.zeros(count, tiles.padded(width))
+        stream = torch.zeros(count, _tiles().padded(width))
         stream[:, :width] = rows.take(x)
         out = torch.empty(count, width, dtype=self.like)
         queries = torch.empty(count, self.heads * self.d_kv, dtype=self.like)
@@ -259,7 +265,7 @@ class PackedDecoder(_PackedStack):
         self.query = self.stacked([a.q.weight for a in attentions])
         self.cross = self.stacked([a.o.weight for a in attentions])
         joined = torch.cat([w for a in attentions for w in (a.k.weight, a.v.weight)])
-        self.keys_values = tiles.pack(joined, self.like)
+        self.keys_values = _tiles().pack(joined, self.like)
 
     def memory(self, states: torch.Tensor, mask: torch.Tensor | None) -> Memory:
         """Keys and values of all layers from one matrix product over the real positions."""
@@ -318,12 +324,12 @@ class PackedTable:
 
     def __init__(self, table: nn.Embedding, dtype: torch.dtype):
         self.like = _like(dtype, table.embedding_dim)
-        self.size, self.weight = len(table.weight), tiles.pack(table.weight, self.like)
+        self.size, self.weight = len(table.weight), _tiles().pack(table.weight, self.like)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., V) float32."""
         rows = hidden.reshape(-1, hidden.shape[-1]).to(self.like).contiguous()
-        out = torch.empty(len(rows), tiles.padded(self.size))
+        out = torch.empty(len(rows), _tiles().padded(self.size))
         arrays, target = (_numpy(rows), self.weight), out.numpy()
         passes = _passes()
 

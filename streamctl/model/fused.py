@@ -9,12 +9,13 @@ the seed comes from torch's global generator.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from streamctl.kernels import compiled, threads
-from streamctl.model import loops
 
 RANGE = 1 << 16  # elements that one thread takes at a time
 _NO_ROWS = {
@@ -22,6 +23,13 @@ _NO_ROWS = {
     torch.bfloat16: np.empty((0, 0), np.uint16),
 }
 _NO_MASK = np.empty((0, 0), np.bool_)
+
+
+def _loops() -> Any:
+    """Read when they are first called: an answer in plain torch does not wait for Numba."""
+    from streamctl.model import loops
+
+    return loops
 
 
 def _compiled(x: torch.Tensor) -> bool:
@@ -65,7 +73,7 @@ class _ResidualNorm(torch.autograd.Function):
         outputs = array(total, width), array(out, width), inverse
 
         def run(first, last):
-            loops.norm_forward(*arrays, first, last, *outputs)
+            _loops().norm_forward(*arrays, first, last, *outputs)
 
         threads.over_ranges(run, len(inverse), max(1, RANGE // width))
         ctx.save_for_backward(total, weight)
@@ -94,7 +102,7 @@ class _ResidualNorm(torch.autograd.Function):
         outputs = array(grad_x, width), none if grad_delta is None else array(grad_delta, width)
 
         def run(first, last):
-            loops.norm_backward(*arrays, first, last, *outputs, grad_weight[first // step])
+            _loops().norm_backward(*arrays, first, last, *outputs, grad_weight[first // step])
 
         threads.over_ranges(run, rows, step)
         if grad_delta is not None:
@@ -142,7 +150,7 @@ def _dropped(x: torch.Tensor, chance: tuple) -> torch.Tensor:
     source, target = array(x, 1).reshape(-1), array(out, 1).reshape(-1)
 
     def run(first, last):
-        loops.drop(source, *chance, first, last, target)
+        _loops().drop(source, *chance, first, last, target)
 
     threads.over_ranges(run, len(source), RANGE)
     return out
@@ -169,7 +177,7 @@ class _Softmax(torch.autograd.Function):
         per_user = max(1, len(source) // max(1, len(open_keys)))
 
         def run(first, last):
-            loops.softmax_forward(source, added, open_keys, per_user, first, last, target)
+            _loops().softmax_forward(source, added, open_keys, per_user, first, last, target)
 
         threads.over_ranges(run, len(source), max(1, RANGE // max(1, width)))
         ctx.save_for_backward(out)
@@ -190,7 +198,7 @@ class _Softmax(torch.autograd.Function):
 
         def run(first, last):
             weights, grad, out = arrays
-            loops.softmax_backward(weights, grad, first, last, out, grad_bias[first // step])
+            _loops().softmax_backward(weights, grad, first, last, out, grad_bias[first // step])
 
         threads.over_ranges(run, rows, step)
         if not wanted:

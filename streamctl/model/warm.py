@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 
+import numpy as np
 import torch
 
 from streamctl import cache
@@ -16,6 +17,7 @@ from streamctl.kernels import compiled, residual_quantize, trie_topk
 from streamctl.kernels.trie_topk.cases import random_case, random_items
 from streamctl.model.backbone import BackboneConfig, Decoder, Encoder
 from streamctl.model.frozen import PackedDecoder, scores
+from streamctl.retrieval.evidence import Evidence
 
 
 @torch.no_grad()
@@ -33,6 +35,9 @@ def compile_all() -> None:
                 os.environ["STREAMCTL_DECODE"] = way
                 PackedDecoder.sample(decoder, encoder(x, mask))
                 scores(table, x)
+    items, offsets = np.array([0, 1, 1, 0], np.int32), np.array([0, 2, 4])
+    neighbours = np.array([[1], [0]], np.int32)
+    Evidence((items, offsets), np.eye(2, dtype=np.float32), neighbours).gather(np.array([[0, 1]]))
     residual_quantize(x[0], torch.randn(2, 3, 8), backend="numba")
 
 

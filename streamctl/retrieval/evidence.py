@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from streamctl.kernels import threads
+from streamctl.kernels import compiled, threads
 from streamctl.retrieval import gathering
 from streamctl.retrieval.memory import Memory
 from streamctl.retrieval.transitions import NEXT, UNIT, Transitions, pair_weights
@@ -17,6 +17,7 @@ HOPS = ("next", "alike", "next of next", "next of alike", "others", "own")
 SIZES = (32, 32, 32, 16, 32, 0)  # the most pieces that each hop brings; 0 leaves it out
 _TOGETHER = 32  # histories that one thread takes at a time
 _TEXT = 3
+_FEW = 64  # histories that are gathered sooner in plain Python than the hops are compiled
 _AT_ONCE = 20  # interactions are counted at once in the time that one is appended in
 
 
@@ -172,10 +173,13 @@ class Evidence:
             self.transitions.totals, *self.memory.arrays, self.vectors, self.neighbours,
         )  # fmt: skip
 
+        plain = batch <= _FEW and not compiled.ready()
+        gather_one = gathering.gather_one if plain else gathering.compiled()
+
         def run(first: int, last: int) -> None:
             scratch = self._take()
             for row in range(first, last):
-                gathering.gather_one(
+                gather_one(
                     histories[row], users[row], *mine[row], *arguments, *scratch,
                     *(array[row] for array in filled),
                 )  # fmt: skip

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
-from numba.extending import register_jitable
 
 from streamctl.retrieval.ragged import Ragged
 
@@ -30,7 +28,6 @@ def pair_weights() -> np.ndarray:
     return np.round(weights * UNIT).astype(np.int64)
 
 
-@register_jitable
 def paid(weight, worth):
     """A pair's weight where its later event is worth `worth` units: whole numbers in and out.
 
@@ -122,26 +119,17 @@ def _sum(first, second, weight, n_items):
     return first[place], second[place], counts
 
 
-@numba.njit(cache=True, nogil=True)
 def _pairs(items, offsets, weights, worth):
     """All pairs within reach: first, second int32 (P,), weight int64 (P,)."""
-    reach = len(weights) - 1
-    count = 0
-    for user in range(len(offsets) - 1):
-        length = offsets[user + 1] - offsets[user]
-        for place in range(length):
-            count += min(reach, length - 1 - place)
-    first = np.empty(count, np.int32)
-    second = np.empty(count, np.int32)
-    weight = np.empty(count, np.int64)
-    count = 0
-    for user in range(len(offsets) - 1):
-        for place in range(offsets[user], offsets[user + 1]):
-            for distance in range(1, min(reach, offsets[user + 1] - 1 - place) + 1):
-                first[count] = items[place]
-                second[count] = items[place + distance]
-                weight[count] = weights[distance]
-                if len(worth):
-                    weight[count] = paid(weights[distance], worth[place + distance])
-                count += 1
+    lengths = np.diff(offsets)
+    ends = np.repeat(offsets[1:], lengths)
+    count = sum(int(np.maximum(lengths - far, 0).sum()) for far in range(1, len(weights)))
+    first, second, weight = (np.empty(count, kind) for kind in (np.int32, np.int32, np.int64))
+    done = 0
+    for distance in range(1, len(weights)):
+        later = np.arange(distance, len(items))
+        later = later[later < ends[: len(later)]]  # still the same user's
+        part = slice(done, done := done + len(later))
+        first[part], second[part] = items[later - distance], items[later]
+        weight[part] = paid(weights[distance], worth[later]) if len(worth) else weights[distance]
     return first, second, weight
