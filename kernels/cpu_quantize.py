@@ -17,33 +17,7 @@ from .cpu_search import (
     squared_distance,
 )
 
-_RANGE = 8192  # rows handed to a thread at a time
-
-
-class PackedCodebooks:
-    """(L, K, D) codebooks as `search_block` reads them, in float32 and, where it pays, bf16."""
-
-    def __init__(self, codebooks):
-        levels, size, width = codebooks.shape
-        self.exact = np.zeros((levels, size, padded_width(width)), np.float32)
-        self.exact[:, :, :width] = codebooks.detach().float().numpy()
-        self.centre = self.exact.mean(1, dtype=np.float64).astype(np.float32)  # (L, padded)
-        tiles = -(-size // TILE)
-        self.words, self.bias, self.norms = [], [], np.zeros((levels, 2, 2))
-        for bf16 in (False, True):
-            steps = -(-width // 2) if bf16 else width
-            used = levels if BF16 or not bf16 else 0
-            words = np.empty((used, tiles, steps, TILE), np.float32)
-            bias = np.empty((used, tiles * TILE), np.float32)
-            for level in range(used):
-                self.norms[level, int(bf16)] = pack_codebook(
-                    self.exact[level], width, self.centre[level], bf16, words[level], bias[level]
-                )
-            self.words.append(words)
-            self.bias.append(bias)
-
-    def arrays(self):
-        return (self.exact, self.centre, self.norms, *self.words, *self.bias)
+_PRODUCTS = 1 << 25  # that a thread is handed at a time: a fraction of a millisecond
 
 
 subtract = simd.subtract
@@ -55,14 +29,13 @@ _SIGNATURE = _i64(
     numba.bool_[:],
     _i64,
     _i64,
-    # PackedCodebooks.arrays()
+    # _pack(): exact, centre, norms, words, bias; and whether the words are pairs of bf16
     _f32[:, :, ::1],
     _f32[:, ::1],
-    numba.float64[:, :, ::1],
-    _f32[:, :, :, ::1],
+    numba.float64[:, ::1],
     _f32[:, :, :, ::1],
     _f32[:, ::1],
-    _f32[:, ::1],
+    numba.bool_,
     # outputs; residual or distance may have no rows
     _i64[:, ::1],
     _f32[:, ::1],
@@ -73,7 +46,7 @@ _SIGNATURE = _i64(
 
 @numba.njit(_SIGNATURE, **OPTIONS)
 def _quantize_range(
-    x, x_bits, mask, start, stop, exact, centre, norms, words, words16, bias, bias16,
+    x, x_bits, mask, start, stop, exact, centre, norms, words, bias, pairs,
     codes, residual, distance, block,
 ):  # fmt: skip
     """Quantize rows [start, stop); return the first row that is not finite, or -1."""
@@ -85,7 +58,11 @@ def _quantize_range(
     live = np.ones(block, np.bool_)
     index = np.empty(block, np.int64)
     # A level whose bf16 scores leave many codewords to compare goes on in float32.
-    coarse = np.full(levels, words16.shape[0] > 0)
+    coarse = np.zeros(levels, np.bool_)
+    kept = levels if pairs else 0
+    plain_words = np.empty((kept, words.shape[1], width, TILE), np.float32)
+    plain_bias = np.empty((kept, bias.shape[1]), np.float32)
+    plain_norms = np.empty((kept, 2), np.float64)
 
     for first in range(start, stop, block):
         count = min(block, stop - first)
@@ -102,17 +79,21 @@ def _quantize_range(
                 for d in range(width):
                     rows[b, d] = x[n, d]
         for level in range(levels):
-            bf16 = coarse[level]
-            if bf16:
-                book = (exact[level], words16[level], bias16[level], centre[level],
-                        norms[level, 1, 0], norms[level, 1, 1])  # fmt: skip
+            if coarse[level]:
+                book = (exact[level], plain_words[level], plain_bias[level], centre[level],
+                        plain_norms[level, 0], plain_norms[level, 1])  # fmt: skip
             else:
                 book = (exact[level], words[level], bias[level], centre[level],
-                        norms[level, 0, 0], norms[level, 0, 1])  # fmt: skip
+                        norms[level, 0], norms[level, 1])  # fmt: skip
+            bf16 = pairs and not coarse[level]
             compared = search_block(rows, width, live, count, book, bf16, scratch, index)
             if compared < 0:
                 return first - (compared + 1)
-            coarse[level] = bf16 and compared <= count * max(2, size // 32)
+            if bf16 and compared > count * max(2, size // 32):
+                coarse[level] = True
+                plain_norms[level] = pack_codebook(
+                    exact[level], width, centre[level], False, plain_words[level], plain_bias[level]
+                )
             for b in range(count):
                 codes[first + b, level] = index[b]
                 if live[b] and residual.shape[0]:
@@ -129,10 +110,26 @@ def _quantize_range(
     return -1
 
 
+def _pack(codebooks):
+    """(L, K, D) codebooks as `search_block` reads them, in bf16 where it pays, else in float32."""
+    levels, size, width = codebooks.shape
+    exact = np.zeros((levels, size, padded_width(width)), np.float32)
+    exact[:, :, :width] = codebooks.detach().float().numpy()
+    centre = exact.mean(1)  # of rough precision: any point will do
+    tiles, steps = -(-size // TILE), -(-width // 2) if BF16 else width
+    words = np.empty((levels, tiles, steps, TILE), np.float32)
+    bias, norms = np.empty((levels, tiles * TILE), np.float32), np.empty((levels, 2))
+    for level in range(levels):
+        norms[level] = pack_codebook(
+            exact[level], width, centre[level], BF16, words[level], bias[level]
+        )
+    return exact, centre, norms, words, bias, BF16
+
+
 def quantize(x, codebooks, mask, *, want):
     """codes (N, L) int64 and, as `want` says, the "residual" (N, D) or the "distance" (N,)."""
     n, width = x.shape
-    packed = PackedCodebooks(codebooks).arrays()
+    packed = _pack(codebooks)
     codes = torch.empty((n, len(codebooks)), dtype=torch.int64)
     residual = torch.empty((n if want == "residual" else 0, width), dtype=torch.float32)
     distance = torch.empty(n if want == "distance" else 0, dtype=torch.float32)
@@ -147,7 +144,8 @@ def quantize(x, codebooks, mask, *, want):
     def run(start, stop):
         return _quantize_range(values, bits, live, start, stop, *packed, *outputs)
 
-    bad = [row for row in threads.over_ranges(run, n, _RANGE) if row >= 0]
+    together = max(1, _PRODUCTS // max(1, codebooks.numel()))  # rows
+    bad = [row for row in threads.over_ranges(run, n, together) if row >= 0]
     if bad:
         raise checks.not_finite(min(bad))
     return codes, residual if want == "residual" else distance
