@@ -84,7 +84,7 @@ def recommend(
                 else:
                     thought = thoughts[rows.to(thoughts.device)].to(device)
                 hidden, past = policy.prompt(encoded, thought, decoder)
-                leaves, value, _, dropped = search_after(
+                leaves, value, dropped = search_after(
                     policy, trie, hidden[:, -1:], past, encoded, width, legal, decoder
                 )
             barred, wanted = of_rows(rows, exclude), of_rows(rows, allow)
@@ -104,55 +104,47 @@ def search_after(
     beam: int,
     legal: torch.Tensor | None = None,
     decoder: DecoderName = "slow",
-    also: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Beam search over the codes that follow BOS.
 
-    Each different prefix is read once. Over the catalogue's softmax an only continuation is
-    certain, so that nothing is read of a prefix that one item alone begins with.
+    Over the catalogue's softmax an only continuation is certain, so that nothing is read of a
+    prefix that one item alone begins with.
 
     Args:
         hidden: (B, 1, d), the states at BOS. past: what is before the first code, shared.
         legal: (B, nodes) bool, the nodes that lead to a wanted item; None for all.
-        also: (B, K) int64, items that are scored whether or not the beam finds them.
 
     Returns:
-        leaves (B, beam) int64, -1 where fewer, and their scores (B, beam); the scores of `also`
-        (B, K), K = 0 without them; and (B,) what no prefix that was dropped is likelier than.
+        leaves (B, beam) int64, -1 where fewer, and their scores (B, beam); and (B,) what no prefix
+        that was dropped is likelier than.
     """
     users, device = len(hidden), hidden.device
-    also = torch.empty(users, 0, dtype=torch.int64, device=device) if also is None else also
     score = torch.zeros(users, 1, device=device)
     node = token = row = torch.full_like(score, trie.root, dtype=torch.int64)  # rows of the past
-    codes, paths, own = policy.item_tokens[also], trie.paths(also), torch.zeros_like(also)
     csr, shared = trie.on(device), trie.shared(device)
     catalogue = policy.config.softmax == "catalogue"
     normalize = "legal" if catalogue else "vocabulary"
     logits = policy.logits(hidden).float()
-    scores = policy.first_logprobs(hidden)[:, 0].gather(1, codes[..., 0])
     dropped = torch.full((users,), -torch.inf, device=device)
     for level in range(policy.tokens.levels):
         if level:
-            nodes = torch.cat([node, paths[..., level]], 1)
-            open_ = nodes >= 0
+            open_ = node >= 0
             if catalogue:
-                open_ &= shared[nodes.clamp(min=0)]
-            branch, one, width = branches(nodes, open_)
+                open_ &= shared[node.clamp(min=0)]
+            branch, one, width = branches(node, open_)
             if width:
-                past = past.reorder(torch.cat([row, own], 1).gather(1, one))
-                feed = torch.cat([token, codes[..., level - 1]], 1).gather(1, one)
+                past = past.reorder(row.gather(1, one))
+                feed = token.gather(1, one)
                 states, past = policy.extend(encoded, feed[..., None], decoder, past)
                 logits = policy.logits(states[:, :, -1]).float()
             # A branch that is closed takes any row: what it leads to is certain.
-            row, own = branch.clamp(max=max(width - 1, 0)).split((node.shape[1], also.shape[1]), 1)
-            chance = policy.code_logprobs(_rows(logits, own), also, level)
-            scores = scores + chance.masked_fill(~open_[:, node.shape[1] :], 0.0)
+            row = branch.clamp(max=max(width - 1, 0))
         score, parent, token, node = kernels.trie_topk(
             _rows(logits, row), node, score, csr, beam, allowed=legal, normalize=normalize
         )
         row = row.gather(1, parent)
         dropped = torch.maximum(dropped, score[:, -1])  # -inf while the beam has room
-    return node, score, scores, dropped
+    return node, score, dropped
 
 
 def _rows(logits: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,6 @@ from streamctl.tokenizer.trie import PrefixTrie
 
 POSITIONS = 8  # items of a thought that the decoder reads, the heaviest first
 FULL = 64  # items of a thought unless somebody asks for another length
-SCORED = 16  # heaviest items of a thought whose codes are scored though no beam found them
 NOTHING = len(HOPS)  # the hop of no item
 
 
@@ -97,8 +96,9 @@ class EvidenceRecommender:
     """`ranking.Recommender`: gather, weigh, answer with codes and weights mixed at the item.
 
     An item's probability is pi_0 P(its codes | history, thought) + (1 - pi_0) w(item). It is exact
-    for the items that the beam ends with and for the `SCORED` heaviest of the thought; the others
-    of the thought have their weight alone. l = 0 is the direct decoder.
+    for the items that the beam ends with; others of the thought have their weight alone (to score
+    their codes, too, changed no ranking surely and took half as long again). l = 0 is the direct
+    decoder.
 
     Attributes:
         think: l if nobody asks for another.
@@ -236,23 +236,21 @@ class EvidenceRecommender:
             odds = log_odds(policy, thought, hidden[:, -1])
             if self.mix != "item":
                 odds = torch.full_like(odds, torch.inf if self.mix == "codes" else -torch.inf)
-            heavy = thought.items[:, :SCORED].clamp(min=0)
-            leaves, chance, known, _ = codes.search_after(
-                policy, self.trie, hidden[:, -1:], past, encoded, max(self.beam, k), legal,
-                also=heavy,
-            )  # fmt: skip
+            leaves, chance, _ = codes.search_after(
+                policy, self.trie, hidden[:, -1:], past, encoded, max(self.beam, k), legal
+            )
         other, chance = best_items(
             self.trie, leaves, chance, leaves.shape[1], exclude, allow, self.seed
         )
         # An item of the thought that the beam found, too, counts once.
         same = other[..., None] == thought.items[:, None]
         twice = same.any(-1)
-        light = torch.where(same, chance[..., None], -torch.inf).amax(1)[:, heavy.shape[1] :]
+        known = torch.where(same, chance[..., None], -torch.inf).amax(1)
         return Parts(
             thought,
             odds,
             torch.cat([thought.items, other.masked_fill(twice, -1)], 1),
-            torch.cat([known, light, chance], 1),
+            torch.cat([known, chance], 1),
             torch.cat([thought.logits, torch.full_like(chance, -torch.inf)], 1),
         )
 
