@@ -3,8 +3,9 @@
 Compiling takes tens of seconds once a machine. A training waits for it: its arithmetic must not
 change on the way. With STREAMCTL_COMPILE=background, as `serve` and `recommend --input` set it, a
 process goes on in plain PyTorch while another one, of low priority, compiles what
-`streamctl.model.warm` calls; what that leaves in the cache is loaded when all of it is there. With
-STREAMCTL_COMPILE=never, as `recommend` for one user sets it, nothing is compiled, and code that is
+`streamctl.model.warm` calls; what that leaves in the cache is loaded when all of it is there. A
+server would keep requests waiting while it loads: its processes `settle`, and others take their
+place. With STREAMCTL_COMPILE=never, as `recommend` for one user sets it, nothing is compiled, and code that is
 compiled already is not used. Evidence for many users at once is compiled in any case.
 """
 

@@ -87,11 +87,12 @@ def test_the_nearest_codeword_takes_no_longer_than_plain_torch(rows, width, code
         return torch.addmm(bias, x, codebook.T, alpha=-2).argmin(1)
 
     ways = {"ours": lambda: nearest_codeword(x, codebook), "plain torch": plain}
-    for _ in range(3):  # what else the machine does passes
-        times = choice.times(ways)
-        if times["ours"] <= 1.15 * times["plain torch"]:
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(6):  # what else the machine does passes
+        best = {name: min(best[name], took) for name, took in choice.times(ways).items()}
+        if best["ours"] <= 1.15 * best["plain torch"]:
             return
-    pytest.fail(f"slower than plain torch: {times}")
+    pytest.fail(f"slower than plain torch: {best}")
 
 
 PROGRAM = """
