@@ -5,8 +5,8 @@ change on the way. With STREAMCTL_COMPILE=background, as `serve` and `recommend 
 process goes on in plain PyTorch while another one, of low priority, compiles what
 `streamctl.model.warm` calls; what that leaves in the cache is loaded when all of it is there. A
 server would keep requests waiting while it loads: its processes `settle`, and others take their
-place. With STREAMCTL_COMPILE=never, as `recommend` for one user sets it, nothing is compiled, and code that is
-compiled already is not used. Evidence for many users at once is compiled in any case.
+place. With STREAMCTL_COMPILE=never, as `recommend` for one user sets it, nothing is compiled, and
+code that is compiled already is not used; evidence for many users at once is, in any case.
 """
 
 import atexit
