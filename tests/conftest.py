@@ -38,6 +38,16 @@ def real_data(name: str) -> Path:
     return base / name
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """What a command called in this process told it (STREAMCTL_COMPILE) ends with the test."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("STREAMCTL_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("STREAMCTL_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def streamctl():
     """Run the console command: `streamctl("data", "synth", ...)` -> CompletedProcess."""
