@@ -115,9 +115,14 @@ def complete() -> bool:
     return (marker := _marker()) is not None and marker.exists()
 
 
+def failed() -> bool:
+    """Whether the process that was to compile has ended otherwise than well."""
+    return _State.process is not None and _State.process.poll() not in (None, 0)
+
+
 def settle() -> bool:
-    """Have `ready` say for good what it says now; False while another process compiles."""
-    if ready():
+    """Have `ready` say for good what it has said; False while another process compiles."""
+    if _State.ready or mode() == "wait":
         return True
     os.environ["STREAMCTL_COMPILE"] = "never"
     return _State.process is None

@@ -17,7 +17,7 @@ from .cpu_search import (
     squared_distance,
 )
 
-_PRODUCTS = 1 << 25  # that a thread is handed at a time: a fraction of a millisecond
+_RANGE = 8192  # most rows handed to a thread at a time
 
 
 subtract = simd.subtract
@@ -91,9 +91,11 @@ def _quantize_range(
                 return first - (compared + 1)
             if bf16 and compared > count * max(2, size // 32):
                 coarse[level] = True
-                plain_norms[level] = pack_codebook(
-                    exact[level], width, centre[level], False, plain_words[level], plain_bias[level]
-                )
+                if first + block < stop:
+                    plain_norms[level] = pack_codebook(
+                        exact[level], width, centre[level], False,
+                        plain_words[level], plain_bias[level],
+                    )  # fmt: skip
             for b in range(count):
                 codes[first + b, level] = index[b]
                 if live[b] and residual.shape[0]:
@@ -139,12 +141,13 @@ def quantize(x, codebooks, mask, *, want):
     else:
         values = x.numpy()
     live = np.empty(0, np.bool_) if mask is None else mask.numpy()
-    outputs = (codes.numpy(), residual.numpy(), distance.numpy(), block_rows(width))
+    block = block_rows(width)
+    outputs = (codes.numpy(), residual.numpy(), distance.numpy(), block)
 
     def run(start, stop):
         return _quantize_range(values, bits, live, start, stop, *packed, *outputs)
 
-    together = max(1, _PRODUCTS // max(1, codebooks.numel()))  # rows
+    together = block * max(1, min(_RANGE, n // 4) // block)  # rows
     bad = [row for row in threads.over_ranges(run, n, together) if row >= 0]
     if bad:
         raise checks.not_finite(min(bad))

@@ -98,9 +98,9 @@ def main() -> None:
     # OpenMP's threads spin while they wait. Beside another busy process that costs most of the
     # machine (training was 8 times slower), so that they sleep here; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.argv[1:2] in (["recommend"], ["serve"]):  # what answers a user does not wait for Numba,
+    # What answers users does not wait for Numba. One answer is there before compiled code is read.
+    if sys.argv[1:2] in (["recommend"], ["serve"]):
         many = sys.argv[1] == "serve" or any(word.startswith("--input") for word in sys.argv)
-        # and one answer is there before compiled code would be read.
         os.environ.setdefault("STREAMCTL_COMPILE", "background" if many else "never")
     try:
         build_app()()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -194,3 +195,10 @@ def test_what_is_not_known_is_an_error(strange, tmp_path):
         export(strange, tmp_path / "x", "table-parquet", "gz")
     with pytest.raises(StreamctlError, match="no such run"):
         export(RunDir(tmp_path / "none"), tmp_path / "x")
+
+
+def test_items_with_fields_named_as_a_logs_are_written_as_texts(tmp_path):
+    run = shop_run(tmp_path / "run", position=["first"] * 120)
+    export(run, tmp_path / "out", "table-parquet")
+    found = pq.read_table(tmp_path / "out" / "items.parquet")
+    assert found["position"].to_pylist() == ["first"] * 120

@@ -596,3 +596,14 @@ def test_every_option_that_the_doctor_names_is_one_of_prepare():
     named = set(re.findall(r"--[a-z-]+", text))
     assert len(named) > 10
     assert named <= known
+
+
+def test_a_quote_that_an_item_never_closes_swallows_no_other_item(tmp_path):
+    log = "\n".join([HEAD, "u0,a,1", "u0,b,2", "u1,c,3"])
+    (tmp_path / "log.csv").write_text(log)
+    (tmp_path / "items.csv").write_text('item_id,title\na,"open\nb,two\nc,three\n')
+    with pytest.raises(StreamctlError, match=r"items\.csv:2: .*a quote that is not closed"):
+        read_source(tmp_path / "log.csv", items=tmp_path / "items.csv").catalogue  # noqa: B018
+    reading = Reading(skip_bad=True)
+    raw = read_source(tmp_path / "log.csv", items=tmp_path / "items.csv", reading=reading)
+    assert raw.catalogue.columns["title"] == ["two", "three"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -153,10 +155,11 @@ def test_nothing_is_read_of_a_prefix_that_one_item_alone_begins_with(monkeypatch
         policy, "extend", lambda *given: (read.append(given[1].shape[1]), extend(*given))[1]
     )
     search_after(policy, trie, hidden, before, encoded, 40)
-    first = {tuple(codes[:1]) for codes in policy.item_tokens.tolist()}
-    second = {tuple(codes[:2]) for codes in policy.item_tokens.tolist()}
-    assert 0 < read[0] <= len(first)
-    assert sum(read[1:2]) < len(second), "most prefixes of two codes have one item"
+    codes, shared = policy.item_tokens.tolist(), []
+    for level in range(1, policy.tokens.levels):
+        counts = Counter(tuple(code[:level]) for code in codes)
+        shared.append(sum(count > 1 for count in counts.values()))
+    assert read == [count for count in shared if count] and sum(shared) < len(codes)
 
 
 def test_users_of_different_lengths_get_what_they_get_alone():

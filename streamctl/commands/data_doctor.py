@@ -49,7 +49,7 @@ def command(
             if finding.remedy:
                 typer.echo(f"{'':10}-> {finding.remedy}")
         words = TYPED.get()  # the log and all options that say how it is read
-        given = words[words.index("doctor") + 1 :]
+        given = words[words.index("doctor") + 1 :] if "doctor" in words else [str(source)]
         given = tuple(word for word in given if word != "--strict")
         print_next(command, SOURCE=given, NAME=source.stem)
     if strict and any(finding.level == "error" for finding in found.findings):

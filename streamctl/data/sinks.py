@@ -73,11 +73,11 @@ def _json_lines(path: Path, columns: list[str], rows: Rows) -> None:
             handle.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def _parquet(path: Path, columns: list[str], rows: Rows) -> None:
+def _parquet(path: Path, columns: list[str], rows: Rows, *, numbers: tuple[str, ...] = ()) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = [pa.int64() if name in ("timestamp", "position") else pa.string() for name in columns]
+    kinds = [pa.int64() if name in numbers else pa.string() for name in columns]
     schema, rows = pa.schema(list(zip(columns, kinds, strict=True))), iter(rows)
     with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         while batch := list(islice(rows, BATCH)):
@@ -278,8 +278,8 @@ SINKS: dict[str, Sink] = {
     ),
     "table-jsonl": Sink("table", ("interactions.jsonl", "items.jsonl"), *_JSON, TABLE),
     "table-parquet": Sink(
-        "table", ("interactions.parquet", "items.parquet"), _parquet, _parquet, TABLE,
-        compressible=False,
+        "table", ("interactions.parquet", "items.parquet"),
+        partial(_parquet, numbers=("timestamp", "position")), _parquet, TABLE, compressible=False,
     ),
     "movielens": Sink(
         "movielens", ("ratings.dat", "movies.dat"), MOVIES, partial(MOVIES, encoding="latin-1"),

@@ -270,21 +270,6 @@ class Policy(nn.Module):
             logprobs.append(-F.cross_entropy(scores, codes[:, place] - low, reduction="none"))
         return torch.stack(logprobs, -1).view(shape)
 
-    def code_logprobs(self, logits: torch.Tensor, items: torch.Tensor, level: int) -> torch.Tensor:
-        """log P(one code of each item (...) | the codes before it), by their logits (..., V) fp32.
-
-        Normalised over what `config.softmax` names.
-        """
-        low, high = 0, self.tokens.size
-        if self.config.softmax == "catalogue":
-            low, high = self.tokens.level_range(level)
-            legal = self.legal.after(self.legal.prefix[items, level].flatten(), high - low)
-            logits = logits[..., low:high].masked_fill(
-                ~legal.view(*items.shape, high - low), -torch.inf
-            )
-        code = self.item_tokens[items][..., level, None] - low
-        return torch.log_softmax(logits, -1).gather(-1, code)[..., 0]
-
     def first_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
         """log P(each token as an item's first code): (..., d) -> (..., V) fp32."""
         scores = self.logits(hidden).float()

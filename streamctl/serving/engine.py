@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from streamctl.data import load_data
 from streamctl.decode.explain import explained, pairs_of
+from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import answering, known_rows, load_best, load_method, method_names
 from streamctl.kernels import compiled
 from streamctl.ranking import Recommender
@@ -82,7 +83,16 @@ class Engine:
         }
 
     def compiled(self) -> bool:
-        """Whether a process that begins now would have compiled code."""
+        """Whether a process that begins now would have compiled code.
+
+        Raises:
+            StreamctlError: the compiler has failed.
+        """
+        if compiled.failed() and not compiled.complete():
+            raise StreamctlError(
+                "the compiler failed, so that answers stay in plain PyTorch",
+                run="python -m streamctl.model.warm",
+            )
         return compiled.complete()
 
     def warm_up(self, method: str | None = None) -> None:

@@ -77,7 +77,8 @@ class Served:
         except BaseException:
             await self.stop()
             raise
-        self.about = models[0].about
+        settled = all(model.about["settled"] for model in models)
+        self.about = models[0].about | {"settled": settled}
         self._tasks = [asyncio.create_task(self._keep(model)) for model in models]
         metrics.ITEMS.set(self.store.count())
 
@@ -217,8 +218,9 @@ class Service:
             try:
                 if await self.served.ask("compiled"):
                     await self.reload(None)
-            except Problem as problem:
-                if problem.status == 409:  # it cannot be loaded again, and goes on as it is
+            except (Problem, StreamctlError, OSError, RuntimeError) as error:
+                if not isinstance(error, Problem) or error.status == 409:
+                    say(f"goes on in plain PyTorch, until it is started again: {error}")
                     return
 
     async def stop(self) -> None:

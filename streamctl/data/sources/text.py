@@ -16,6 +16,7 @@ from typing import BinaryIO
 from streamctl.errors import StreamctlError, count_of
 
 COMPRESSED = (".gz", ".zst")
+_NOT_CSV = "not CSV: a quote that is not closed, text behind its end, or a line end of another kind"
 LONGEST = 10_000  # lines of a row: a quote that is open for longer was never to be closed
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 
@@ -156,10 +157,12 @@ def records(
             row = next(rows, None)
         except csv.Error:
             ended = True
-            row, fault = [], "not CSV: a quote that is not closed, or text behind its end"
+            row, fault = [], _NOT_CSV
         if row is None:
             return
         number = read[0][0]
+        if ended and len(read) > 1:  # the reader was still inside a quote
+            fault = _NOT_CSV
         if not fault and len(row) != width:
             if len(row) < 2 and not "".join(row).strip():
                 continue
