@@ -19,7 +19,6 @@ from .cpu_search import (
 
 _RANGE = 8192  # most rows handed to a thread at a time
 
-
 subtract = simd.subtract
 _f32, _i64 = numba.float32, numba.int64
 _SIGNATURE = _i64(

@@ -97,8 +97,7 @@ class EvidenceRecommender:
 
     An item's probability is pi_0 P(its codes | history, thought) + (1 - pi_0) w(item). It is exact
     for the items that the beam ends with; others of the thought have their weight alone (to score
-    their codes, too, changed no ranking significantly and took half as long again). l = 0 is the
-    direct decoder.
+    their codes, too, changed no ranking significantly: docs/tried.md). l = 0 is the direct decoder.
 
     Attributes:
         think: l if nobody asks for another.
