@@ -11,7 +11,7 @@ from typing import Any
 import typer
 import typer.core
 
-from streamctl.distributed import is_main, joined
+from streamctl.distributed import is_main, joined, leave
 from streamctl.errors import TYPED, StreamctlError
 
 # What --help puts together, in the order of work. A command is the module of its name below
@@ -107,6 +107,8 @@ def main() -> None:
     except SystemExit as error:
         if error.code == 130:  # Typer has caught the interrupt, and says nothing
             _report(KeyboardInterrupt())
+        if not error.code:
+            leave()
         raise
     except (StreamctlError, OSError, KeyboardInterrupt) as error:
         if os.environ.get("STREAMCTL_DEBUG"):

@@ -189,6 +189,17 @@ def ranks() -> Ranks:
     return Ranks(state.process_index, state.num_processes)
 
 
+def leave() -> None:
+    """Part from the other processes at the end of a job that went well, if it had any.
+
+    Gloo's threads, left to the interpreter's end, now and then abort a process that is done.
+    """
+    if world_size() > 1 and joined():
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+
+
 def _ended(signum: int, frame: Any) -> None:
     """torchrun ends the others with SIGTERM when one process fails."""
     raise StreamctlError(

@@ -33,6 +33,7 @@ from streamctl.training.material import Material
 from streamctl.training.pretrain import pieces_loss
 from streamctl.training.rl import Explorer
 from streamctl.training.sft import Tuner, choice_logprobs, only_thinking
+from streamctl.training.validation import surely_best
 
 SIZES = (6, 5, 7)
 HOPS = (6, 5, 4, 4, 6, 0)
@@ -410,6 +411,19 @@ def test_sft_moves_the_weights_and_the_trust_and_leaves_codes_and_encoder():
     assert all(name.startswith("weighing.") for name in moved)
     assert policy.weighing.training and not policy.decoder.training, "codes as sure as in serving"
     assert all(torch.isfinite(value) for value in terms.values())
+
+
+def test_codes_are_trusted_more_only_where_that_is_surely_better():
+    users = np.arange(400)
+    ranked = np.full((3, 400), 20, np.int32)
+    ranked[0, :100] = 3
+    ranked[1] = ranked[0]
+    ranked[1, :12], ranked[1, 200:214] = 20, 3  # two users more, by chance
+    ranked[2] = ranked[0]
+    assert surely_best(ranked, users) == 0
+    ranked[2, 200:260] = 3
+    assert surely_best(ranked, users) == 2
+    assert surely_best(ranked, np.repeat(np.arange(4), 100)) == 0, "four users say little"
 
 
 @pytest.mark.parametrize("count", [2, 3])
