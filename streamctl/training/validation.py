@@ -19,7 +19,7 @@ from streamctl.ranking.evaluate import batches_by_length
 from streamctl.training.material import Material
 
 USERS = 2000
-CALIBRATION_USERS = 10_000  # once, not every epoch; 2,000 took chance for a gain
+CALIBRATION_USERS = 50_000  # once, not every epoch; 2,000 took chance for a gain
 BATCH = 250
 SHIFTS = (-8.0, -4.0, -3.0, -2.0, -1.0, -0.5, 0.0, 1.0)  # of the log odds, see `calibrate`
 Thoughts = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (history, target) -> (B, l)
