@@ -76,16 +76,15 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
         del chosen[TWIN]
     for number, (name, config) in enumerate(chosen.items(), 1):
         stage = run.stage(name)
-        stale = stage.complete and bool(stage.stale_parents())
-        state = "redone, its parents changed" if stale else "complete" if stage.complete else ""
+        outdated = stage.outdated
+        state = "redone, its parents changed" if outdated else "complete" if stage.complete else ""
         say(f"[{number}/{len(chosen)}] {name} {state}".rstrip())
         make = evaluate_run if name == "eval" else maker(name)[0]
-        make(run, config, device=device, force=stale)
+        make(run, config, device=device, force=outdated)
     return run.stage("eval")
 
 
 def _outdated_baselines(run: RunDir) -> list[str]:
     """Complete baselines beside those of `STEPS` whose parents have changed."""
     stages = (run.stage(f"baselines/{name}") for name in sorted(BASELINES))
-    others = (stage for stage in stages if stage.name not in STEPS and stage.complete)
-    return [stage.name for stage in others if stage.stale_parents()]
+    return [stage.name for stage in stages if stage.name not in STEPS and stage.outdated]

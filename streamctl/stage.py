@@ -130,6 +130,11 @@ class Stage:
             if not (made := Stage(self.root, parent)).complete or made.hash != seen
         ]
 
+    @property
+    def outdated(self) -> bool:
+        """Whether it is complete, of parents that have changed since."""
+        return self.complete and bool(self.stale_parents())
+
     def file(self, name: str) -> Path:
         """Path of an artifact.
 

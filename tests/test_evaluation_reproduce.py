@@ -99,6 +99,18 @@ def test_what_is_there_is_not_made_again_and_a_new_method_costs_itself_alone(
     assert asked and all("knn" in title for title in asked)
 
 
+def test_what_was_made_from_a_model_that_changed_is_made_again(run, plan, table, tmp_path):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    job = RunDir(copy.path / "reproduce" / "seed-0")
+    before = job.stage("rerank/gru4rec").hash, job.stage("rerank/transitions").hash
+    shutil.rmtree(job.stage("baselines/gru4rec").path)
+    sets = (*SETS, "gru4rec.epochs=1")
+    reproduce(copy, Plan(("gru4rec",), (0,), "tiny", sets, device="cpu"))
+    assert not job.stage("rerank/gru4rec").outdated and not job.stage("eval").outdated
+    assert job.stage("rerank/gru4rec").hash != before[0]
+    assert job.stage("rerank/transitions").hash == before[1]
+
+
 def test_another_setting_is_refused_with_the_command_that_changes_it(run, table):
     other = Plan(("gru4rec",), (0,), "tiny", ("gru4rec.dim=16",), device="cpu")
     with pytest.raises(StreamctlError, match="complete with other settings") as error:

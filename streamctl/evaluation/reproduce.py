@@ -155,7 +155,8 @@ def maker(stage: str) -> Maker:
 
 
 def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
-    """Train and evaluate every method with every seed; what is complete is left as it is.
+    """Train and evaluate every method with every seed; what is complete is left as it is, unless
+    what it was made from has changed.
 
     A seed's models are one run, RUN/reproduce/seed-N (the paper's letter: letter-N), which shares
     data and tokenizer with the run. Its receipt, with the ranks of all users beside it, is written
@@ -204,15 +205,16 @@ def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
 
 def _train(job: RunDir, plan: Plan, method: str, seed: int, began: float) -> bool:
     """Make the stages of one method; False when the time is over."""
-    for stage in METHODS[method]:
-        if job.stage(stage).complete and not job.stage(stage).stale_parents():
-            say(f"{job.path.name}: {stage} is complete")
+    for name in METHODS[method]:
+        outdated = job.stage(name).outdated
+        if job.stage(name).complete and not outdated:
+            say(f"{job.path.name}: {name} is complete")
         elif plan.budget and time.monotonic() - began > 3600 * plan.budget:
             return False
         else:
-            say(f"{job.path.name}: {stage}")
-        make, _ = maker(stage)
-        make(job, plan.resolve(stage, seed, method), device=plan.device)
+            say(f"{job.path.name}: {name}")
+        make, _ = maker(name)
+        make(job, plan.resolve(name, seed, method), device=plan.device, force=outdated)
     return True
 
 

@@ -51,7 +51,7 @@ def rerank(
     """Fit a re-ranker behind each method of a run, or one behind those that the settings name.
 
     The report says whether it surely helps: only then may it win. The table shows it as
-    `NAME+rerank` either way.
+    `NAME+rerank` either way. Redone where a stage it reads has changed.
 
     Returns:
         the stages, `rerank/NAME` or `rerank/NAME+NAME`.
@@ -73,6 +73,7 @@ def _rerank(
     name = RERANK + "+".join(names)
     parents = reranked_stages(run, names)
     config = dataclasses.replace(config, methods=names)
+    force = force or run.stage(name).outdated
     with run.begin(name, config, parents=parents, force=force) as stage:
         if stage is None:
             say(f"{name}: complete already")
