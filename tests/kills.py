@@ -29,9 +29,6 @@ from forks import SETTINGS, SHOP, Commands, hashes
 from streamctl.runs import RunDir, provenance
 
 RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "kills.json"
-# Every row that has a checkpoint; the wide beam, which has none, could outlast the time between
-# two kills for ever.
-ROWS = "eval.methods=popularity,tiger,stream_pt,stream_sft,stream_rl,no_thinking,random_thinking"
 ROUNDS = 4  # kills of a stage in one run
 POLL_S = 0.002
 
@@ -70,7 +67,6 @@ class Campaign:
         settings.write_text(SETTINGS)
         self.commands = Commands(self.folder)
         self.work = ["run", "--config", str(settings), "--size", "tiny", "--seed", "0"]
-        self.work += ["--set", ROWS]
 
     def words(self, run: Path) -> list[str]:
         """The command that goes on with a run."""
