@@ -7,7 +7,8 @@ is compiled any more, is the span in which its kills fall. Then runs with the sa
 made in which every stage is killed ROUNDS times, each time at an instant drawn evenly over what
 its span has left, and started again, until there have been `--kills` kills. They save a checkpoint
 a second. The artifacts' hashes of every finished run must be the clean run's, and no stage may
-have been set aside (`NAME.previous`), for nothing changed.
+have been set aside (`NAME.previous`), for nothing changed. Half as many kills fall into `data
+prepare` of a csv alone, from its first instant to its last.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,13 +26,18 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 from forks import SETTINGS, SHOP, Commands, hashes
+from pyarrow import csv
 
+from streamctl.files import file_hash
 from streamctl.runs import RunDir, provenance
 
 RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "kills.json"
 ROUNDS = 4  # kills of a stage in one run
 POLL_S = 0.002
+LOG_ROWS, LOG_USERS, LOG_ITEMS = 400_000, 40_000, 5_000  # of the csv
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,54 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
     }
 
 
+def prepares(folder: Path, kills: int, seed: int) -> dict[str, object]:
+    """Kill `data prepare` of a csv at any instant and give the same command again."""
+    folder.mkdir()
+    chance, log = np.random.default_rng(seed), folder / "log.csv"
+    columns = {
+        "user_id": chance.integers(0, LOG_USERS, LOG_ROWS),
+        "item_id": chance.integers(0, LOG_ITEMS, LOG_ROWS),
+        "timestamp": np.sort(chance.integers(10**9, 2 * 10**9, LOG_ROWS)),
+    }
+    csv.write_csv(pa.table(columns), log)
+    commands = Commands(folder)
+    made, killed, differing = [], 0, []
+
+    def prepare(run: Path, after_s: float | None = None) -> int:
+        process = commands.start(["data", "prepare", str(log), "--run", str(run)])
+        process.join(after_s)
+        process.kill()
+        answer = commands.wait(process)
+        if answer.returncode not in (0, -signal.SIGKILL):
+            raise SystemExit(f"{run.name} failed:\n{answer.stderr}")
+        return answer.returncode
+
+    def files(run: Path) -> dict[str, str]:
+        return {
+            str(path.relative_to(run)): file_hash(path)
+            for path in run.rglob("*")
+            if path.is_file() and path.name != "manifest.json"  # which says when it was made
+        }
+
+    for name in ("cold", "clean"):
+        began = time.monotonic()
+        prepare(folder / name)
+        span = time.monotonic() - began
+        made.append(files(folder / name))
+    if made[0] != made[1]:
+        raise SystemExit("two clean runs differ")
+    number = 0
+    while killed < kills:
+        run = folder / f"prepared-{number}"
+        killed += prepare(run, chance.uniform(0, span)) != 0
+        prepare(run)
+        if files(run) != made[0] or not RunDir(run).stage("data").complete:
+            differing.append(run.name)
+        shutil.rmtree(run)
+        number += 1
+    return {"kills": killed, "differing": differing, "rows": LOG_ROWS, "clean_run_s": span}
+
+
 def stage_in_work(run: Path) -> str:
     """The stage that a killed command had begun, or "between stages"."""
     for progress in sorted(run.rglob(".progress")):
@@ -165,6 +220,7 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="streamctl-kills-") as folder:
         found = campaign(Path(folder), options.kills, options.seed)
+        found["prepare"] = prepares(Path(folder) / "csv", options.kills // 2, options.seed)
     wall = round(time.monotonic() - began, 1)
     text = json.dumps(
         {"name": "kills", **found, "wall_s": wall, "threads": 1, **provenance()}, indent=1
@@ -172,7 +228,7 @@ def main() -> None:
     print(text)
     if options.save:
         RESULT.write_text(text + "\n")
-    sys.exit(bool(found["mismatches"] or found["set_aside"]))
+    sys.exit(bool(found["mismatches"] or found["set_aside"] or found["prepare"]["differing"]))
 
 
 if __name__ == "__main__":
