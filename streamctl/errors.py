@@ -38,7 +38,7 @@ class StreamctlError(Exception):
         if run:
             parts.append(f"Next: {run}")
         # What a file says may hold line breaks; an error is one line.
-        super().__init__(" ".join(". ".join(parts).splitlines()))
+        super().__init__(" ".join(". ".join(parts).replace("?. Next:", "? Next:").splitlines()))
 
 
 class UsageError(StreamctlError):

@@ -66,7 +66,9 @@ def test_every_command_says_what_it_reads_writes_and_what_comes_next(words, comm
     for part in ("Reads:", "Writes:", "Next:"):
         assert part in (command.help or ""), f"{' '.join(words)} lacks {part!r} in its help"
     for parameter in command.params:
-        assert getattr(parameter, "help", "x"), f"{' '.join(words)} {parameter.name} lacks help"
+        said = getattr(parameter, "help", "x")
+        assert said, f"{' '.join(words)} {parameter.name} lacks help"
+        assert "[" not in said, f"{parameter.name}: Rich takes brackets in help for markup"
 
 
 @pytest.mark.parametrize(

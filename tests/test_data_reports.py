@@ -358,6 +358,17 @@ def test_ratings_below_a_least_are_no_interactions(tmp_path):
     (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\nu,i,1\n")
     with pytest.raises(StreamctlError, match=r"no column of ratings.*--columns rating=NAME"):
         prepared(tmp_path / "log.csv", tmp_path / "other", min_rating=4)
+    rows = "".join(f"u;i{number};{number};4,5\n" for number in range(3))
+    (tmp_path / "log.csv").write_text("user_id;item_id;timestamp;rating\n" + rows)
+    with pytest.raises(UsageError, match="3 ratings missing or not a number"):
+        prepared(tmp_path / "log.csv", tmp_path / "commas", min_rating=4)
+
+
+def test_a_kind_of_event_that_never_happens_is_spoken_of(tmp_path, capsys):
+    _, split, _ = prepared(rated_log(tmp_path), tmp_path / "run", events="buy,purchase")
+    assert len(split.log) == sum(row[4] == "buy" for row in RATED)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no event is purchase; the kinds are buy, cart, view" in said
 
 
 def test_kinds_of_events_are_kept_and_weighed(tmp_path):

@@ -26,7 +26,7 @@ def command(
     columns: str | None = COLUMNS,
     items: Path | None = ITEMS,
     skip_bad: float | None = option(
-        "Largest share of bad lines to leave out and list [default: 0]."
+        "Largest share of bad lines to leave out and list (default: 0)."
     ),
     ids: str | None = option("exact, or number: 7, 7.0, 007 and ' 7' are the same id."),
     since: str | None = option(
@@ -39,8 +39,8 @@ def command(
     one_per_item: str | None = option("first or last: keep one interaction of each user and item."),
     described: bool = switch("Keep only the items that the items file describes.", "--described"),
     max_per_user: int | None = option("Keep at most this many of each user's latest interactions."),
-    min_user: int | None = option("Interactions a user needs [default: 5 with times, else 3]."),
-    min_item: int | None = option("Interactions an item needs [default: 5 with times, else 1]."),
+    min_user: int | None = option("Interactions a user needs (default: 5 with times, else 3)."),
+    min_item: int | None = option("Interactions an item needs (default: 5 with times, else 1)."),
     split: str | None = option(
         "auto (the source's own parts, else leave-one-out) or leave-one-out."
     ),

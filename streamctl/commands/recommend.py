@@ -24,17 +24,17 @@ def command(
         "id a line."
     ),
     k: int = option("How many items.", "-k", "--k", default=10, min=1, max=1000),
-    think: int | None = option("Length of the thought [default: as trained].", min=0, max=64),
+    think: int | None = option("Length of the thought (default: as trained).", min=0, max=64),
     diversity: float = option(
         "0 to 1: make the list's items less alike.", default=0.0, min=0, max=1
     ),
-    method: str | None = option("What answers [default: the best on validation]."),
+    method: str | None = option("What answers (default: the best on validation)."),
     keep_seen: bool = switch("Recommend items of the history, too.", "--keep-seen"),
     input_: Path | None = option(
         "Parquet of users (user_id or history), or a folder of such.", "--input"
     ),
     output: Path | None = option("Parquet of their answers, or a folder of such."),
-    on: str | None = option("ray: on a Ray cluster [default: here].", metavar="ray"),
+    on: str | None = option("ray: on a Ray cluster (default: here).", metavar="ray"),
     device: Device = "auto",
     json_: Json = False,
 ) -> None:

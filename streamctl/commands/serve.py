@@ -14,12 +14,12 @@ def command(
     workers: int = option("Model processes.", default=1, min=1),
     keys: Path | None = option("File of API keys: a line `read KEY` or `write KEY` each."),
     open_to_all: bool = switch("Answer without keys on a public address.", "--open-to-all"),
-    method: str | None = option("What answers [default: the best on validation]."),
+    method: str | None = option("What answers (default: the best on validation)."),
     origins: list[str] | None = option(
         "Origin of web pages that may call the API; repeatable.", "--cors"
     ),
     store: Path | None = option(
-        "Folder for items and users added while serving [default: RUN/serving]."
+        "Folder for items and users added while serving (default: RUN/serving)."
     ),
     max_batch: int = option("Most requests in one batch.", default=32, min=1, max=1024),
     max_wait_ms: float = option(

@@ -66,11 +66,15 @@ def clean(raw: RawLog, config: DataConfig) -> dict[str, int]:
     elif config.until:
         drop("until", "t > ?", moment(raw, config.until, "--until", up=False), told=span)
     if config.min_rating is not None:
-        drop("min_rating", "rating IS NULL OR rating < ?", config.min_rating)
+        unread = raw.ask("SELECT count(*) FROM log WHERE rating IS NULL")[0][0]
+        told = f"; {count_of(unread, 'rating')} missing or not a number" if unread else ""
+        drop("min_rating", "rating IS NULL OR rating < ?", config.min_rating, told=told)
     if config.events:
-        known = [str(name) for (name,) in raw.ask("SELECT DISTINCT event FROM log LIMIT 20")]
-        told = f"; the kinds are {', '.join(sorted(known))}"
+        known = sorted(str(name) for (name,) in raw.ask("SELECT DISTINCT event FROM log LIMIT 20"))
+        told = f"; the kinds are {', '.join(known)}"
         names = list(parse_events(config.events))
+        if (absent := set(names) - set(known)) and len(known) < 20:
+            warn(f"--events: no event is {' or '.join(sorted(absent))}{told}")
         drop("events", "event IS NULL OR event NOT IN (SELECT unnest(?))", names, told=told)
     if config.described:
         if raw.catalogue is None:
