@@ -90,11 +90,12 @@ def test_a_source_in_parts_is_split_as_it_came(tmp_path, write):
     assert "has no title" not in facts
 
 
-def test_parts_can_be_split_anew(tmp_path):
+def test_parts_can_be_split_anew(tmp_path, capsys):
     table_parts(tmp_path)
     config = DataConfig(min_user=3, min_item=1, split="leave-one-out")
     catalog, log, facts = build(read_source(tmp_path), config)
     assert log.cuts is None and facts["split"] == "leave-one-out"
+    assert "own parts become one log" in " ".join(capsys.readouterr().err.split())
     assert [catalog.ids[i] for i in log.of(0)] == ["2", "1", "3", "4", "5"]
     with open(tmp_path / "test.csv", "a") as handle:
         handle.write("a,2,3\n")  # in train, too: one row twice in what is one log now

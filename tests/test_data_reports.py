@@ -364,6 +364,13 @@ def test_ratings_below_a_least_are_no_interactions(tmp_path):
         prepared(tmp_path / "log.csv", tmp_path / "commas", min_rating=4)
 
 
+def test_an_items_file_of_other_ids_is_spoken_of(tmp_path, capsys):
+    (tmp_path / "items.csv").write_text("item_id,title\nZ1,Vase\nZ2,Cup\n")
+    prepared(rated_log(tmp_path), tmp_path / "run", items=str(tmp_path / "items.csv"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no id of the items file is one of the log's: 'Z1' there" in said
+
+
 def test_a_kind_of_event_that_never_happens_is_spoken_of(tmp_path, capsys):
     _, split, _ = prepared(rated_log(tmp_path), tmp_path / "run", events="buy,purchase")
     assert len(split.log) == sum(row[4] == "buy" for row in RATED)

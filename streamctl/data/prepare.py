@@ -141,7 +141,9 @@ def build(raw: RawLog, config: DataConfig) -> tuple[Catalog, InteractionLog, dic
     with database_errors():
         read = raw.sizes
         if config.split != "auto":
-            raw.split = False  # parts become one log, which is split anew
+            if raw.split:
+                warn("the source's own parts become one log, which is split anew, as asked")
+            raw.split = False
         taken = clean(raw, config)
         leave_one_out = not raw.split if config.split == "auto" else config.split == "leave-one-out"
         removed = find_core(raw, *minimums(raw, config, leave_one_out))
@@ -160,6 +162,11 @@ def _catalog(raw: RawLog, names: list[str]) -> tuple[Catalog, int]:
         return Catalog(names, list(names), list(names)), len(names)
     rows = {item: row for row, item in enumerate(table.ids)}
     where = [rows.get(name, -1) for name in names]
+    if rows and max(where) < 0:
+        warn(
+            f"no id of the items file is one of the log's: {table.ids[0]!r} there, {names[0]!r} in "
+            "the log. Next: --items with the file of this log, or --columns item=NAME"
+        )
     columns = {
         column: [values[row] if row >= 0 else "" for row in where]
         for column, values in table.columns.items()
