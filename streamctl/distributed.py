@@ -192,7 +192,7 @@ def ranks() -> Ranks:
 def leave() -> None:
     """Part from the other processes at the end of a job that went well, if it had any.
 
-    Gloo's threads, left to the interpreter's end, now and then abort a process that is done.
+    Left to the interpreter's end, a process that was done has aborted there.
     """
     if world_size() > 1 and joined():
         from accelerate import PartialState
