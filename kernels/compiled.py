@@ -5,8 +5,9 @@ change on the way. With STREAMCTL_COMPILE=background, as `serve` and `recommend 
 process goes on in plain PyTorch while another one, of low priority, compiles what
 `streamctl.model.warm` calls; what that leaves in the cache is loaded when all of it is there. A
 server would keep requests waiting while it loads: its processes `settle`, and others take their
-place. With STREAMCTL_COMPILE=never, as `recommend` for one user sets it, nothing is compiled, and
-code that is compiled already is not used; evidence for many users at once is, in any case.
+place. Where no folder can be written it waits: the other process could hand nothing over. With
+STREAMCTL_COMPILE=never, as `recommend` for one user sets it, nothing is compiled, and code that is
+compiled already is not used; evidence for many users at once is, in any case.
 """
 
 import atexit
@@ -35,7 +36,7 @@ class _State:
 
 
 def mode() -> str:
-    """wait, background or never.
+    """wait, background or never; wait instead of background where there is no cache.
 
     Raises:
         KernelError: STREAMCTL_COMPILE says something else.
@@ -44,7 +45,7 @@ def mode() -> str:
     if told not in MODES:
         known = ", ".join(MODES)
         raise KernelError(f"STREAMCTL_COMPILE: unknown mode {told!r}; known: {known}")
-    return told
+    return "wait" if told == "background" and _marker() is None else told
 
 
 @cache
@@ -83,7 +84,7 @@ def ready() -> bool:
     if chosen == "wait":
         return True
     now = time.monotonic()
-    if chosen == "never" or _marker() is None or now < _State.looked:
+    if chosen == "never" or now < _State.looked:
         return False
     _State.looked = now + _LOOK_EVERY_S
     if complete():

@@ -10,6 +10,8 @@ import pytest
 from serving_process import SLOW_S, WRITE, Server
 from serving_run import THINK
 
+from streamctl.runs import RunDir
+
 pytestmark = pytest.mark.xdist_group("serving")
 
 
@@ -50,6 +52,15 @@ def test_the_thinking_budget_and_the_method_are_the_callers(server, history):
     assert served["method"] == server.recommend(history=history)["method"] == "stream_sft"
     for method in served["methods"]:
         assert server.recommend(history=history, method=method)["method"] == method
+
+
+def test_the_model_that_is_named_is_the_one_that_answered(server, runs, history):
+    run = RunDir(runs / "first")
+    of = {"stream_sft": "sft", "tiger": "pretrain", "popularity": "data"}
+    for method, stage in of.items():
+        told = server.recommend(history=history, method=method)["model"]
+        assert told == {"run": "first", "stage": stage, "hash": run.stage(stage).hash}
+    assert server.recommend(user_id="nobody")["model"]["stage"] == "data"
 
 
 def test_who_is_not_known_gets_the_popular_items_and_the_answer_says_so(server):

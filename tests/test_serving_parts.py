@@ -145,7 +145,7 @@ def test_who_is_forgotten_is_so_even_if_the_file_cannot_be_tidied(store):
 
 
 def test_a_user_is_asked_about_by_the_id_that_is_stored(store):
-    about = {"method": "a", "methods": ["a"], "loaded": ["a"]}
+    about = {"method": "a", "methods": ["a"]}
     store.read_id = as_number
     store.take("7", [store.describe([0])[0]["id"]])
     assert as_job(Query(user_id="007"), store, about).details["user_id"] == "7"
@@ -282,8 +282,7 @@ def test_without_keys_reading_is_open_and_no_key_may_write(monkeypatch):
 def test_a_method_is_loaded_outside_the_deadline_and_one_model_after_another(run, folder):
     service = Service(Settings(run.path, store=folder, deadline_ms=200))
     served = service._served = Served(run.path, service.settings)
-    served.about = {"method": "a", "methods": ["a", "b"], "loaded": ["a"], "history": 20,
-                    "run": "run", "stage": "sft", "hash": ""}  # fmt: skip
+    served.about, served.loaded = {"method": "a", "methods": ["a", "b"], "history": 20}, {"a"}
     loading, most = 0, 0
 
     class Slow:
@@ -313,12 +312,12 @@ def test_a_method_is_loaded_outside_the_deadline_and_one_model_after_another(run
         return [answer["method"] for answer in answers]
 
     assert asyncio.run(asked()) == ["b", "b"]
-    assert most == 1 and served.about["loaded"] == ["a", "b"]
+    assert most == 1 and served.loaded == {"a", "b"}
 
 
 @pytest.mark.parametrize("kind", [StreamctlError, RuntimeError, Gone, OSError])
 def test_a_replacement_that_cannot_load_is_ended_and_another_tried(run, folder, monkeypatch, kind):
-    errors, killed = [kind("not this one")], []
+    errors = [kind("not this one")]
 
     class Fake:
         def __init__(self):
@@ -328,24 +327,18 @@ def test_a_replacement_that_cannot_load_is_ended_and_another_tried(run, folder, 
             await self.ended.wait()
             return "exit code -9"
 
-        async def ask(self, what: str, **details) -> None:
-            assert (what, details) == ("load", {"method": "b"})
-            if errors:
-                raise errors.pop()
-
         async def answer(self, jobs) -> None:
             raise AssertionError
 
-        def kill(self) -> None:
-            killed.append(self)
-
-    async def start(**settings) -> Fake:
+    async def start(also, **settings) -> Fake:
+        assert also == ["a", "b"]
+        if errors:
+            raise errors.pop()
         return Fake()
 
     async def replaced() -> list[Fake]:
-        served = Served(run.path, Settings(run.path, store=folder))
-        first = Fake()
-        served.about, served.models = {"loaded": ["b"]}, [first]
+        served = Served(run.path, Settings(run.path, store=folder), ["b", "a"])
+        served.models = [first := Fake()]
         keeper = asyncio.create_task(served._keep(first))
         first.ended.set()
         async with asyncio.timeout(10):
@@ -357,17 +350,20 @@ def test_a_replacement_that_cannot_load_is_ended_and_another_tried(run, folder, 
 
     monkeypatch.setattr(services, "RETRY_S", 0.0)
     monkeypatch.setattr(services.Model, "start", staticmethod(start))
-    [model] = asyncio.run(replaced())
-    assert len(killed) == 1 and model not in killed
+    assert len(asyncio.run(replaced())) == 1
 
 
 def test_models_that_began_before_the_compiler_was_done_make_room_for_others(run, monkeypatch):
     made = []
 
     class Fake:
-        def __init__(self, path, settings):
+        def __init__(self, path, settings, loaded=()):
+            self.loaded = {"a", "b"}
+            assert loaded == (self.loaded if made else ())
             self.run, self.store, self.looks, self.stopped = RunDir(path), self, 0, False
-            self.about = {"run": "run", "method": "a", "settled": len(made) > 1}
+            self.about = {
+                "model": {"run": "run"}, "method": "a", "settled": len(made) > 1
+            }  # fmt: skip
             made.append(self)
 
         async def start(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import product
 
 import numpy as np
@@ -12,6 +13,7 @@ from streamctl.data import load_data
 from streamctl.model import frozen
 from streamctl.runs import RunDir
 from streamctl.serving.engine import Engine
+from streamctl.serving.model import Model
 from streamctl.serving.question import as_job
 from streamctl.serving.schemas import Query
 from streamctl.serving.store import Refused, Store
@@ -96,6 +98,18 @@ def test_a_method_may_be_named_and_an_unknown_one_is_refused(engine):
     with pytest.raises(Refused, match="did you mean tiger") as error:
         ask(engine, user_id=OLD, method="tigre")
     assert error.value.field == "/method"
+
+
+def test_a_process_begins_with_the_methods_that_the_one_before_it_had(run, folder):
+    async def loaded() -> list[str]:
+        model = await Model.start(
+            run=str(run.path), store=str(folder), method=None, device="cpu", threads=1, batch=2,
+            also=["tiger", "none of this run"],
+        )  # fmt: skip
+        await model.stop()
+        return model.about["loaded"]
+
+    assert sorted(asyncio.run(loaded())) == ["popularity", "stream_sft", "tiger"]
 
 
 def test_what_shares_a_batch_changes_no_answer(engine):

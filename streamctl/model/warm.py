@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 
 import numpy as np
 import torch
@@ -43,9 +44,11 @@ def compile_all() -> None:
 
 def main() -> None:
     """Compile, unless another process does; then leave word that it is done."""
+    if (folder := cache.folder()) is None:
+        sys.exit("nowhere to keep it: set STREAMCTL_CACHE to a folder that you can write")
     os.nice(19)
     torch.set_num_threads(1)
-    with open(cache.folder() / "compiling.lock", "w", encoding="utf-8") as lock:
+    with open(folder / "compiling.lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

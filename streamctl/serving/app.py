@@ -197,8 +197,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
 def _health(service: Service) -> dict[str, Any]:
     about = service.served.about
-    model = {key: about[key] for key in ("run", "stage", "hash")}
-    return {"status": "ok", "model": model, "method": about["method"], "methods": about["methods"]}
+    return {"status": "ok", **{key: about[key] for key in ("model", "method", "methods")}}
 
 
 def _add_recommend(app: FastAPI, service: Service) -> None:

@@ -46,16 +46,21 @@ class Engine:
         """
         self.run, self.store, self.device, self.batch = run, store, device, batch
         self.methods = method_names(run)
-        self._source, self.method, _ = answering(run, method)
-        _, recommender = load_best(run, device, method=method, beam=BEAM)
+        self.method, recommender = load_best(run, device, method=method, beam=BEAM)
         self._split = load_data(run)[1]
         self.live = LiveCatalog(run, store, self._split)
         self._loaded: dict[str, Recommender] = {}
-        self._join(self.method, recommender)
+        self._models = {POPULAR: self._model(POPULAR, run)}
+        self._join(self.method, recommender, answering(run, self.method)[0])
 
-    def _join(self, name: str, recommender: Recommender) -> None:
-        self._loaded[name] = recommender
+    def _join(self, name: str, recommender: Recommender, source: RunDir) -> None:
         self.live.serve(recommender)
+        self._loaded[name], self._models[name] = recommender, self._model(name, source)
+
+    def _model(self, name: str, source: RunDir) -> dict[str, str]:
+        """Which run and stage a method is read from, as they are now."""
+        stage = source.stage(known_rows(source)[name].stages[-1])
+        return {"run": self.run.path.resolve().name, "stage": stage.name, "hash": stage.hash}
 
     def load(self, method: str) -> None:
         """Have a method loaded and warm; those that were asked for once stay.
@@ -64,17 +69,15 @@ class Engine:
             StreamctlError: it cannot be loaded.
         """
         if method not in (*self._loaded, POPULAR):
-            self._join(method, load_method(self.run, method, self.device, beam=BEAM))
+            source = answering(self.run, method)[0]
+            self._join(method, load_method(source, method, self.device, beam=BEAM), source)
             self.warm_up(method)
 
     def about(self) -> dict[str, Any]:
         """What the server has to know. It computes as it does now from then on; `settled` is False
         where others, that begin when the compiler is done, would be faster."""
-        stage = self._source.stage(known_rows(self._source)[self.method].stages[-1])
         return {
-            "run": self.run.path.resolve().name,
-            "stage": stage.name,
-            "hash": stage.hash,
+            "model": self._models[self.method],
             "method": self.method,
             "methods": self.methods,
             "loaded": [*self._loaded, POPULAR],
@@ -130,8 +133,9 @@ class Engine:
             width: items that are searched for, as many as the largest `k` or more.
 
         Returns:
-            for each job `items`, (item, score) pairs, best first; `method`; `think`; `note`, why
-            the popular items stand for an answer, or None; `explain`, `before` and `steps`.
+            for each job `items`, (item, score) pairs, best first; `method`, and which `model` it
+            is of; `think`; `note`, why the popular items stand for an answer, or None; `explain`,
+            `before` and `steps`.
         """
         self.live.follow()
         self.load(method)
@@ -160,7 +164,7 @@ class Engine:
         if note is None and not history and method != POPULAR:
             note = f"popular items: {method} knows none of the history's"
         items = self.live.popular(job["k"], job["exclude"], job["allow"])
-        return _answer(items, method if history else POPULAR, 0, note)
+        return self._answer(items, method if history else POPULAR, 0, note)
 
     @torch.inference_mode()
     def _recommend(
@@ -187,12 +191,17 @@ class Engine:
             think = int(getattr(recommender, "think", 0) or 0)
         answers = []
         for row, job in enumerate(jobs):
-            answer = _answer(pairs_of(ranking, row, job["k"]), method, think, None)
+            answer = self._answer(pairs_of(ranking, row, job["k"]), method, think, None)
             if explain and ranking.thought is not None:
                 own = {name: options[name][row] for name in options}
                 answer["explain"] = explained(recommender, histories[row], ranking, row, **own)
             answers.append(answer)
         return answers
+
+    def _answer(self, items: list, method: str, think: int, note: str | None) -> dict[str, Any]:
+        model = self._models[method]
+        told = {"method": method, "model": model, "think": think, "note": note}
+        return {"items": items, **told, "explain": None}
 
     def similar(self, item: int, k: int) -> list[tuple[int, float]]:
         """(item, cosine of their texts) of the k items most alike to one, best first."""
@@ -218,7 +227,3 @@ class Engine:
     def report(self) -> dict[str, Any]:
         """The run's report for the page."""
         return run_report(self.run, self.run.path.resolve().name, self.method)
-
-
-def _answer(items: list, method: str, think: int, note: str | None) -> dict[str, Any]:
-    return {"items": items, "method": method, "think": think, "note": note, "explain": None}

@@ -113,13 +113,14 @@ class Model:
 
 
 def answer_questions(
-    run: str, store: str, method: str | None, device: str, threads: int, batch: int
-) -> None:
+    run: str, store: str, method: str | None, device: str, threads: int, batch: int,
+    also: list[str],
+) -> None:  # fmt: skip
     """Load a run's model, then answer what comes on stdin until it is closed.
 
     Args:
         run, store: folders. method: that answers where nobody asks for another; None: the best.
-        batch: most users asked about together.
+        batch: most users asked about together. also: methods to load beside it.
     """
     # A signal to the whole group is for the server, which ends its models itself.
     for sign in (signal.SIGTERM, signal.SIGINT):
@@ -143,6 +144,9 @@ def answer_questions(
         at = Store(folder, Path(store))
         engine = Engine(folder, at, method=method, device=device, batch=batch)
         engine.warm_up()
+        for name in also:  # one that cannot be loaded is left to whoever asks for it
+            with contextlib.suppress(StreamctlError):
+                engine.load(name)
         gc.freeze()  # a collection over all that is loaded would keep a request waiting for 0.1 s
     except StreamctlError as error:
         send("error", [str(error)])

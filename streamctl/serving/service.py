@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,9 @@ class Settings:
 class Served:
     """A run in service: its store, its queue, and the models that take from it."""
 
-    def __init__(self, run: Path, settings: Settings):
-        self.run, self.settings = RunDir(run), settings
+    def __init__(self, run: Path, settings: Settings, loaded: Iterable[str] = ()):
+        """Open the store; `start` loads the models, with the methods that are to be `loaded`."""
+        self.run, self.settings, self.loaded = RunDir(run), settings, set(loaded)
         self.folder = settings.store or settings.run / "serving"
         self.store = Store(self.run, self.folder)  # for the event loop
         self.slow = Store(self.run, self.folder)  # for searches and changes, in threads
@@ -79,6 +80,7 @@ class Served:
             raise
         settled = all(model.about["settled"] for model in models)
         self.about = models[0].about | {"settled": settled}
+        self.loaded = set(self.about["loaded"])
         self._tasks = [asyncio.create_task(self._keep(model)) for model in models]
         metrics.ITEMS.set(self.store.count())
 
@@ -87,13 +89,8 @@ class Served:
         model = await Model.start(
             run=str(self.run.path), store=str(self.folder), method=settings.method,
             device=settings.device, threads=settings.threads, batch=settings.max_batch,
+            also=sorted(self.loaded),  # what the one before it could answer by
         )  # fmt: skip
-        try:
-            for method in self.about.get("loaded", ()):  # what the one before it could answer by
-                await model.ask("load", method=method)
-        except BaseException:
-            model.kill()
-            raise
         self.models.append(model)
         metrics.MODELS.set(len(self.models))
         return model
@@ -145,7 +142,7 @@ class Served:
         except Gone as gone:
             told = f"a model's process ended ({gone}) while it loaded {method}"
             raise Problem(503, told, retry_after=5) from None
-        self.about["loaded"].append(method)
+        self.loaded.add(method)
 
     async def stop(self) -> None:
         """Answer what waits, then end the models."""
@@ -207,7 +204,7 @@ class Service:
             self.failed()
             return
         about = served.about
-        say(f"ready: {about['run']} ({about['method']}), {served.store.count():,} items")
+        say(f"ready: {about['model']['run']} ({about['method']}), {served.store.count():,} items")
         await self._settle()
 
     async def _settle(self) -> None:
@@ -256,7 +253,7 @@ class Service:
         for number, query in enumerate(queries):
             prefix = within and f"{within}/{number}"
             jobs.append(as_job(query, served.store, served.about, prefix))
-        for method in {job.group["method"] for job in jobs} - set(served.about["loaded"]):
+        for method in {job.group["method"] for job in jobs} - served.loaded:
             await served.load(method)
             arrived = time.monotonic()  # loading is not what a deadline is for
         limit = min(query.deadline_ms or self.settings.deadline_ms for query in queries) / 1000
@@ -267,7 +264,6 @@ class Service:
         except Late:
             raise Problem(504, f"no answer within {limit * 1000:.0f} ms") from None
         took = time.monotonic() - arrived
-        model = {key: served.about[key] for key in ("run", "stage", "hash")}
         found = []
         for timed in answers:
             answer = timed.answer
@@ -277,7 +273,7 @@ class Service:
                 "compute_ms": round(timed.compute_s * 1e3, 2),
                 "batch": timed.batch,
             }
-            found.append({**in_words(answer, served.store), "model": model, "timing": timing})
+            found.append({**in_words(answer, served.store), "timing": timing})
         return found
 
     async def add(self, new: NewItem) -> dict[str, Any]:
@@ -332,7 +328,7 @@ class Service:
                     raise Problem(422, f"no such run; {hint}", errors=[("/run", hint)])
                 path = runs[name]
             try:
-                served = await asyncio.to_thread(Served, path, self.settings)
+                served = await asyncio.to_thread(Served, path, self.settings, before.loaded)
                 await served.start()
             except StreamctlError as error:
                 metrics.RELOADS.labels(outcome="failed").inc()
@@ -340,7 +336,8 @@ class Service:
             self._served = served
             self._later(before.stop())
             metrics.RELOADS.labels(outcome="done").inc()
-            say(f"serving {served.about['run']} ({served.about['method']}) from now on")
+            about = served.about
+            say(f"serving {about['model']['run']} ({about['method']}) from now on")
 
 
 def _too_many(busy: Busy) -> Problem:
