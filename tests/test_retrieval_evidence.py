@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from streamctl.retrieval import gathering
+from streamctl.retrieval import gathering, memory, transitions
 from streamctl.retrieval.evidence import FEATURES, HOPS, Evidence, Pieces
+from streamctl.retrieval.memory import Memory
 from streamctl.retrieval.transitions import UNIT, Transitions, pair_weights
 from streamctl.tokenizer.neighbours import neighbours
 
@@ -94,6 +95,35 @@ def test_the_strongest_counts_are_kept_and_totals_stay_whole():
     for item in range(ITEMS):
         kept = few.followers.row(item)[1]
         np.testing.assert_array_equal(kept, whole.followers.row(item)[1][:3])
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_counts_and_rows_are_the_same_however_few_are_made_at_once(monkeypatch, weighed):
+    items, offsets = shop()
+    worth = np.random.default_rng(3).integers(1, 5 * UNIT, len(items)) if weighed else None
+
+    def arrays(keep: int) -> list[np.ndarray]:
+        counts = Transitions.count(items, offsets, ITEMS + 2, keep, worth)
+        rows = Memory.index(items, offsets, ITEMS + 2, keep, worth=worth)
+        return [*counts.followers.arrays, counts.totals, *rows.arrays]
+
+    whole = {keep: arrays(keep) for keep in (3, 1000)}
+    for module in (transitions, memory):
+        monkeypatch.setattr(module, "BLOCK", 7)
+    for keep, expected in whole.items():
+        for one, other in zip(arrays(keep), expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_the_latest_rows_of_an_item_are_kept_the_last_first():
+    items, offsets = shop()
+    whole, few = (Memory.index(items, offsets, ITEMS, keep) for keep in (1000, 4))
+    for item in range(ITEMS):
+        rows, weights = whole.postings.row(item)
+        order = np.argsort(-rows, kind="stable")
+        np.testing.assert_array_equal(order, np.arange(len(rows)))
+        for one, other in zip(few.postings.row(item), (rows, weights), strict=True):
+            np.testing.assert_array_equal(one, other[:4])
 
 
 def test_compiled_and_plain_python_find_the_same(monkeypatch):

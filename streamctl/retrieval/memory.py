@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from streamctl.retrieval.ragged import Ragged
-from streamctl.retrieval.transitions import NEXT, RECENCY, UNIT
+from streamctl.retrieval.transitions import BLOCK, NEXT, RECENCY, UNIT, ends_of, occurrences
 
 WIDTH = 10  # latest items of a prefix that count: the tenth weighs 1/512 of the last
 
@@ -52,33 +52,52 @@ class Memory:
             idf: (N,) float32; None: of these sequences.
             worth: int64 (T,) units that a vote for each event is worth; by default one.
         """
-        lengths = np.diff(offsets)
-        owner = np.repeat(np.arange(len(lengths)), lengths)
-        ends = np.flatnonzero(np.arange(len(items)) > np.repeat(offsets[:-1], lengths))
-        owner = owner[ends]
+        lengths, ends = np.diff(offsets), ends_of(offsets)
+        first = np.arange(len(items)) == np.repeat(offsets[:-1], lengths)  # no prefix before it
+        number = np.arange(len(items)) - np.cumsum(first)  # row of the prefix before each place
+        targets = np.flatnonzero(~first)
+        owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[targets]
         if idf is None:
             popularity = np.bincount(items, minlength=n_items)
             idf = np.log1p(len(lengths) / (1.0 + popularity)).astype(np.float32)
 
-        position = ends[:, None] - 1 - np.arange(WIDTH)
-        inside = position >= offsets[owner][:, None]
-        item = np.where(inside, items[np.maximum(position, 0)], -1)
-        weight = row_weights(item, idf)
-        row, column = np.nonzero(inside)
-        item, weight = item[row, column], weight[row, column]
-        order = np.lexsort((-row, item))
-        item, row, weight = item[order], row[order], weight[order]
-        kept = np.arange(len(item)) - np.searchsorted(item, item) < keep
-        postings = Ragged.sorted(item[kept], n_items, row[kept].astype(np.int32), weight[kept])
+        norms = np.empty(len(targets))
+        following = np.empty((len(targets), len(NEXT)), np.int32)
+        votes = np.empty((0 if worth is None else len(targets), len(NEXT)), np.float32)
+        for start in range(0, len(targets), BLOCK):
+            part = slice(start, start + BLOCK)
+            target = targets[part]
+            before = target[:, None] - 1 - np.arange(WIDTH)
+            inside = before >= offsets[owners[part]][:, None]
+            _, norms[part] = _weigh(np.where(inside, items[np.maximum(before, 0)], -1), idf)
+            later = target[:, None] + np.arange(len(NEXT))
+            within = later < ends[target][:, None]
+            later = np.minimum(later, len(items) - 1)
+            following[part] = np.where(within, items[later], -1)
+            if worth is not None:
+                votes[part] = np.where(within, worth[later] / UNIT, 1)
 
-        later = ends[:, None] + np.arange(len(NEXT))
-        within = later < offsets[owner + 1][:, None]
-        later = np.minimum(later, len(items) - 1)
-        following = np.where(within, items[later], -1).astype(np.int32)
-        votes = np.empty((0, len(NEXT)), np.float32)
-        if worth is not None:
-            votes = np.where(within, worth[later] / UNIT, 1).astype(np.float32)
-        return cls(postings, owner.astype(np.int32), following, idf, keep, votes)
+        kept, bits = [], len(targets).bit_length()
+        for lowest, starts, places in occurrences(items, n_items):
+            item = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+            rows = np.minimum(WIDTH, ends[places] - 1 - places)  # prefixes that have it in reach
+            through = np.concatenate([[0], np.cumsum(rows)])
+            # An item that comes again soon is in some of the same prefixes: at most WIDTH ** 2.
+            late = through[starts[item + 1]] - through[1:] < keep + WIDTH**2
+            item, places, rows = item[late], places[late], rows[late]
+            past = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+            row = number[np.repeat(places, rows) + 1 + past]
+            key = (np.repeat(item, rows) << bits | row) << 4 | WIDTH - 1 - past
+            key.sort(kind="stable")  # it nearly is
+            item, row, past = key >> 4 + bits, (key >> 4) & (1 << bits) - 1, WIDTH - 1 - (key & 15)
+            bounds = np.searchsorted(item, np.arange(len(starts)))
+            sizes = np.minimum(np.diff(bounds), keep)
+            latest = np.repeat(bounds[1:] + np.cumsum(sizes) - sizes, sizes)
+            latest = latest - 1 - np.arange(sizes.sum())
+            item, row, past = item[latest] + lowest, row[latest], past[latest]
+            weight = (idf[item] * RECENCY**past / norms[row]).astype(np.float32)
+            kept.append((sizes, row.astype(np.int32), weight))
+        return cls(Ragged.of_blocks(kept), owners, following, idf, keep, votes)
 
     def __len__(self) -> int:
         return self._size
@@ -137,6 +156,11 @@ class Memory:
 
 def row_weights(recent: np.ndarray, idf: np.ndarray) -> np.ndarray:
     """Weights (R, W) float32, of length 1 a row, of items (R, W), latest first, -1 for none."""
+    weight, norm = _weigh(recent, idf)
+    return (weight / norm[:, None]).astype(np.float32)
+
+
+def _weigh(recent: np.ndarray, idf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (R, W) float64, and the length of each row (R,)."""
     weight = np.where(recent >= 0, idf[recent] * RECENCY ** np.arange(recent.shape[1]), 0)
-    norm = np.linalg.norm(weight, axis=1, keepdims=True)
-    return (weight / np.maximum(norm, 1e-12)).astype(np.float32)
+    return weight, np.maximum(np.linalg.norm(weight, axis=1), 1e-12)

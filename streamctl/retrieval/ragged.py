@@ -25,10 +25,10 @@ class Ragged:
         self._used = len(columns[0])
 
     @classmethod
-    def sorted(cls, row: np.ndarray, n_rows: int, *columns: np.ndarray) -> Ragged:
-        """From entries (E,) that are in the order of `row`, their row numbers."""
-        bounds = np.searchsorted(row, np.arange(n_rows + 1))
-        return cls(bounds[:-1], np.diff(bounds), *columns)
+    def of_blocks(cls, blocks: list[tuple[np.ndarray, ...]]) -> Ragged:
+        """From the rows' sizes and their columns, some rows at a time."""
+        sizes, *columns = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        return cls(np.cumsum(sizes) - sizes, sizes, *columns)
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import scipy.sparse
 
 from streamctl.retrieval.ragged import Ragged
 
@@ -12,6 +15,7 @@ UNIT = 1024
 NEXT = (1.0, 0.3, 0.1, 0.05)  # weight of the 1st, 2nd, ... item after a prefix
 RECENCY = 0.5  # weight of an item of the prefix against the one after it
 REACH = 10  # pairs further apart weigh less than 1/UNIT of one
+BLOCK = 2**19  # occurrences of items whose pairs, or rows of the memory, are made at once
 
 
 def pair_weights() -> np.ndarray:
@@ -66,15 +70,16 @@ class Transitions:
             keep: the most pairs kept of one first item, the strongest.
             worth: int64 (T,) units that each event is worth; by default one count each.
         """
-        worth = np.empty(0, np.int64) if worth is None else worth
-        first, second, counts = _sum(*_pairs(items, offsets, pair_weights(), worth), n_items)
-        totals = np.bincount(first, counts, n_items).astype(np.int64)
-        order = np.lexsort((second, -counts, first))
-        first, second, counts = first[order], second[order], counts[order]
-        kept = np.arange(len(first)) - np.searchsorted(first, first) < keep
-        counts = np.minimum(counts[kept], np.iinfo(np.int32).max).astype(np.int32)
-        followers = Ragged.sorted(first[kept], n_items, second[kept].astype(np.int32), counts)
-        return cls(followers, totals, keep)
+        totals, kept = np.zeros(n_items, np.int64), []
+        for lowest, table in pair_counts(items, offsets, n_items, worth):
+            totals[lowest : lowest + table.shape[0]] = table.sum(1)
+            row = np.repeat(np.arange(table.shape[0]), np.diff(table.indptr))
+            order = np.lexsort((-table.data, row))  # the lower item first among equals
+            order = order[np.arange(len(row)) - table.indptr[row] < keep]
+            counts = np.minimum(table.data[order], np.iinfo(np.int32).max).astype(np.int32)
+            sizes = np.minimum(np.diff(table.indptr), keep)
+            kept.append((sizes, table.indices[order].astype(np.int32), counts))
+        return cls(Ragged.of_blocks(kept), totals, keep)
 
     def add_items(self, count: int) -> None:
         """New items, which nothing followed yet."""
@@ -108,28 +113,58 @@ class Transitions:
             items[weakest], counts[weakest] = second, weight
 
 
-def _sum(first, second, weight, n_items):
-    """Pairs (P,) in which one may occur again -> each pair once, with the sum of its weights."""
-    order = np.argsort(first.astype(np.int64) * n_items + second, kind="stable")
-    first, second, weight = first[order], second[order], weight[order]
-    new = np.ones(len(first), bool)
-    new[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
-    place = np.flatnonzero(new)
-    counts = np.add.reduceat(weight, place) if len(place) else weight
-    return first[place], second[place], counts
+def pair_counts(
+    items: np.ndarray, offsets: np.ndarray, n_items: int, worth: np.ndarray | None = None
+) -> Iterator[tuple[int, scipy.sparse.csr_array]]:
+    """How often every item followed every other, in units, some first items at a time.
+
+    Args:
+        items, offsets, worth: as `Transitions.count` takes them.
+
+    Yields:
+        the lowest first item, and int64 counts (F, n_items) of it and those after it, each row in
+        the order of the second item.
+    """
+    weights, ends = pair_weights(), ends_of(offsets)
+    for lowest, starts, places in occurrences(items, n_items):
+        room = np.minimum(REACH, ends[places] - 1 - places)  # later items within reach
+        bounds = np.concatenate([[0], np.cumsum(room)])
+        distance = np.arange(1, bounds[-1] + 1) - np.repeat(bounds[:-1], room)
+        later = np.repeat(places, room) + distance
+        weight = weights[distance]
+        if worth is not None:
+            weight = paid(weight, worth[later])
+        shape = len(starts) - 1, n_items
+        table = scipy.sparse.csr_array((weight, items[later], bounds[starts]), shape=shape)
+        table.sum_duplicates()
+        yield lowest, table
 
 
-def _pairs(items, offsets, weights, worth):
-    """All pairs within reach: first, second int32 (P,), weight int64 (P,)."""
-    lengths = np.diff(offsets)
-    ends = np.repeat(offsets[1:], lengths)
-    count = sum(int(np.maximum(lengths - far, 0).sum()) for far in range(1, len(weights)))
-    first, second, weight = (np.empty(count, kind) for kind in (np.int32, np.int32, np.int64))
-    done = 0
-    for distance in range(1, len(weights)):
-        later = np.arange(distance, len(items))
-        later = later[later < ends[: len(later)]]  # still the same user's
-        part = slice(done, done := done + len(later))
-        first[part], second[part] = items[later - distance], items[later]
-        weight[part] = paid(weights[distance], worth[later]) if len(worth) else weights[distance]
-    return first, second, weight
+def ends_of(offsets: np.ndarray) -> np.ndarray:
+    """(T,) where the sequence of each place ends: int32, if that can hold them."""
+    kind = np.int32 if offsets[-1] < 2**31 else np.int64
+    return np.repeat(offsets[1:].astype(kind), np.diff(offsets))
+
+
+def occurrences(items: np.ndarray, n_items: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Where each item is, some items at a time: about BLOCK places, or those of one item.
+
+    Yields:
+        the lowest item; (F + 1,) where the places of it and of those after it begin among these;
+        and the places, ascending for each item.
+    """
+    one = scipy.sparse.csr_array(
+        (np.ones(len(items), np.bool_), items, np.arange(len(items) + 1)),
+        shape=(len(items), n_items),
+    )
+    grouped = one.tocsc()  # a counting sort
+    starts, lowest = grouped.indptr, 0
+    while lowest < n_items:
+        end = int(np.searchsorted(starts, int(starts[lowest]) + BLOCK, "right")) - 1
+        end = max(end, lowest + 1)
+        yield (
+            lowest,
+            starts[lowest : end + 1] - starts[lowest],
+            (grouped.indices[starts[lowest] : starts[end]]),
+        )
+        lowest = end
