@@ -1,7 +1,8 @@
-"""Files of users answered part by part: here, by torchrun's workers, or on a Ray cluster.
+"""Files of users, answered or counted part by part: here, by torchrun's workers, or on Ray.
 
-    FOLDER/**/NAME.parquet -> OUT/**/NAME.parquet    a part is a file
-    FILE -> OUT                                      joined from OUT.parts/part-0000012.parquet
+    recommend_files     FOLDER/**/NAME.parquet -> OUT/**/NAME.parquet   a part is a file
+                        FILE -> OUT              joined from OUT.parts/part-0000012.parquet
+    count_transitions   FOLDER or FILE -> OUT    summed from OUT.parts/
 
 A part is there whole or not at all, and its metadata say what it was made from. One that is there
 already is left alone, so that a job that was stopped goes on, and a part whose worker was killed
@@ -10,26 +11,32 @@ is made once more: no row is lost, and none is there twice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from streamctl.distributed import world_size
+from streamctl.data.sources.raw import MEMORY, database_errors, sql_text
+from streamctl.distributed import is_main, world_size
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation.methods import answering, choose_rows
 from streamctl.files import atomic_file_each
 from streamctl.progress import progress_bar, say
 from streamctl.recommender import POPULAR, Recommender
+from streamctl.retrieval.transitions import UNIT, pair_counts
 from streamctl.runs import RunDir
 
 PART = 4096  # rows of a part of a file: what a killed job does again at most
@@ -67,9 +74,7 @@ class Job:
 
     def made_from(self, source: Path, first: int, end: int) -> str:
         """Everything that the answers to some rows depend on."""
-        state = source.stat()
-        stamp = [str(source), state.st_size, state.st_mtime_ns, first, end]
-        return json.dumps([*stamp, self.origin, self.question])
+        return json.dumps([*_stamp(source, first, end), self.origin, self.question])
 
     def answer(self, part: Part) -> Counter[str]:
         """Write the answers of a part; how many rows there were of each kind."""
@@ -129,39 +134,156 @@ def recommend_files(
     origin = json.dumps([name, hashes], sort_keys=True)
     job = Job(run.path.resolve(), method, device, origin, tuple(sorted(question.items())))
     source, output, folder = source.resolve(), output.resolve(), source.is_dir()
-    parts = _parts(job, source, output)
+    parts = _parts(job.made_from, source, output, output if folder else _beside(output))
     joined = None if folder else job.made_from(source, 0, parts[-1].end)
-    counts = Counter(rows=0, popular=0, problems=0)
-    rank, world = int(os.environ.get("RANK", "0")), world_size()
-    complete = joined is not None and _made_from(output) == joined
+    counts, complete = Counter[str](), joined is not None and _made_from(output) == joined
     if not complete:
-        mine = [part for part in parts[rank::world] if not _done(part)]
-        with progress_bar("recommend", sum(part.end - part.first for part in mine), "users") as bar:
-            for found in _on_ray(job, mine) if on_ray else map(job.answer, mine):
-                counts.update(found)
-                bar.advance(found["rows"])
-        complete = all(map(_done, parts))
-    if rank == 0 and not complete:
-        say("waiting for the other workers")
-        while not (complete := all(map(_done, parts))):
-            time.sleep(POLL_S)
-    if rank == 0 and joined is not None and _made_from(output) != joined:
+        answer = partial(Job.answer, job)
+        counts, complete = _make(answer, parts, "recommend", on_ray, gpu=device != "cpu")
+    if is_main() and joined is not None and _made_from(output) != joined:
         _join(parts, output, joined)
     seconds = time.monotonic() - began
     return {
-        **counts,
+        **{name: counts[name] for name in ("rows", "popular", "problems")},
         "answered": counts["rows"] - counts["problems"],
         "seconds": round(seconds, 2),
         "rows_per_s": round(counts["rows"] / seconds, 1),
-        "rank": rank,
-        "world_size": world,
+        "rank": int(os.environ.get("RANK", "0")),
+        "world_size": world_size(),
         "complete": complete,
         "output": str(output),
     }
 
 
-def _parts(job: Job, source: Path, output: Path) -> list[Part]:
-    """What there is to do, in the order of the rows."""
+def count_transitions(
+    source: Path, output: Path, *, keep: int = 1024, on_ray: bool = False
+) -> dict[str, Any]:
+    """How often one item followed another in logs of any size: `retrieval.Transitions` as a file.
+
+    Each part's pairs are counted by themselves, and DuckDB sums the counts: whole numbers of
+    1/1024, so that they are those of all users at once. Workers, parts and what was begun are as
+    in `recommend_files`; a finished output is made anew if `source` has changed.
+
+    Args:
+        source: a parquet file, or a folder of them, with a column `history`: lists of item ids,
+            each user's oldest first, and all of a user's in one row.
+        output: a parquet file with a row a pair, by item, the most frequent next one first:
+            `item` and `next`, texts, `count`, and `total`, the sum of all counts of `item`.
+        keep: the most rows of one item; `total` is of all.
+        on_ray: one task a part, as in `recommend_files`.
+
+    Returns:
+        rows: users counted by this worker now; seconds; and `complete`, if the output is there.
+
+    Raises:
+        UsageError: an output inside the source.
+        StreamctlError: the input cannot be read or has no lists, or Ray is missing.
+    """
+    began = time.monotonic()
+    source, output = source.resolve(), output.resolve()
+    parts = _parts(lambda *rows: json.dumps(_stamp(*rows)), source, output, _beside(output))
+    stamps = json.dumps([keep, *(part.made_from for part in parts)])
+    summed = hashlib.sha256(stamps.encode()).hexdigest()
+    counts, complete = Counter[str](), _made_from(output) == summed
+    if not complete:
+        counts, complete = _make(_count, parts, "count", on_ray)
+    if is_main() and _made_from(output) != summed:
+        _sum(parts, output, keep, summed)
+    seconds = round(time.monotonic() - began, 2)
+    return {"rows": counts["rows"], "seconds": seconds, "complete": complete}
+
+
+_COUNTS = pa.schema([("item", pa.string()), ("next", pa.string()), ("units", pa.int64())])
+
+
+def _count(part: Part) -> Counter[str]:
+    """Write how often each item followed each other one in a part's histories."""
+    schema = _open(part.source).schema_arrow
+    if "history" not in schema.names or "list" not in str(schema.field("history").type):
+        raise StreamctlError(
+            "has no column history of lists of item ids", where=part.source,
+            run="write each user's items, oldest first, as a list in a column history",
+        )  # fmt: skip
+    counts: Counter[str] = Counter()
+    with (
+        atomic_file_each(part.output) as path,
+        pq.ParquetWriter(path, _COUNTS.with_metadata({_KEY: part.made_from})) as writer,
+    ):
+        for users in _rows(part):
+            lists = users["history"].combine_chunks()
+            ids, owner = pc.list_flatten(lists), pc.list_parent_indices(lists)
+            owner, ids = owner.filter(ids.is_valid()), ids.drop_null().dictionary_encode()
+            offsets = np.searchsorted(owner.to_numpy(), np.arange(len(lists) + 1))
+            names = ids.dictionary.cast(pa.string())
+            for lowest, table in pair_counts(ids.indices.to_numpy(), offsets, len(names)):
+                first = np.repeat(np.arange(table.shape[0]) + lowest, np.diff(table.indptr))
+                pair = names.take(pa.array(first)), names.take(pa.array(table.indices))
+                writer.write_table(pa.table([*pair, pa.array(table.data)], schema=writer.schema))
+            counts["rows"] += len(users)
+    return counts
+
+
+def _sum(parts: Sequence[Part], output: Path, keep: int, made_from: str) -> None:
+    """One table of the counts of all parts; they are not needed any more then."""
+    folder = _beside(output)
+    files = ", ".join(sql_text(str(part.output)) for part in parts)
+    with database_errors(output), atomic_file_each(output) as path, duckdb.connect() as con:
+        con.execute(f"""
+            SET memory_limit = '{MEMORY}'; SET temp_directory = {sql_text(str(folder / "sums"))};
+            SET enable_progress_bar = false""")
+        table = con.sql(f"""
+            WITH pairs AS (SELECT item, next, sum(units)::BIGINT AS units
+                           FROM read_parquet([{files}]) GROUP BY item, next)
+            SELECT item, next, units / {UNIT} AS count,
+                   sum(units) OVER (PARTITION BY item) / {UNIT} AS total
+            FROM pairs
+            QUALIFY row_number() OVER (PARTITION BY item ORDER BY units DESC, next) <= {keep}
+            ORDER BY item, units DESC, next""").to_arrow_reader()
+        schema = table.schema.with_metadata({_KEY: made_from})
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for batch in table:
+                writer.write_batch(batch)
+    shutil.rmtree(folder)
+
+
+def _make(
+    work: Callable[[Part], Counter[str]], parts: Sequence[Part], doing: str, on_ray: bool,
+    gpu: bool = False,
+) -> tuple[Counter[str], bool]:  # fmt: skip
+    """Make this worker's share of the parts that are not there; the first one waits for the others.
+
+    Returns:
+        the sum of what `work` counted, and whether all parts are there.
+    """
+    counts: Counter[str] = Counter()
+    rank = int(os.environ.get("RANK", "0"))
+    mine = [part for part in parts[rank :: world_size()] if not _done(part)]
+    with progress_bar(doing, sum(part.end - part.first for part in mine), "users") as bar:
+        for found in _on_ray(work, mine, gpu) if on_ray else map(work, mine):
+            counts.update(found)
+            bar.advance(found["rows"])
+    complete = all(map(_done, parts))
+    if rank == 0 and not complete:
+        say("waiting for the other workers")
+        while not (complete := all(map(_done, parts))):
+            time.sleep(POLL_S)
+    return counts, complete
+
+
+def _stamp(source: Path, first: int, end: int) -> list[Any]:
+    """Rows of a file, which may change."""
+    state = source.stat()
+    return [str(source), state.st_size, state.st_mtime_ns, first, end]
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.parts")
+
+
+def _parts(
+    made_from: Callable[[Path, int, int], str], source: Path, output: Path, target: Path
+) -> list[Part]:
+    """What there is to do, in the order of the rows; `target` is the folder of the parts."""
     folder = source.is_dir()
     files = sorted(source.rglob("*.parquet")) if folder else [source]
     if not files:
@@ -180,15 +302,15 @@ def _parts(job: Job, source: Path, output: Path) -> list[Part]:
         rows = _open(file).metadata.num_rows
         size = max(1, rows) if folder else PART
         for number, first in enumerate(range(0, max(1, rows), size)):
-            target = output / file.relative_to(source)
-            if not folder:
-                target = output.with_name(f"{output.name}.parts") / f"part-{number:07d}.parquet"
+            name = file.relative_to(source) if folder else f"part-{number:07d}.parquet"
             end = min(first + size, rows)
-            parts.append(Part(file, target, first, end, job.made_from(file, first, end)))
+            parts.append(Part(file, target / name, first, end, made_from(file, first, end)))
     return parts
 
 
-def _on_ray(job: Job, parts: Sequence[Part]) -> Iterator[Counter[str]]:
+def _on_ray(
+    work: Callable[[Part], Counter[str]], parts: Sequence[Part], gpu: bool
+) -> Iterator[Counter[str]]:
     """Every part as a task of its own, in whatever order they end."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the cluster
     try:
@@ -199,9 +321,9 @@ def _on_ray(job: Job, parts: Sequence[Part]) -> Iterator[Counter[str]]:
     if ours:
         ray.init(log_to_driver=False)
     try:
-        gpus = float(job.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
-        answer = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(Job.answer)
-        waiting = [answer.remote(job, part) for part in parts]
+        gpus = float(gpu and ray.cluster_resources().get("GPU", 0) > 0)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(lambda part: work(part))
+        waiting = [task.remote(part) for part in parts]
         while waiting:
             [ended], waiting = ray.wait(waiting)
             try:

@@ -1,4 +1,4 @@
-"""`recommend --input`: files of users, whatever interrupts it and however many share the work."""
+"""Files of users, answered or counted, whatever interrupts it and however many share the work."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,9 +19,10 @@ from serving_run import make_run
 
 import streamctl as sc
 from streamctl import bulk
-from streamctl.bulk import recommend_files
+from streamctl.bulk import count_transitions, recommend_files
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError
+from streamctl.retrieval.transitions import UNIT, Transitions
 
 QUESTION = {"k": 5, "device": "cpu"}
 pytestmark = pytest.mark.xdist_group("bulk")
@@ -239,6 +241,80 @@ def test_an_input_that_cannot_be_read_is_named(run, tmp_path, damage):
 
 
 @pytest.fixture(scope="module")
+def histories(tmp_path_factory):
+    """90 users' items in the files of a folder, and the same as counted at once takes them."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("log")
+    lists = [rng.integers(0, 12, rng.integers(0, 25)).tolist() for _ in range(90)]
+    (folder / "more").mkdir()
+    for name, part in (("a", lists[:40]), ("b", lists[40:43]), ("more/c", lists[43:])):
+        ids = [None, *([f"i{item:02}" for item in row] for row in part)]
+        ids[1].append(None)
+        table = pa.table({"history": pa.array(ids, pa.list_(pa.string()))})
+        pq.write_table(table, folder / f"{name}.parquet", row_group_size=7)
+    offsets = np.cumsum([0, *map(len, lists)])
+    return folder, (np.concatenate(lists).astype(np.int32), offsets)
+
+
+def assert_counted_at_once(path: Path, sequences: tuple[np.ndarray, np.ndarray], keep: int) -> None:
+    """A table of counts holds the arrays of `Transitions.count`, to the bit."""
+    whole, table = Transitions.count(*sequences, 12, keep), pq.read_table(path)
+    first = np.repeat(np.arange(12), whole.followers.sizes)
+    expected = (first, *whole.followers.columns, whole.totals[first])
+    for name, values in zip(table.column_names, expected, strict=True):
+        if name in ("item", "next"):
+            assert table[name].to_pylist() == [f"i{item:02}" for item in values]
+        else:
+            np.testing.assert_array_equal(table[name].to_numpy() * UNIT, values)
+
+
+@pytest.mark.parametrize("keep", [5, 1024])
+def test_counts_of_parts_sum_to_those_of_all_users_at_once(histories, tmp_path, small_parts, keep):
+    folder, sequences = histories
+    output = tmp_path / "counts.parquet"
+    summary = count_transitions(folder, output, keep=keep)
+    assert (summary["rows"], summary["complete"]) == (93, True)
+    assert_counted_at_once(output, sequences, keep)
+    assert not (tmp_path / "counts.parquet.parts").exists()
+    assert count_transitions(folder, output, keep=keep)["rows"] == 0
+
+    single = tmp_path / "log.parquet"
+    names = ("a", "b", "more/c")
+    tables = [pq.read_table(folder / f"{name}.parquet") for name in names]
+    pq.write_table(pa.concat_tables(tables), single)
+    assert count_transitions(single, output, keep=keep)["rows"] == 93
+    assert_counted_at_once(output, sequences, keep)
+
+
+def test_counts_of_a_job_that_stopped_go_on(histories, tmp_path, monkeypatch):
+    count, made = bulk._count, []
+
+    def stop(part: bulk.Part):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(part)
+        return count(part)
+
+    monkeypatch.setattr(bulk, "_count", stop)
+    with pytest.raises(KeyboardInterrupt):
+        count_transitions(histories[0], tmp_path / "counts.parquet")
+    monkeypatch.setattr(bulk, "_count", count)
+    rest = count_transitions(histories[0], tmp_path / "counts.parquet")["rows"]
+    assert rest == 93 - sum(part.end - part.first for part in made)
+    assert_counted_at_once(tmp_path / "counts.parquet", histories[1], 1024)
+
+
+def test_counts_need_lists_and_may_be_empty(tmp_path):
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"user_id": ["u1"], "history": ["i1"]}), path)
+    with pytest.raises(StreamctlError, match="no column history of lists"):
+        count_transitions(path, tmp_path / "counts.parquet")
+    pq.write_table(pa.table({"history": pa.array([None, []], pa.list_(pa.int64()))}), path)
+    count_transitions(path, tmp_path / "counts.parquet")
+    found = pq.read_table(tmp_path / "counts.parquet")
+    assert (found.column_names, len(found)) == (["item", "next", "count", "total"], 0)
+
+
+@pytest.fixture(scope="module")
 def cluster():
     """A Ray cluster of two workers on this machine."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'streamctl[ray]'")
@@ -266,6 +342,23 @@ def test_on_ray_no_row_is_lost_or_there_twice_when_a_worker_is_killed(
     assert mark.exists() and summary["complete"] and summary["rows"] == 130
     answers = [pq.read_table(output / f"{name}.parquet") for name in ("a", "b", "more/c")]
     assert pa.concat_tables(answers).equals(whole)
+
+
+def test_on_ray_no_count_is_lost_or_there_twice_when_a_worker_is_killed(
+    histories, tmp_path, cluster, monkeypatch
+):
+    mark, count = tmp_path / "killed", bulk._count
+
+    def count_or_die(part: bulk.Part):
+        if part.source.name == "b.parquet" and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return count(part)
+
+    monkeypatch.setattr(bulk, "_count", count_or_die)
+    summary = count_transitions(histories[0], tmp_path / "counts.parquet", on_ray=True)
+    assert mark.exists() and summary["complete"] and summary["rows"] == 93
+    assert_counted_at_once(tmp_path / "counts.parquet", histories[1], 1024)
 
 
 def test_on_ray_an_error_is_told_as_it_would_be_here(run, tmp_path, cluster):
