@@ -1,51 +1,25 @@
 """When compiled code runs, and where it is kept.
 
 Compiling takes tens of seconds once a machine. A training waits for it: its arithmetic must not
-change on the way. With STREAMCTL_COMPILE=background, as `serve` and `recommend --input` set it, a
-process goes on in plain PyTorch while another one, of low priority, compiles what
-`streamctl.model.warm` calls; what that leaves in the cache is loaded when all of it is there. A
-server would keep requests waiting while it loads: its processes `settle`, and others take their
-place. Where no folder can be written it waits: the other process could hand nothing over. With
-STREAMCTL_COMPILE=never, as `recommend` for one user sets it, nothing is compiled, and code that is
-compiled already is not used; evidence for many users at once is, in any case.
+change on the way. With STREAMCTL_COMPILE=cached, as `serve` sets it, a process computes in plain
+PyTorch unless everything that `streamctl.model.warm` compiles is in the cache when it begins; where
+no folder can be written for a cache, it compiles. With STREAMCTL_COMPILE=never, as `recommend` for
+one user sets it, compiled code is not even read; evidence for many users at once is, in any case.
 """
 
-import atexit
 import hashlib
 import os
-import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 
 from .. import cache as places
 from .dispatch import KernelError
 
-MODES = ("wait", "background", "never")
-_LOOK_EVERY_S = 0.5
+MODES = ("wait", "cached", "never")
 
 # Of every compiled function. Numba refuses to cache where it finds no folder to write.
 OPTIONS = {"nogil": True, "cache": bool(os.environ.get("NUMBA_CACHE_DIR"))}
-
-
-class _State:
-    ready = False
-    looked = 0.0
-    process = None
-
-
-def mode() -> str:
-    """wait, background or never; wait instead of background where there is no cache.
-
-    Raises:
-        KernelError: STREAMCTL_COMPILE says something else.
-    """
-    told = os.environ.get("STREAMCTL_COMPILE") or "wait"
-    if told not in MODES:
-        known = ", ".join(MODES)
-        raise KernelError(f"STREAMCTL_COMPILE: unknown mode {told!r}; known: {known}")
-    return "wait" if told == "background" and _marker() is None else told
 
 
 @cache
@@ -77,56 +51,21 @@ def _marker() -> Path | None:
 
 
 def ready() -> bool:
-    """Whether compiled code may be called now; starts the compiling where it is not there yet."""
-    if _State.ready:
-        return True
-    chosen = mode()
-    if chosen == "wait":
-        return True
-    now = time.monotonic()
-    if chosen == "never" or now < _State.looked:
-        return False
-    _State.looked = now + _LOOK_EVERY_S
-    if complete():
-        _State.ready = True
-    elif _State.process is None:
-        _State.process = _start()
-    return _State.ready
+    """Whether compiled code may be called: the same in all of a process's life.
+
+    Raises:
+        KernelError: STREAMCTL_COMPILE says something that is no mode.
+    """
+    mode = os.environ.get("STREAMCTL_COMPILE") or "wait"
+    if mode not in MODES:
+        known = ", ".join(MODES)
+        raise KernelError(f"STREAMCTL_COMPILE: unknown mode {mode!r}; known: {known}")
+    return mode == "wait" or (mode == "cached" and _found())
 
 
-def _start() -> subprocess.Popen | None:
-    command = [sys.executable, "-m", "streamctl.model.warm"]
-    environment = {**os.environ, "STREAMCTL_COMPILE": "wait", "OMP_NUM_THREADS": "1"}
-    # The package may be found through this process's path alone.
-    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    nothing = subprocess.DEVNULL
-    try:
-        process = subprocess.Popen(
-            command, stdin=nothing, stdout=nothing, stderr=nothing, env=environment
-        )
-    except OSError:
-        return None
-    # What it has compiled stays; the next process goes on from there.
-    atexit.register(process.terminate)
-    return process
-
-
-def complete() -> bool:
-    """Whether all is compiled on this machine: a process that begins now is ready at once."""
-    return (marker := _marker()) is not None and marker.exists()
-
-
-def failed() -> bool:
-    """Whether the process that was to compile has ended otherwise than well."""
-    return _State.process is not None and _State.process.poll() not in (None, 0)
-
-
-def settle() -> bool:
-    """Have `ready` say for good what it has said; False while another process compiles."""
-    if _State.ready or mode() == "wait":
-        return True
-    os.environ["STREAMCTL_COMPILE"] = "never"
-    return _State.process is None
+@cache
+def _found() -> bool:
+    return (marker := _marker()) is None or marker.exists()
 
 
 def finished() -> None:

@@ -98,10 +98,11 @@ def main() -> None:
     # OpenMP's threads spin while they wait. Beside another busy process that costs most of the
     # machine (training was 8 times slower), so that they sleep here; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # What answers users does not wait for Numba. One answer is there before compiled code is read.
-    if sys.argv[1:2] in (["recommend"], ["serve"]):
-        many = sys.argv[1] == "serve" or any(word.startswith("--input") for word in sys.argv)
-        os.environ.setdefault("STREAMCTL_COMPILE", "background" if many else "never")
+    # A server does not wait for Numba. One answer is there before compiled code is read.
+    if sys.argv[1:2] == ["serve"]:
+        os.environ.setdefault("STREAMCTL_COMPILE", "cached")
+    elif sys.argv[1:2] == ["recommend"] and not any(w.startswith("--input") for w in sys.argv):
+        os.environ.setdefault("STREAMCTL_COMPILE", "never")
     try:
         build_app()()
     except SystemExit as error:

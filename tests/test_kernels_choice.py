@@ -72,15 +72,19 @@ def test_where_nothing_can_be_written_the_answer_is_kept_in_memory(monkeypatch):
 
 def test_an_unknown_mode_of_compiling_is_refused(monkeypatch):
     monkeypatch.setenv("STREAMCTL_COMPILE", "later")
-    with pytest.raises(KernelError, match="known: wait, background, never"):
-        compiled.mode()
+    with pytest.raises(KernelError, match="known: wait, cached, never"):
+        compiled.ready()
 
 
-def test_where_no_compiled_code_can_be_kept_a_server_compiles_for_itself(monkeypatch):
-    monkeypatch.setenv("STREAMCTL_COMPILE", "background")
-    monkeypatch.setattr(compiled._State, "ready", False)
-    monkeypatch.setattr(compiled, "_marker", lambda: None)
-    assert compiled.ready() and compiled.settle()
+@pytest.mark.parametrize(("kept", "used"), [(None, True), ("other", False), ("mine", True)])
+def test_a_server_uses_what_is_compiled_and_compiles_where_nothing_can_be_kept(
+    tmp_path, monkeypatch, kept, used
+):
+    monkeypatch.setenv("STREAMCTL_COMPILE", "cached")
+    monkeypatch.setattr(compiled, "_found", compiled._found.__wrapped__)
+    monkeypatch.setattr(compiled, "_marker", lambda: kept and tmp_path / kept)
+    (tmp_path / "mine").touch()
+    assert compiled.ready() is used
 
 
 @pytest.mark.parametrize(("rows", "width", "codewords"), [(256, 256, 1024), (4096, 32, 256)])
@@ -103,7 +107,6 @@ def test_the_nearest_codeword_takes_no_longer_than_plain_torch(rows, width, code
 
 
 PROGRAM = """
-import time
 import torch
 from streamctl.kernels import compiled, trie_topk
 from streamctl.kernels.trie_topk.cases import random_case, random_items
@@ -115,19 +118,13 @@ with torch.no_grad():
     print(float(encoder(torch.ones(2, 3, 8)).sum()))
 case = random_case(random_items(9, 2, 3), 2, 2, 1, 9, 2)
 print(float(trie_topk(*case[:5])[0].sum()))
-print(compiled.ready(), compiled._State.process is not None)
-print(compiled.complete(), compiled.settle())
-if compiled._State.process:
-    compiled._State.process.terminate()
-    compiled.finished()
-time.sleep(compiled._LOOK_EVERY_S)
-print(compiled.complete(), compiled.ready())
+print(compiled.ready())
 """
 
 
-def test_answers_in_the_background_mode_do_not_wait_for_the_compiler(tmp_path):
+def test_answers_do_not_wait_for_the_compiler_unless_they_are_to(tmp_path):
     found = {}
-    for mode in ("never", "background", "wait"):
+    for mode in ("never", "cached", "wait"):
         environment = {**os.environ, "STREAMCTL_COMPILE": mode}
         if mode != "wait":  # an empty cache
             environment |= {"STREAMCTL_CACHE": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -136,14 +133,8 @@ def test_answers_in_the_background_mode_do_not_wait_for_the_compiler(tmp_path):
             cwd=ROOT,
         )  # fmt: skip
         assert answer.returncode == 0, answer.stderr
-        *numbers, state, settled, later = answer.stdout.splitlines()
-        found[mode] = [float(number) for number in numbers], state.split()
-        if mode == "background":  # it stays as it is, however far the compiler has come
-            assert (settled, later) == ("False False", "True False")
-        else:
-            assert settled.endswith("True")
-    assert found["never"][1][:2] == ["False", "False"]
-    assert found["background"][1][:2] == ["False", "True"]
-    assert found["wait"][1][:2] == ["True", "False"]
-    for mode in ("never", "background"):
-        assert found[mode][0] == pytest.approx(found["wait"][0], abs=1e-4)
+        *numbers, ready = answer.stdout.splitlines()
+        assert ready == str(mode == "wait")
+        found[mode] = [float(number) for number in numbers]
+    for mode in ("never", "cached"):
+        assert found[mode] == pytest.approx(found["wait"], abs=1e-4)

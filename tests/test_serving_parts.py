@@ -18,7 +18,6 @@ from streamctl.runs import RunDir
 from streamctl.serving import service as services
 from streamctl.serving.batcher import Gone
 from streamctl.serving.keys import KeyRing
-from streamctl.serving.problems import Problem
 from streamctl.serving.question import as_job
 from streamctl.serving.schemas import Query
 from streamctl.serving.service import Served, Service, Settings
@@ -353,17 +352,19 @@ def test_a_replacement_that_cannot_load_is_ended_and_another_tried(run, folder, 
     assert len(asyncio.run(replaced())) == 1
 
 
-def test_models_that_began_before_the_compiler_was_done_make_room_for_others(run, monkeypatch):
+@pytest.mark.parametrize(("program", "made_anew"), [("pass", True), ("raise SystemExit(1)", False)])
+def test_models_in_plain_pytorch_make_room_when_the_compiler_is_done(
+    run, monkeypatch, tmp_path, capfd, program, made_anew
+):
     made = []
 
     class Fake:
+        loaded = frozenset("ab")
+
         def __init__(self, path, settings, loaded=()):
-            self.loaded = {"a", "b"}
             assert loaded == (self.loaded if made else ())
-            self.run, self.store, self.looks, self.stopped = RunDir(path), self, 0, False
-            self.about = {
-                "model": {"run": "run"}, "method": "a", "settled": len(made) > 1
-            }  # fmt: skip
+            self.run, self.store, self.stopped = RunDir(path), self, False
+            self.about = {"model": {"run": "run"}, "method": "a", "compiled": bool(made)}
             made.append(self)
 
         async def start(self) -> None:
@@ -372,18 +373,13 @@ def test_models_that_began_before_the_compiler_was_done_make_room_for_others(run
         def count(self) -> int:
             return 120
 
-        async def ask(self, what: str) -> bool:
-            assert what == "compiled"
-            self.looks += 1
-            if self.looks == 1:
-                raise Problem(503, "no model answers at this moment")
-            return self.looks > 2
-
         async def stop(self) -> None:
             self.stopped = True
 
+    (tmp_path / "compiler_of_a_test.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(services, "COMPILER", "compiler_of_a_test")
     monkeypatch.setattr(services, "Served", Fake)
-    monkeypatch.setattr(services, "LOOK_S", 0.0)
 
     async def settled() -> Service:
         service = Service(Settings(run.path))
@@ -392,6 +388,6 @@ def test_models_that_began_before_the_compiler_was_done_make_room_for_others(run
         return service
 
     service = asyncio.run(settled())
-    assert service.served is made[2] and service.failure is None
-    assert [one.looks for one in made] == [3, 3, 0]
-    assert [one.stopped for one in made] == [True, True, False]
+    assert service.served is made[-1] and service.failure is None
+    assert [one.stopped for one in made] == ([True, False] if made_anew else [False])
+    assert ("the compiler failed" in capfd.readouterr().err) is not made_anew

@@ -373,5 +373,6 @@ def load_best(
 ) -> tuple[str, Recommender]:
     """The run's best method, or the one that is named, said on stderr; and its recommender."""
     folder, name, why = answering(run, method)
+    recommender = load_method(folder, name, device, beam=beam)
     say(f"answers by {name}: {why}")
-    return name, load_method(folder, name, device, beam=beam)
+    return name, recommender

@@ -43,16 +43,14 @@ def compile_all() -> None:
 
 
 def main() -> None:
-    """Compile, unless another process does; then leave word that it is done."""
+    """Compile, after another process that does; then leave word that it is done."""
     if (folder := cache.folder()) is None:
         sys.exit("nowhere to keep it: set STREAMCTL_CACHE to a folder that you can write")
     os.nice(19)
+    os.environ["STREAMCTL_COMPILE"] = "wait"
     torch.set_num_threads(1)
     with open(folder / "compiling.lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return
+        fcntl.flock(lock, fcntl.LOCK_EX)
         compile_all()
         compiled.finished()
 

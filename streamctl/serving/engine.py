@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from streamctl.data import load_data
 from streamctl.decode.explain import explained, pairs_of
-from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import answering, known_rows, load_best, load_method, method_names
 from streamctl.kernels import compiled
 from streamctl.ranking import Recommender
@@ -60,7 +59,8 @@ class Engine:
     def _model(self, name: str, source: RunDir) -> dict[str, str]:
         """Which run and stage a method is read from, as they are now."""
         stage = source.stage(known_rows(source)[name].stages[-1])
-        return {"run": self.run.path.resolve().name, "stage": stage.name, "hash": stage.hash}
+        place = stage.path.relative_to(self.run.path).as_posix()  # may be in final/
+        return {"run": self.run.path.resolve().name, "stage": place, "hash": stage.hash}
 
     def load(self, method: str) -> None:
         """Have a method loaded and warm; those that were asked for once stay.
@@ -74,29 +74,15 @@ class Engine:
             self.warm_up(method)
 
     def about(self) -> dict[str, Any]:
-        """What the server has to know. It computes as it does now from then on; `settled` is False
-        where others, that begin when the compiler is done, would be faster."""
+        """What the server has to know; `compiled` is False where it computes in plain PyTorch."""
         return {
             "model": self._models[self.method],
             "method": self.method,
             "methods": self.methods,
             "loaded": [*self._loaded, POPULAR],
             "history": self._split.history,
-            "settled": compiled.settle(),
+            "compiled": compiled.ready(),
         }
-
-    def compiled(self) -> bool:
-        """Whether a process that begins now would have compiled code.
-
-        Raises:
-            StreamctlError: the compiler has failed.
-        """
-        if compiled.failed() and not compiled.complete():
-            raise StreamctlError(
-                "the compiler failed, so that answers stay in plain PyTorch",
-                run="python -m streamctl.model.warm",
-            )
-        return compiled.complete()
 
     def warm_up(self, method: str | None = None) -> None:
         """Run the paths that queries take, so that the first ones find everything compiled, and

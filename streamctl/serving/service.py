@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from streamctl.serving.schemas import NewItem, Query, Taken
 from streamctl.serving.store import Store
 
 RETRY_S = 5.0  # before another try to start a model in a dead one's place
-LOOK_S = 2.0  # between two looks whether the compiler is done
+COMPILER = "streamctl.model.warm"
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class Served:
         except BaseException:
             await self.stop()
             raise
-        settled = all(model.about["settled"] for model in models)
-        self.about = models[0].about | {"settled": settled}
+        compiled = all(model.about["compiled"] for model in models)
+        self.about = models[0].about | {"compiled": compiled}
         self.loaded = set(self.about["loaded"])
         self._tasks = [asyncio.create_task(self._keep(model)) for model in models]
         metrics.ITEMS.set(self.store.count())
@@ -205,20 +206,24 @@ class Service:
             return
         about = served.about
         say(f"ready: {about['model']['run']} ({about['method']}), {served.store.count():,} items")
-        await self._settle()
+        if not about["compiled"]:
+            await self._compile()
 
-    async def _settle(self) -> None:
-        """Have models that began in plain PyTorch make room for others when the compiler is done:
-        loading its work would keep their requests waiting."""
-        while not self.served.about["settled"]:
-            await asyncio.sleep(LOOK_S)
-            try:
-                if await self.served.ask("compiled"):
-                    await self.reload(None)
-            except (Problem, StreamctlError, OSError, RuntimeError) as error:
-                if not isinstance(error, Problem) or error.status == 409:
-                    say(f"goes on in plain PyTorch, until it is started again: {error}")
-                    return
+    async def _compile(self) -> None:
+        """Compile what the models compute by, and have others take their place: to load it
+        themselves would keep their requests waiting."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", COMPILER, stdin=asyncio.subprocess.DEVNULL
+        )
+        try:
+            if await process.wait():
+                raise StreamctlError("the compiler failed", run=f"python -m {COMPILER}")
+            await self.reload(None)
+        except (Problem, StreamctlError) as error:
+            say(f"goes on in plain PyTorch, until it is started again: {error}")
+        finally:
+            if process.returncode is None:
+                process.terminate()
 
     async def stop(self) -> None:
         """Answer what waits, then end."""
