@@ -210,7 +210,7 @@ def test_eval_in_two_processes_gives_identical_artifacts(shop, alone, tmp_path):
     for count in (1, 2):
         copy = tmp_path / str(count)
         shutil.copytree(alone[0], copy)
-        words = ["eval", *options, "--run", str(copy), "--methods", "popularity,tiger"]
+        words = ["eval", *options, "--run", str(copy), "--methods", "popularity,stream_pt"]
         answers, _ = job(commands, words, count, tmp_path / f"eval-{count}")
         assert not any(answer.returncode for answer in answers), answers
         found.append(RunDir(copy).stage("eval").manifest["artifacts"])

@@ -27,7 +27,7 @@ from streamctl.data import Split, load_data, prepare
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import curve
 from streamctl.evaluation import stage as stage_module
-from streamctl.evaluation.methods import Models, best_method, choose_rows, known_rows, load_best
+from streamctl.evaluation.methods import Models, best_method, choose_rows, load_best
 from streamctl.evaluation.report import SAME, plot, table
 from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.ranking import evaluate
@@ -92,7 +92,7 @@ def models(run):
 
 def test_every_row_that_the_run_has_is_there(result):
     methods, controls = set(result["methods"]), set(result["controls"])
-    assert methods == {"popularity", "tiger", "stream_pt", "stream_sft", "stream_rl"}
+    assert methods == {"popularity", "stream_pt", "stream_sft", "stream_rl"}
     assert controls == {
         "no_thinking",
         "random_thinking",
@@ -121,18 +121,16 @@ def test_the_result_says_what_it_is_of(result, run):
 
 def test_stream_rows_come_with_paired_intervals(result):
     for name in ("stream_pt", "stream_sft", "stream_rl"):
-        found = result["comparisons"][name]["tiger"]
-        own = result["methods"][name]["ndcg@10"] - result["methods"]["tiger"]["ndcg@10"]
+        found = result["comparisons"][name]["no_thinking"]
+        own = result["methods"][name]["ndcg@10"] - result["controls"]["no_thinking"]["ndcg@10"]
         assert found["difference"] == pytest.approx(own)
         assert found["low"] <= found["difference"] <= found["high"]
         assert found["masked"]["low"] <= found["masked"]["high"]
     assert "random_thinking" in result["comparisons"]["stream_sft"]
-    assert "no_thinking" in result["comparisons"]["stream_sft"]
 
 
-def test_rows_that_mislead_without_a_note_have_one(result):
+def test_a_row_that_misleads_without_a_note_has_one(result):
     assert "seen the answer" in result["controls"]["oracle_thinking"]["note"]
-    assert "direct decoder of pretraining" in result["methods"]["tiger"]["note"]
 
 
 def test_artifacts_hold_no_timing(stage):
@@ -158,7 +156,7 @@ def test_it_is_redone_when_a_stage_appears_and_the_last_one_kept(tmp_path):
 
 
 def test_an_interrupted_evaluation_keeps_its_rows_and_ends_bit_identical(run, stage, monkeypatch):
-    config = EvalConfig(beam=4, bootstrap=50, methods=("popularity", "tiger", "stream_pt"))
+    config = EvalConfig(beam=4, bootstrap=50, methods=("popularity", "stream_pt", "stream_sft"))
     whole = evaluate_run(run, config, device="cpu", force=True).hash
     titles, real = [], stage_module.evaluate
 
@@ -181,7 +179,7 @@ def test_an_interrupted_evaluation_keeps_its_rows_and_ends_bit_identical(run, st
     monkeypatch.setattr(stage_module, "evaluate", resumed)
     assert evaluate_run(run, config, device="cpu").hash == whole
     assert "eval popularity" not in titles, "a finished row was evaluated again"
-    assert "eval tiger" in titles
+    assert "eval stream_pt" in titles
 
 
 def test_items_that_share_a_code_are_ordered_by_chance_and_only_one_is_credited(models):
@@ -316,14 +314,6 @@ def test_an_unknown_row_and_a_missing_stage_are_named(run, tmp_path):
         evaluate_run(copy, EvalConfig(methods=("stream_sft",)), device="cpu")
 
 
-def test_tiger_is_the_one_trained_alone_when_there_is_one(run, tmp_path):
-    assert known_rows(run)["tiger"].stages == ("tokenizer", "pretrain")
-    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
-    with copy.begin("baselines/tiger", BaselineConfig(name="tiger"), parents=["data"]) as stage:
-        stage.publish()
-    assert known_rows(copy)["tiger"].stages == ("tokenizer", "baselines/tiger")
-
-
 def test_tiger_trained_alone_is_searched_no_wider_than_the_other_rows(models, monkeypatch):
     policy, trie = models.policy("pretrain"), models.material.trie
     alone = SimpleNamespace(policy=policy, trie=trie)
@@ -360,9 +350,8 @@ def test_collapsed_labels_are_an_error_under_strict(run, stage, monkeypatch, cap
 
 
 def test_the_evaluator_agrees_with_the_result(models, result):
-    recommender = models.generative("pretrain", decoder="direct")
-    found = evaluate(recommender, models.examples, n_items=N_ITEMS, masked=True)
-    assert found.metrics["ndcg@10"] == result["methods"]["tiger"]["masked"]["ndcg@10"]
+    found = evaluate(models.thinking("sft"), models.examples, n_items=N_ITEMS, masked=True)
+    assert found.metrics["ndcg@10"] == result["methods"]["stream_sft"]["masked"]["ndcg@10"]
 
 
 def test_exact_search_is_the_yardstick_of_beams(run):

@@ -166,7 +166,7 @@ def test_the_thought_is_walked_with_the_arrow_keys_and_each_step_says_why_and_ha
 def test_another_method_answers_where_it_is_chosen(page):
     page.get_by_role("button", name="A real user").click()
     expect(page.locator("#note")).to_be_empty()
-    for method in ("tiger", "stream_sft"):
+    for method in ("stream_pt", "stream_sft"):
         asked = lambda one, method=method: (  # noqa: E731
             "/v1/recommend" in one.url and one.request.post_data_json["method"] == method
         )

@@ -107,7 +107,7 @@ def familiar(case, known: tuple[list[str], list[str]]) -> None:
             query["user_id"] = None
         else:
             query |= {"history": None, "user_id": users[size % len(users)]}
-        query["method"] = ("auto", "tiger", "popularity")[size % 3]
+        query["method"] = ("auto", "stream_pt", "popularity")[size % 3]
         if query.get("filter"):
             query["filter"] = {"brand": next(iter(query["filter"].values()))}
 

@@ -91,12 +91,12 @@ def test_many_items_are_found_where_many_are_wanted(engine):
 
 
 def test_a_method_may_be_named_and_an_unknown_one_is_refused(engine):
-    assert set(engine.about()["methods"]) >= {"popularity", "tiger", "stream_sft"}
-    for method in ("tiger", "popularity"):
+    assert set(engine.about()["methods"]) >= {"popularity", "stream_pt", "stream_sft"}
+    for method in ("stream_pt", "popularity"):
         assert ask(engine, user_id=OLD, method=method)["method"] == method
-    assert ids(engine, user_id=OLD, method="tiger") != ids(engine, user_id=OLD)
-    with pytest.raises(Refused, match="did you mean tiger") as error:
-        ask(engine, user_id=OLD, method="tigre")
+    assert ids(engine, user_id=OLD, method="stream_pt") != ids(engine, user_id=OLD)
+    with pytest.raises(Refused, match="did you mean stream_pt") as error:
+        ask(engine, user_id=OLD, method="stream_pd")
     assert error.value.field == "/method"
 
 

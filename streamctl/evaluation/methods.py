@@ -210,12 +210,7 @@ def _thinking_controls(run: RunDir) -> tuple[Row, ...]:
 
 
 def known_rows(run: RunDir) -> dict[str, Row]:
-    """Every row there could be, in the order of the table; TIGER as good as the run has it."""
-    beside = "the direct decoder of pretraining; `streamctl baseline tiger` trains one alone"
-    tiger = Row("tiger", ("tokenizer", "baselines/tiger"), Models.tiger)
-    if not run.stage("baselines/tiger").complete:
-        direct = call("generative", "pretrain", decoder="direct")
-        tiger = Row("tiger", ("tokenizer", "pretrain"), direct, note=beside)
+    """Every row there could be, in the order of the table."""
     rows = (
         Row("popularity", ("data",), Models.popularity),
         *(
@@ -223,7 +218,7 @@ def known_rows(run: RunDir) -> dict[str, Row]:
             for name, found in BASELINES.items()
             if name not in ("popularity", "tiger")
         ),
-        tiger,
+        Row("tiger", ("tokenizer", "baselines/tiger"), Models.tiger),
         Row("stream_pt", ("tokenizer", "pretrain"), Models.pretrained),
         *(
             Row(f"stream_{stage}", ("tokenizer", "annotate", stage), call("thinking", stage))

@@ -252,8 +252,6 @@ def _write_receipt(run: RunDir, job: RunDir, seed: int) -> None:
     result, made = read_result(evaluated), ancestors(job, ["eval"])
     prefix = "letter_" if job.path.name.startswith("letter") else ""
     rows = result["methods"] | result["controls"]
-    if not job.stage("baselines/tiger").complete:
-        rows.pop("tiger", None)  # eval's stand-in, the direct decoder of pretraining, is no TIGER
     if prefix:
         rows = {name: row for name, row in rows.items() if _is_streams(name)}
     examples = len(load_data(job)[1].train)
