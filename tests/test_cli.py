@@ -170,8 +170,14 @@ def test_a_table_in_a_narrow_terminal_breaks_its_cells_and_loses_nothing(monkeyp
 def test_an_unreachable_encoder_names_the_ways_out(streamctl, shop):
     answer = streamctl("tokenize", "--run", shop, "--encoder", "no/such-encoder")
     assert answer.returncode == 1
-    assert "tfidf" in answer.stderr
-    assert "--encoder FOLDER" in answer.stderr
+    assert "--encoder tfidf" in answer.stderr and "--encoder FOLDER" in answer.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "tokenize"])
+def test_an_unreachable_encoder_is_spoken_of_as_it_was_given(streamctl, shop, command):
+    answer = streamctl(command, "--run", shop, "--set", "tokenize.encoder=no/such-encoder")
+    assert answer.returncode == 1
+    assert "--set tokenize.encoder=tfidf" in answer.stderr and "--encoder" not in answer.stderr
 
 
 def test_json_goes_to_stdout_alone(streamctl, shop, tmp_path):

@@ -225,10 +225,14 @@ def test_a_moment_is_a_date_in_any_unit_or_the_logs_own_number(unit, text):
     assert abs(int(sizes[0]) - int(sizes[1])) <= 5  # validation as large as test
 
 
-def test_a_moment_by_share():
+def test_a_moment_by_share_and_where_it_is(capsys):
     _, log, _ = build(RawLog.of(*zip(*LOG, strict=True)), DataConfig(split="80%,90%"))
     split = Split(log)
     assert abs(len(split.test) - 10) <= 2 and abs(len(split.valid) - 10) <= 2
+    first = (log.timestamps[part.end].min() for part in (split.valid, split.test))
+    dates = [str(np.datetime64(int(time), "s")).replace("T", " ") for time in first]
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"validation begins at {dates[0]}, test at {dates[1]}" in said
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from streamctl.data.log import ranges
 from streamctl.data.prepare import build
 from streamctl.data.sources import read_source
 from streamctl.data.sources.raw import ItemTable, RawLog
+from streamctl.data.statistics import warn_about
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
 
@@ -125,6 +126,15 @@ def test_a_log_with_times_gets_the_5_core_and_one_in_order_is_left_alone():
     assert "rare" not in timed.ids
     assert "rare" in ordered.ids
     assert "short" in log.user_ids
+
+
+def test_a_filter_that_takes_most_users_says_so_and_what_lowers_it(capsys):
+    log = [(f"u{u}", f"i{k}", k) for u in range(9) for k in range(6 if u < 4 else 3)]
+    for minimum, said in ((5, True), (3, False)):
+        _, _, facts = build(raw_log(log), DataConfig(min_user=minimum, min_item=1))
+        warn_about(facts)
+        warning = "5 of 9 users are left out: a user needs 5 interactions, an item 1"
+        assert (warning in " ".join(capsys.readouterr().err.split())) == said
 
 
 def test_items_nobody_took_stay_out_unless_min_item_is_0():

@@ -273,7 +273,7 @@ def test_eq_04_a_models_vectors_are_the_mean_of_its_last_states_and_know_meaning
 def test_an_unreachable_encoder_fails_fast_and_names_the_ways_out(name, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     start = time.monotonic()
-    with pytest.raises(StreamctlError, match=r"--encoder tfidf.*FOLDER"):
+    with pytest.raises(StreamctlError, match=r"tokenize.encoder=tfidf.*FOLDER"):
         find_model(name)
     assert time.monotonic() - start < 120
 

