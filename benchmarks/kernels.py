@@ -120,7 +120,7 @@ def torch_peers(x, codebooks, device):
 def residual_quantize_row(repeats, device, now):
     n, d, depth, k = QUANTIZE[device]
     name = BACKEND[device]
-    x, codebooks, _ = to_device(random_rows(n, d, depth, k), device)
+    x, codebooks = to_device(random_rows(n, d, depth, k), device)
     some = torch.arange(0, n, n // 2000, device=device)
     ours, residual = residual_quantize(x, codebooks, backend=name)
     expected = residual_quantize(x[some], codebooks, backend="reference")
@@ -152,7 +152,7 @@ def quantizer_libraries(x, depth, k):
 def nearest_codeword_row(shape, repeats, device, now):
     n, d, _, k = shape
     name = BACKEND[device]
-    x, codebooks, _ = to_device(random_rows(n, d, 1, k), device)
+    x, codebooks = to_device(random_rows(n, d, 1, k), device)
     some = torch.arange(0, n, max(1, n // 500), device=device)
     index, distance = nearest_codeword(x, codebooks[0], backend=name)
     expected = nearest_codeword(x[some], codebooks[0], backend="reference")

@@ -5,11 +5,11 @@
     reconstruct(codes, codebooks)          the sum of the chosen codewords
     straight_through(x, codebooks)         the same with the straight-through gradient (RQ-VAE)
     trie_topk(logits, nodes, ...)          one step of beam search constrained by a CsrTrie
-    backends(), use_backend(name)          which implementation runs
+    backends()                             which implementations run here
 
 `auto` takes Triton for CUDA tensors, Numba for CPU tensors (once compiled, see `compiled.py`) and
-the plain PyTorch reference for the rest. `backend=` wins over `use_backend(...)`, which wins over
-the environment variable STREAMCTL_KERNELS. An explicit backend that cannot run raises
+the plain PyTorch reference for the rest. `backend=` wins over the environment variable
+STREAMCTL_KERNELS. An explicit backend that cannot run raises
 `KernelError`.
 """
 
@@ -32,7 +32,6 @@ _HOME = {
     "CsrTrie": ".trie_topk",
     "KernelError": ".dispatch",
     "backends": ".dispatch",
-    "use_backend": ".dispatch",
 }
 OPS = ("nearest_codeword", "residual_quantize", "trie_topk")
 

@@ -47,10 +47,5 @@ def codewords(name, value, shape, device):
     return value
 
 
-def row_mask(mask, rows, device):
-    """The optional (N,) bool mask: False rows are padding."""
-    return None if mask is None else tensor("mask", mask, (rows,), (torch.bool,), device)
-
-
 def not_finite(row):
     return KernelError(f"x must be finite, got NaN or Inf in row {row}")

@@ -25,7 +25,6 @@ _SIGNATURE = _i64(
     # x as float32 and as bf16 bits: one of them is empty, so one compilation serves both
     _f32[:, :],
     numba.uint16[:, :],
-    numba.bool_[:],
     _i64,
     _i64,
     # _pack(): exact, centre, norms, words, bias; and whether the words are pairs of bf16
@@ -45,7 +44,7 @@ _SIGNATURE = _i64(
 
 @numba.njit(_SIGNATURE, **OPTIONS)
 def _quantize_range(
-    x, x_bits, mask, start, stop, exact, centre, norms, words, bias, pairs,
+    x, x_bits, start, stop, exact, centre, norms, words, bias, pairs,
     codes, residual, distance, block,
 ):  # fmt: skip
     """Quantize rows [start, stop); return the first row that is not finite, or -1."""
@@ -54,7 +53,6 @@ def _quantize_range(
     scratch = make_scratch(block, size, padded)
     rows = np.zeros((block, padded), np.float32)
     row_bits = rows.view(np.uint32)
-    live = np.ones(block, np.bool_)
     index = np.empty(block, np.int64)
     # A level whose bf16 scores leave many codewords to compare goes on in float32.
     coarse = np.zeros(levels, np.bool_)
@@ -67,11 +65,7 @@ def _quantize_range(
         count = min(block, stop - first)
         for b in range(count):
             n = first + b
-            if mask.shape[0]:
-                live[b] = mask[n]
-            if not live[b]:
-                rows[b] = 0
-            elif x_bits.shape[0]:
+            if x_bits.shape[0]:
                 for d in range(width):
                     row_bits[b, d] = np.uint32(x_bits[n, d]) << np.uint32(16)
             else:
@@ -85,7 +79,7 @@ def _quantize_range(
                 book = (exact[level], words[level], bias[level], centre[level],
                         norms[level, 0], norms[level, 1])  # fmt: skip
             bf16 = pairs and not coarse[level]
-            compared = search_block(rows, width, live, count, book, bf16, scratch, index)
+            compared = search_block(rows, width, count, book, bf16, scratch, index)
             if compared < 0:
                 return first - (compared + 1)
             if bf16 and compared > count * max(2, size // 32):
@@ -97,7 +91,7 @@ def _quantize_range(
                     )  # fmt: skip
             for b in range(count):
                 codes[first + b, level] = index[b]
-                if live[b] and residual.shape[0]:
+                if residual.shape[0]:
                     row = rows.ctypes.data + b * padded * 4
                     subtract(row, exact.ctypes.data + (level * size + index[b]) * padded * 4, width)
         for b in range(count):
@@ -105,9 +99,7 @@ def _quantize_range(
                 for d in range(width):
                     residual[first + b, d] = rows[b, d]
             if distance.shape[0]:
-                distance[first + b] = 0
-                if live[b]:
-                    distance[first + b] = squared_distance(rows[b], exact[0, index[b]])
+                distance[first + b] = squared_distance(rows[b], exact[0, index[b]])
     return -1
 
 
@@ -127,7 +119,7 @@ def _pack(codebooks):
     return exact, centre, norms, words, bias, BF16
 
 
-def quantize(x, codebooks, mask, *, want):
+def quantize(x, codebooks, *, want):
     """codes (N, L) int64 and, as `want` says, the "residual" (N, D) or the "distance" (N,)."""
     n, width = x.shape
     packed = _pack(codebooks)
@@ -139,12 +131,11 @@ def quantize(x, codebooks, mask, *, want):
         bits = x.view(torch.int16).numpy().view(np.uint16)
     else:
         values = x.numpy()
-    live = np.empty(0, np.bool_) if mask is None else mask.numpy()
     block = block_rows(width)
     outputs = (codes.numpy(), residual.numpy(), distance.numpy(), block)
 
     def run(start, stop):
-        return _quantize_range(values, bits, live, start, stop, *packed, *outputs)
+        return _quantize_range(values, bits, start, stop, *packed, *outputs)
 
     together = block * max(1, min(_RANGE, n // 4) // block)  # rows
     bad = [row for row in threads.over_ranges(run, n, together) if row >= 0]

@@ -144,8 +144,8 @@ def _settle(row, exact, width, best, second, margin, tag_mask, candidates, dista
 
 
 @numba.njit(**OPTIONS)
-def search_block(rows, width, live, count, book, bf16, scratch, index):
-    """index[b] = the nearest of the book's codewords to rows[b], for b < count with live[b].
+def search_block(rows, width, count, book, bf16, scratch, index):
+    """index[b] = the nearest of the book's codewords to rows[b], for b < count.
 
     rows: (B, padded width) float32, zero beyond `width`; B a multiple of ROWS. book: (exact, words,
     bias, centre, longest, slipped) of one level. scratch: from `make_scratch`.
@@ -163,12 +163,11 @@ def search_block(rows, width, live, count, book, bf16, scratch, index):
 
     groups = -(-count // ROWS)
     for b in range(count):
-        if live[b]:
-            norm, slip = _pack_row(
-                rows.ctypes.data + b * padded * 4, centre.ctypes.data, rounded.ctypes.data,
-                packed.ctypes.data + b * padded * 4, norms, width, bf16,
-            )  # fmt: skip
-            margins[b] = _margin(norm, slip, longest, slipped, width, tag_bits)
+        norm, slip = _pack_row(
+            rows.ctypes.data + b * padded * 4, centre.ctypes.data, rounded.ctypes.data,
+            packed.ctypes.data + b * padded * 4, norms, width, bf16,
+        )  # fmt: skip
+        margins[b] = _margin(norm, slip, longest, slipped, width, tag_bits)
     best[: groups * ROWS] = -np.inf
     second[: groups * ROWS] = -np.inf
     stride = packed.shape[1] * 4
@@ -193,9 +192,6 @@ def search_block(rows, width, live, count, book, bf16, scratch, index):
     compared = 0
     tags = best.view(np.int32)
     for b in range(count):
-        if not live[b]:
-            index[b] = -1
-            continue
         lane = np.int64(-1)
         if margins[b] < np.inf:
             lane = sole_leader(top + b * _LANE_BYTES, runner_up + b * _LANE_BYTES, margins[b])

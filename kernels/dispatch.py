@@ -1,7 +1,5 @@
-"""Which implementation of an op runs: argument > use_backend() > STREAMCTL_KERNELS > auto."""
+"""Which implementation of an op runs: argument > STREAMCTL_KERNELS > auto."""
 
-import contextlib
-import contextvars
 import importlib
 import importlib.util
 import os
@@ -9,8 +7,6 @@ import os
 # Backend -> the file inside an op's folder that implements it as `run(...)`.
 _FILES = {"reference": "reference", "numba": "numba_cpu", "triton": "triton_gpu"}
 NAMES = ("auto", *_FILES)
-
-_override = contextvars.ContextVar("streamctl_kernels_backend", default=None)
 
 
 class KernelError(ValueError):
@@ -51,19 +47,6 @@ def backends(device="cpu"):
     return {name: _missing(name, device_type) for name in _FILES}
 
 
-@contextlib.contextmanager
-def use_backend(name):
-    """Within the block (this thread or task only), ops without `backend=` run on `name`.
-
-    name: "auto", "reference", "numba" or "triton". An unknown one raises KernelError at once.
-    """
-    token = _override.set(_known(name, "use_backend"))
-    try:
-        yield
-    finally:
-        _override.reset(token)
-
-
 def _compiled_ready():
     from .compiled import ready  # which needs KernelError of this module
 
@@ -72,13 +55,8 @@ def _compiled_ready():
 
 def resolve(backend, device_type):
     """The backend's name for this call; raises KernelError when the chosen one cannot run."""
-    if backend is not None:
-        name, origin = _known(backend, "backend="), "backend="
-    elif _override.get() is not None:
-        name, origin = _override.get(), "use_backend"
-    else:
-        origin = "STREAMCTL_KERNELS"
-        name = _known(os.environ.get(origin) or "auto", origin)
+    origin = "STREAMCTL_KERNELS" if backend is None else "backend="
+    name = _known((os.environ.get(origin) or "auto") if backend is None else backend, origin)
     if name == "auto":
         name, origin = {"cuda": "triton", "cpu": "numba"}.get(device_type, "reference"), "auto"
         if name == "numba" and not _compiled_ready():

@@ -118,16 +118,13 @@ def _in_order(packed):
     return search
 
 
-def quantize(x, codebooks, mask, *, want):
+def quantize(x, codebooks, *, want):
     """codes (N, L) int64 and, as `want` says, the "residual" (N, D) or the "distance" (N,)."""
     n, d = x.shape
-    rows = None if mask is None else mask.nonzero()[:, 0]
-    live = x if rows is None else x[rows]
     want_distance = want == "distance"
-    codes = torch.full((n, len(codebooks)), -1, dtype=torch.int64, device=x.device)
-    kept = torch.zeros((n,) if want_distance else (n, d), dtype=torch.float32, device=x.device)
-    if not len(live):
-        return codes, kept
+    if not n:
+        codes = torch.empty((0, len(codebooks)), dtype=torch.int64, device=x.device)
+        return codes, x.new_empty((0,) if want_distance else (0, d), dtype=torch.float32)
     packed = _PackedCodebooks(codebooks)
 
     def one_pass(part, precision):
@@ -135,21 +132,17 @@ def quantize(x, codebooks, mask, *, want):
             return _on_chip(part, packed, precision, want_distance)
         return _level_by_level(part, packed, want_distance, _wide(packed, precision))
 
-    found, left, still_open = one_pass(live, "tf32")
+    found, left, still_open = one_pass(x, "tf32")
     again = still_open.nonzero()[:, 0]
     if len(again):
-        part = live[again]
+        part = x[again]
         # A row that is not finite has no score to trust, so it is among the open ones.
         finite = torch.isfinite(part).all(1)
         if not finite.all():
-            bad = again[(~finite).nonzero()[0]]
-            raise checks.not_finite(int(bad if rows is None else rows[bad]))
+            raise checks.not_finite(int(again[(~finite).nonzero()[0]]))
         found[again], left[again], still_open = one_pass(part, "tf32x3")
         again = again[still_open.nonzero()[:, 0]]
     if len(again):
-        exact = _level_by_level(live[again], packed, want_distance, _in_order(packed))
+        exact = _level_by_level(x[again], packed, want_distance, _in_order(packed))
         found[again], left[again], _ = exact
-    if rows is None:
-        return found, left
-    codes[rows], kept[rows] = found, left
-    return codes, kept
+    return found, left

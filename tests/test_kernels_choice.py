@@ -90,7 +90,7 @@ def test_a_server_uses_what_is_compiled_and_compiles_where_nothing_can_be_kept(
 @pytest.mark.parametrize(("rows", "width", "codewords"), [(256, 256, 1024), (4096, 32, 256)])
 def test_the_nearest_codeword_takes_no_longer_than_plain_torch(rows, width, codewords):
     """At annotation's shape (the first) and the tokenizer's, noise and another machine allowed."""
-    x, codebooks, _ = random_case(rows, width, 1, codewords)
+    x, codebooks = random_case(rows, width, 1, codewords)
     codebook = codebooks[0]
 
     def plain():

@@ -6,7 +6,7 @@ from ..dispatch import implementation
 __all__ = ["nearest_codeword"]
 
 
-def nearest_codeword(x, codebook, *, mask=None, backend=None):
+def nearest_codeword(x, codebook, *, backend=None):
     """The nearest codeword of every row, and its squared Euclidean distance (Eq. 12's argmin).
 
         index[n] = argmin_k ||x[n] - codebook[k]||^2        (the lowest k on exact ties)
@@ -17,14 +17,11 @@ def nearest_codeword(x, codebook, *, mask=None, backend=None):
     stored by the numba and triton backends.
 
     x: (N, D) float32 or bfloat16, any strides. codebook: (K, D) float32 or bfloat16, K >= 1.
-    mask: optional (N,) bool; False rows are padding (their contents are not read): index -1,
-        distance 0.
-    backend: "auto", "reference", "numba" or "triton"; None takes use_backend / STREAMCTL_KERNELS.
+    backend: "auto", "reference", "numba" or "triton"; None takes STREAMCTL_KERNELS.
     Returns index (N,) int64 and distance (N,) float32. Not differentiable.
     Raises KernelError for wrong shapes, dtypes or devices, for NaN or Inf, and for a backend
     that cannot run.
     """
     codebook = checks.codewords("codebook", codebook, ("K", "D"), None)
     x = checks.tensor("x", x, ("N", codebook.shape[1]), checks.FLOATS, codebook.device)
-    mask = checks.row_mask(mask, x.shape[0], x.device)
-    return implementation(__name__, backend, x.device.type)(x, codebook, mask)
+    return implementation(__name__, backend, x.device.type)(x, codebook)

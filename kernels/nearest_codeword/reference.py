@@ -8,24 +8,21 @@ from .. import checks
 _BUFFER = 4 << 20
 
 
-def run(x, codebook, mask):
+def run(x, codebook):
     n, k = x.shape[0], codebook.shape[0]
-    index = torch.full((n,), -1, dtype=torch.int64, device=x.device)
-    distance = torch.zeros((n,), dtype=torch.float32, device=x.device)
+    index = torch.empty((n,), dtype=torch.int64, device=x.device)
+    distance = torch.empty((n,), dtype=torch.float32, device=x.device)
     step = max(1, _BUFFER // k)
     for start in range(0, n, step):
         rows = slice(start, start + step)
         block = x[rows].double()
-        live = torch.ones(len(block), dtype=torch.bool, device=x.device)
-        live = live if mask is None else mask[rows]
-        if not torch.isfinite(block[live]).all():
-            bad = ~torch.isfinite(block).all(1) & live
+        bad = ~torch.isfinite(block).all(1)
+        if bad.any():
             raise checks.not_finite(start + int(bad.nonzero()[0]))
         best, which = squared_distances(block, codebook.double()).min(1)
         # min() may return any of several equal minima on CUDA; the contract is the lowest.
         which = _lowest_argmin(block, codebook, best) if x.is_cuda else which
-        index[rows] = torch.where(live, which, -1)
-        distance[rows] = torch.where(live, best, 0.0).float()
+        index[rows], distance[rows] = which, best.float()
     return index, distance
 
 

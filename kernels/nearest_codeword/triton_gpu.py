@@ -3,6 +3,6 @@
 from ..triton_quantize import quantize
 
 
-def run(x, codebook, mask):
-    codes, distance = quantize(x, codebook[None], mask, want="distance")
+def run(x, codebook):
+    codes, distance = quantize(x, codebook[None], want="distance")
     return codes[:, 0], distance

@@ -8,7 +8,7 @@ from ..dispatch import KernelError, implementation
 __all__ = ["reconstruct", "residual_quantize", "straight_through"]
 
 
-def residual_quantize(x, codebooks, *, mask=None, backend=None):
+def residual_quantize(x, codebooks, *, backend=None):
     """Codes of every level and the final residual (Eq. 5), in one pass over x.
 
         r_0 = x;  codes[:, l] = argmin_k ||r_l - codebooks[l, k]||^2;  r_{l+1} = r_l - chosen
@@ -18,7 +18,6 @@ def residual_quantize(x, codebooks, *, mask=None, backend=None):
 
     x: (N, D) float32 or bfloat16, any strides. codebooks: (L, K, D) float32 or bfloat16,
         L >= 1, K >= 1.
-    mask: optional (N,) bool; False rows are padding (not read): codes -1, residual 0.
     backend: as in nearest_codeword.
     Returns codes (N, L) int64 and residual (N, D) float32 (not differentiable: see
     straight_through); reconstruct(codes, codebooks) + residual = x up to float32 rounding.
@@ -26,41 +25,38 @@ def residual_quantize(x, codebooks, *, mask=None, backend=None):
     """
     codebooks = _codebooks(codebooks)
     x = checks.tensor("x", x, ("N", codebooks.shape[2]), checks.FLOATS, codebooks.device)
-    mask = checks.row_mask(mask, x.shape[0], x.device)
-    return implementation(__name__, backend, x.device.type)(x, codebooks, mask)
+    return implementation(__name__, backend, x.device.type)(x, codebooks)
 
 
 def reconstruct(codes, codebooks):
     """The sum of the chosen codewords, level by level: (N, D) float32.
 
-    codes: (N, L) int64; -1 (padding, as residual_quantize writes it) adds nothing.
+    codes: (N, L) int64.
     codebooks: (L, K, D) float32 or bfloat16. Differentiable with respect to codebooks.
-    Raises KernelError for wrong shapes or dtypes, and for codes outside [-1, K).
+    Raises KernelError for wrong shapes or dtypes, and for codes outside [0, K).
     """
     _codebooks(codebooks)
     levels, size, width = codebooks.shape
     checks.tensor("codes", codes, ("N", levels), (torch.int64,), codebooks.device)
-    if codes.numel() and not (int(codes.min()) >= -1 and int(codes.max()) < size):
+    if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < size):
         low, high = int(codes.min()), int(codes.max())
-        raise KernelError(f"codes must lie in [-1, {size}), got values in [{low}, {high}]")
+        raise KernelError(f"codes must lie in [0, {size}), got values in [{low}, {high}]")
     total = torch.zeros(len(codes), width, dtype=torch.float32, device=codebooks.device)
     for level in range(levels):
-        code = codes[:, level]
-        chosen = codebooks[level].float()[code.clamp_min(0)]
-        total = total + chosen.masked_fill((code < 0)[:, None], 0.0)
+        total = total + codebooks[level].float()[codes[:, level]]
     return total
 
 
-def straight_through(x, codebooks, *, mask=None, backend=None):
+def straight_through(x, codebooks, *, backend=None):
     """Quantize inside a network (RQ-VAE, Eqs. 5-6): forward sums codewords, backward is identity.
 
     Arguments as residual_quantize. Returns codes (N, L) int64 and quantized (N, D) in x's dtype:
-    exactly reconstruct(codes, codebooks), with d quantized / d x = I (0 for padding rows) and no
+    exactly reconstruct(codes, codebooks), with d quantized / d x = I and no
     gradient to codebooks. The codebook and commitment terms of Eq. 6 gather the codewords
     themselves, `codebooks[l][codes[:, l]]`, which carries their gradient.
     """
-    codes, _ = residual_quantize(x, codebooks, mask=mask, backend=backend)
-    return codes, _StraightThrough.apply(x, reconstruct(codes, codebooks.detach()), mask)
+    codes, _ = residual_quantize(x, codebooks, backend=backend)
+    return codes, _StraightThrough.apply(x, reconstruct(codes, codebooks.detach()))
 
 
 def _codebooks(codebooks):
@@ -72,12 +68,9 @@ def _codebooks(codebooks):
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, quantized, mask):
-        ctx.mask = mask
+    def forward(ctx, x, quantized):
         return quantized.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.mask is not None:
-            grad = grad.masked_fill(~ctx.mask[:, None], 0.0)
-        return grad, None, None
+        return grad, None

@@ -3,5 +3,5 @@
 from ..cpu_quantize import quantize
 
 
-def run(x, codebooks, mask):
-    return quantize(x, codebooks, mask, want="residual")
+def run(x, codebooks):
+    return quantize(x, codebooks, want="residual")
