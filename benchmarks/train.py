@@ -26,11 +26,12 @@ import peers
 import torch
 from torch import nn
 
+from streamctl import checkpoint
 from streamctl.baselines.sasrec import SASRec
 from streamctl.config import AnnotateConfig, BaselineConfig, PretrainConfig, SftConfig
 from streamctl.distributed import Share
 from streamctl.model import Policy, fused
-from streamctl.training import checkpoint, sft
+from streamctl.training import sft
 from streamctl.training.gathered import Gathered, first_pieces, last_positions
 from streamctl.training.loop import CLIP_NORM, Batch, batches
 from streamctl.training.losses import answer_loss

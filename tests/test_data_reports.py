@@ -61,12 +61,10 @@ FINE = {
     "time.time()": [repr(1700000000.1234567 + n * 2.5e-7) for n in range(5)],
     "days": [repr(19675.123456789 + n * 1e-9) for n in range(5)],
     "normalised": [repr(0.1 + n * 1e-15) for n in range(5)],
-    "tiny": [f"{n + 1}e-30" for n in range(5)],
     "18 digits": [f"17000000000000000{n}" for n in range(5)],
     "19 digits": [f"170000000000000000{n}" for n in range(5)],
     "exponents": ["1.7e9", "1.70000001e9", "17000000.2e2", "1700000030", "1.8e+9"],
     "below zero": ["-1.5", "-1.25", "-0.5", "0", "0.25"],
-    "more digits than fit": [f"1700000000.12345678901{n}" for n in range(5)],
     "whole and fractions": ["1", "1.5", "2", "2.25", "3"],
     "nanoseconds in words": [f"2024-01-31T18:30:00.12345678{n}" for n in range(5)],
     "seven digits": [f"2024-01-31 18:30:00.123456{n}" for n in range(5)],
@@ -115,8 +113,8 @@ TYPES = {
     "uint64": (pa.uint64(), [10**18 + n for n in range(5)]),
     "float64": (pa.float64(), [1.7e9 + n * 1e-6 for n in range(5)]),
     "float32": (pa.float32(), [n / 8 for n in range(5)]),
-    "decimal": (pa.decimal128(30, 12), [decimal.Decimal(f"1700000000.00000000000{n}")
-                                        for n in range(5)]),
+    "decimal": (pa.decimal128(30, 9), [decimal.Decimal(f"1700000000.00000000{n}")
+                                       for n in range(5)]),
     "text": (pa.string(), [f"2024-01-31T18:30:0{n}.5+01:00" for n in range(5)]),
     "dictionary": (pa.dictionary(pa.int8(), pa.string()), [f"1700000{n}" for n in range(5)]),
 }  # fmt: skip

@@ -13,8 +13,8 @@ from conftest import ROOT
 
 # Lowest first. A file of the package's own folder is a layer by itself.
 LAYERS = (
-    "cache", "errors", "progress", "distributed", "device", "files", "config", "provenance",
-    "stage", "runs",
+    "cache", "checkpoint", "errors", "progress", "distributed", "device", "files", "config",
+    "provenance", "stage", "runs",
     "kernels", "data", "tokenizer", "retrieval", "ranking", "model", "decode", "training", "rerank",
     "baselines", "evaluation", "pipeline", "recommender", "bulk", "api", "serving", "commands",
     "cli", "__init__", "__main__",

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from test_baselines import write_cycle
 from test_model import histories, small_policy
 
+from streamctl import checkpoint
 from streamctl.config import AnnotateConfig, PretrainConfig, RlConfig, SftConfig, TokenizeConfig
 from streamctl.decode import Rollout
 from streamctl.decode.think import greedy_thought
 from streamctl.distributed import Ranks, Share
 from streamctl.errors import StreamctlError
 from streamctl.tokenizer.trie import PrefixTrie
-from streamctl.training import checkpoint, rewards
+from streamctl.training import rewards
 from streamctl.training.annotate import annotate
 from streamctl.training.letter.annotate import label_all, think_vectors
 from streamctl.training.letter.rl import Explorer, Judge, check_first, safe

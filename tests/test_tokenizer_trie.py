@@ -108,7 +108,6 @@ def test_the_kernel_walks_the_trie_before_and_after_an_item_is_added():
     [
         (lambda t: PrefixTrie(np.empty((0, 3))), "needs tokens"),
         (lambda t: PrefixTrie(np.array([[0, -1]])), "needs tokens"),
-        (lambda t: PrefixTrie(np.array([[0], [1]]), np.array([1, 1])), "each once"),
         (lambda t: t.add(0, np.array([3, 7])), "item 0 is in the trie already"),
         (lambda t: t.add(9, np.array([3, 7, 1])), r"must be \(1, 2\)"),
         (lambda t: t.add(np.array([8, 8]), np.array([[3, 7], [3, 8]])), "each once"),

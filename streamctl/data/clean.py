@@ -130,21 +130,14 @@ def moment(raw: RawLog, text: str, option: str, up: bool = True) -> int:
     if value is None:
         value = _seconds(text, option)
         if not raw.dates:
-            value *= round(time_units(raw) / (raw.scale or 1))
-    if raw.scale:
-        value = max(-LARGEST_TIME, min(value, LARGEST_TIME)) * raw.scale  # 1e999999999, too
-        return max(-LARGEST_TIME, min((math.ceil if up else math.floor)(value), LARGEST_TIME))
-    value = float(value * 10**9 if raw.dates else value)
-    if up:
-        rank = "coalesce(min(rank) FILTER (value >= ?), max(rank) + 1)"
-    else:
-        rank = "coalesce(max(rank) FILTER (value <= ?), 0)"
-    return raw.one(f"SELECT {rank} FROM moments", value)
+            value *= round(time_units(raw) / raw.scale)
+    value = max(-LARGEST_TIME, min(value, LARGEST_TIME)) * raw.scale  # 1e999999999, too
+    return max(-LARGEST_TIME, min((math.ceil if up else math.floor)(value), LARGEST_TIME))
 
 
 def time_units(raw: RawLog) -> float:
     """How many units of the log's times a second has: 1 for seconds, 1000 for milliseconds, ..."""
-    parts = float(raw.scale or 1)
+    parts = float(raw.scale)
     if not raw.dates:  # numbers that count seconds, or a thousandth, a millionth of them
         middle = raw.one("SELECT abs(coalesce(median(t), 0)) FROM log") / parts
         while middle >= _SECONDS:
@@ -154,8 +147,6 @@ def time_units(raw: RawLog) -> float:
 
 def moment_text(raw: RawLog, time: int) -> str:
     """A time of the log for people: a date (UTC) if it can be one, else as the log writes it."""
-    if not raw.scale:
-        return str(raw.one("SELECT min(text) FROM moments WHERE rank = ?", time))
     try:
         date = datetime.datetime.fromtimestamp(time / time_units(raw), datetime.UTC)
     except (ValueError, OverflowError, OSError):

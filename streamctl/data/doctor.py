@@ -177,9 +177,6 @@ def clock(raw: RawLog) -> Iterator[Finding]:
             "prefer a copy of the log with its timestamps",
         )
         return
-    if not raw.scale:
-        yield Finding("times", "note", "the times have too many digits; only their order is used")
-        return
     parts = time_units(raw)
     unit = "dates" if raw.dates else _UNITS.get(round(parts / raw.scale), "parts of a second")
     least, latest = _FIRST_SECOND * parts, (time.time() + 86_400) * parts

@@ -11,12 +11,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from streamctl.errors import StreamctlError
-from streamctl.files import disk_errors
+from streamctl.files import BROKEN_ZIP, disk_errors
 from streamctl.progress import progress_bar, say
 
 TIMEOUT_S = 30.0  # without a byte
@@ -43,8 +44,8 @@ def download(urls: Sequence[str], path: Path, md5: str | None = None) -> None:
     """Fetch a file to `path`; it appears there only whole and checked.
 
     What has come of it lies beside as `.NAME.part`, and the next call asks for the rest. A file
-    that ends in .gz is read to its end, so that one cut short or damaged is noticed even where
-    its owner publishes no checksum.
+    that ends in .gz or .zip is read to its end, so that one cut short, damaged or made of pieces of
+    two versions is noticed even where its owner publishes no checksum.
 
     Args:
         urls: mirrors, tried in order.
@@ -72,12 +73,12 @@ def download(urls: Sequence[str], path: Path, md5: str | None = None) -> None:
 
 def _from_mirror(url: str, path: Path, md5: str | None) -> None:
     """One mirror, as often as it brings something new."""
-    part = _Part(path)
+    part = path.with_name(f".{path.name}.part")
     failures, spoilt = 0, False
     while True:
-        before = part.size
+        before = _size(part)
         try:
-            complete = _receive(url, part)
+            complete = _receive(url, part, path.name)
             problem = "ended the connection early"
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code != 429:
@@ -88,89 +89,64 @@ def _from_mirror(url: str, path: Path, md5: str | None) -> None:
             text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
             complete, problem = False, f"cannot be reached ({text})"
         if complete:
-            fault = damage(part.path, path.name, md5)
+            fault = damage(part, path.name, md5)
             if fault is None:
-                part.publish()
+                with disk_errors(path):
+                    with open(part, "rb") as handle:
+                        os.fsync(handle.fileno())
+                    os.replace(part, path)
                 return
-            part.discard()
+            _discard(part)
             if spoilt:
                 raise _Failed(f"sends a file that {fault}, twice")
             spoilt = True
             continue
-        failures = 0 if part.size > before else failures + 1
+        failures = 0 if _size(part) > before else failures + 1
         if failures >= TRIES:
             raise _Failed(problem)
         time.sleep(WAIT_S * failures)
 
 
-class _Part:
-    """What has come of a file, and which version of it (ETag or date) that is."""
-
-    def __init__(self, target: Path):
-        self.target = target
-        self.path, self._version = (
-            target.with_name(f".{target.name}.part{suffix}") for suffix in ("", ".version")
-        )
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.is_file() else 0
-
-    @property
-    def version(self) -> str:
-        """What a server must still have for the rest to fit; "" where it did not say."""
-        return self._version.read_text(encoding="utf-8") if self._version.is_file() else ""
-
-    def begin(self, version: str) -> None:
-        """Start from nothing."""
-        self.discard()
-        with disk_errors(self.path):
-            self._version.write_text(version, encoding="utf-8")
-
-    def discard(self) -> None:
-        with disk_errors(self.path):
-            self.path.unlink(missing_ok=True)
-            self._version.unlink(missing_ok=True)
-
-    def publish(self) -> None:
-        with disk_errors(self.target):
-            with open(self.path, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(self.path, self.target)
-            self._version.unlink(missing_ok=True)
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.is_file() else 0
 
 
-def _receive(url: str, part: _Part) -> bool:
+def _discard(part: Path) -> None:
+    with disk_errors(part):
+        part.unlink(missing_ok=True)
+
+
+def _receive(url: str, part: Path, name: str) -> bool:
     """Ask for what is missing and append it; whether the server's length has been reached."""
-    headers = {"Accept-Encoding": "identity", "User-Agent": "streamctl"}
-    if part.size and part.version:
-        headers |= {"Range": f"bytes={part.size}-", "If-Range": part.version}
+    headers, held = {"Accept-Encoding": "identity", "User-Agent": "streamctl"}, _size(part)
+    if held:
+        headers["Range"] = f"bytes={held}-"
     opener = urllib.request.build_opener(_NoDowngrade)
     try:
         answer = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
-        part.discard()  # longer than the file: not a piece of it
+        _discard(part)  # longer than the file: not a piece of it
         return False
     with answer:
         piece = re.match(r"bytes (\d+)-\d+/(\d+)$", answer.headers.get("Content-Range", ""))
         length = piece[2] if piece else answer.headers.get("Content-Length", "")
         total = int(length) if length.isascii() and length.isdigit() else None
-        if answer.status != 206 or piece is None or int(piece[1]) != part.size:
-            part.begin(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
+        if answer.status != 206 or piece is None or int(piece[1]) != held:
+            _discard(part)
             if answer.status == 206:
                 return False  # it sends another piece than was asked for
-        with progress_bar(part.target.name, max((total or 1) >> 20, 1), "MB") as bar:
-            bar.start_at(part.size >> 20)
-            with disk_errors(part.path):
-                handle = open(part.path, "ab")  # noqa: SIM115 - network errors are not the disk's
+        with progress_bar(name, max((total or 1) >> 20, 1), "MB") as bar:
+            bar.start_at(_size(part) >> 20)
+            with disk_errors(part):
+                handle = open(part, "ab")  # noqa: SIM115 - network errors are not the disk's
             with handle:
                 while block := answer.read(_BLOCK):
-                    with disk_errors(part.path):
+                    with disk_errors(part):
                         handle.write(block)
                     bar.advance((handle.tell() >> 20) - bar.done)
-    return total is None or part.size == total
+    return total is None or _size(part) == total
 
 
 def damage(path: Path, name: str, md5: str | None) -> str | None:
@@ -185,11 +161,15 @@ def damage(path: Path, name: str, md5: str | None) -> str | None:
         with open(path, "rb") as handle:
             found = hashlib.file_digest(handle, "md5").hexdigest()
         return None if found == md5 else f"has the checksum {found} instead of {md5}"
-    if name.endswith(".gz"):
-        try:
+    try:
+        if name.endswith(".gz"):
             with gzip.open(path) as handle:
                 while handle.read(1 << 20):
                     pass
-        except (OSError, EOFError, zlib.error):
-            return "is cut short or damaged"
+        elif name.endswith(".zip"):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    return "is damaged"
+    except (OSError, EOFError, zlib.error, *BROKEN_ZIP):
+        return "is cut short or damaged"
     return None

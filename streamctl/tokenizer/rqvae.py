@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamctl import checkpoint
 from streamctl.config import TokenizeConfig
 from streamctl.device import autocast, derive_seed
 from streamctl.kernels import straight_through
@@ -167,23 +168,12 @@ class RQVAETrainer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, meta) from which `restore` continues bit for bit."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for number, moments in self.optimiser.state_dict()["state"].items():
-            for name, value in moments.items():
-                tensors[f"adam.{number}.{name}"] = value
-        return tensors, {"epoch": self.epoch}
+        tensors = checkpoint.prefixed("model", self.model.state_dict())
+        moments = checkpoint.optimizer_tensors(self.optimiser)
+        return tensors | checkpoint.prefixed("adam", moments), {"epoch": self.epoch}
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
         self.epoch = meta["epoch"]
-        model, adam = {}, {}
-        for key, value in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind == "model":
-                model[name] = value
-            elif kind == "adam":
-                number, _, moment = name.partition(".")
-                adam.setdefault(int(number), {})[moment] = value
-        self.model.load_state_dict(model)
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": adam, "param_groups": groups})
+        self.model.load_state_dict(checkpoint.take("model", tensors))
+        checkpoint.restore_optimizer(self.optimiser, checkpoint.take("adam", tensors))

@@ -30,21 +30,18 @@ class PrefixTrie:
 
     root = 0
 
-    def __init__(self, tokens: np.ndarray, items: np.ndarray | None = None):
+    def __init__(self, tokens: np.ndarray):
         """Build from all items at once.
 
         Args:
             tokens: (n, m) int64 >= 0, the tokens of each item.
-            items: (n,) int64 >= 0, their indexes, each once; 0..n-1 if not given.
 
         Raises:
-            StreamctlError: no items or no levels, a negative token, an item twice.
+            StreamctlError: no items or no levels, or a negative token.
         """
         tokens = np.asarray(tokens, np.int64)
         if tokens.ndim != 2 or not tokens.size or tokens.min() < 0:
             raise StreamctlError(f"a trie needs tokens (n, m) >= 0, got shape {tokens.shape}")
-        items = np.arange(len(tokens)) if items is None else np.asarray(items, np.int64)
-        _check_items(items, len(tokens))
         self.levels = tokens.shape[1]
         width = int(tokens.max()) + 1
 
@@ -61,9 +58,8 @@ class PrefixTrie:
         self.child_node = np.arange(1, first)
         self.child_start = _starts(np.bincount(self.parent[1:], minlength=first))
 
-        self.leaf = np.full(int(items.max()) + 1, -1)
-        self.leaf[items] = leaf
-        self.items = items[np.lexsort((items, leaf))]
+        self.leaf = leaf
+        self.items = np.argsort(leaf, kind="stable")
         here = np.bincount(leaf, minlength=first)
         self.item_start = _starts(here)
         self.count = here.copy()
@@ -160,7 +156,8 @@ class PrefixTrie:
         if tokens.shape != (len(items), self.levels) or tokens.min(initial=0) < 0:
             wanted = f"({len(items)}, {self.levels})"
             raise StreamctlError(f"tokens must be {wanted} and >= 0, got shape {tokens.shape}")
-        _check_items(items, len(tokens))
+        if items.min(initial=0) < 0 or len(np.unique(items)) != len(items):
+            raise StreamctlError(f"a trie needs {len(items)} item indexes >= 0, each once")
         if len(held := self._held(items)):
             raise StreamctlError(f"item {held[0]} is in the trie already")
 
@@ -233,8 +230,3 @@ class PrefixTrie:
 
 def _starts(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)])
-
-
-def _check_items(items: np.ndarray, rows: int) -> None:
-    if items.shape != (rows,) or items.min(initial=0) < 0 or len(np.unique(items)) != rows:
-        raise StreamctlError(f"a trie needs {rows} item indexes >= 0, each once")

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from streamctl import checkpoint
 from streamctl.device import autocast, derive_seed, resolve_device
 from streamctl.distributed import Share, ranks
 from streamctl.errors import StreamctlError
 from streamctl.progress import progress_bar
-from streamctl.training import checkpoint
 
 if TYPE_CHECKING:
     from streamctl.data.split import Examples

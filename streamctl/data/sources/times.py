@@ -15,46 +15,32 @@ NUMBER = f"CASE WHEN regexp_full_match(trim(time), '{_NUMBER}') THEN try_cast(ti
 DATE = f"""CASE WHEN regexp_full_match(trim(time), '{_DATE}')
     THEN epoch_us(try_cast(trim(time) AS TIMESTAMPTZ))::HUGEINT * 1000
        + coalesce(epoch_ns(try_cast(trim(time) AS TIMESTAMP_NS)) % 1000, 0) END"""
-_EXACT = "try_cast(trim(time) AS DECIMAL(38, 18))"
 
 
 def as_integers(con: Any) -> tuple[str, bool, int]:
     """(SQL expression that makes BIGINT of `staged.time`, whether they are dates, scale).
 
     Whole numbers stay as they are. Fractions are multiplied by the scale, the least power of ten
-    that makes all of them whole. Dates become microseconds since 1970, or nanoseconds if some have
-    such; their scale is the parts of a second. What does not fit into 62 bits becomes ranks, scale
-    0; table `moments` (text, value, rank) then holds them.
+    that makes all of them whole, or the largest with which they fit into 62 bits. Dates become
+    microseconds since 1970, or nanoseconds if some have such; their scale is the parts of a second.
     """
     whole, total = con.execute(
         f"SELECT count(*) FILTER ({INTEGER} OR time IS NULL), count(*) FROM staged"
     ).fetchone()
     if total == whole:
         return "time::BIGINT", False, 1
-    dates = not con.execute(f"SELECT count({NUMBER}) FROM staged").fetchone()[0]
-    if dates:
-        least, largest, fine = con.execute(f"""
-            SELECT min(d), max(d), bool_or(d % 1000 <> 0) FROM (SELECT {DATE} AS d FROM staged)
+    if not con.execute(f"SELECT count({NUMBER}) FROM staged").fetchone()[0]:
+        largest, fine = con.execute(f"""
+            SELECT max(abs(d)), bool_or(d % 1000 <> 0) FROM (SELECT {DATE} AS d FROM staged)
             """).fetchone()
-        if not fine:
-            return f"(({DATE}) // 1000)::BIGINT", True, 10**6
-        if max(-least, largest) < LARGEST_TIME * 2:
+        if fine and largest < LARGEST_TIME * 2:
             return f"({DATE})::BIGINT", True, 10**9
-        value = order = f"({DATE})"
-    else:
-        places, largest, held = con.execute(f"""
-            SELECT max(length(rtrim(split_part({_EXACT}::VARCHAR, '.', 2), '0'))),
-                max(abs(try_cast(time AS DOUBLE))),
-                bool_and(length(regexp_extract(time, '\\.([0-9]*)', 1)) <= 18
-                         AND NOT regexp_matches(time, '[eE]-')) FROM staged""").fetchone()
-        if held and largest * 10.0**places < LARGEST_TIME:
-            text = f"{_EXACT}::VARCHAR"
-            parts = f"split_part({text}, '.', 1) || left(split_part({text}, '.', 2), {places})"
-            return f"({parts})::BIGINT", False, 10**places
-        value = "try_cast(time AS DOUBLE)"
-        order = f"{_EXACT}, {value}"
-    con.execute(f"""
-        CREATE TABLE moments AS
-        SELECT time AS text, {value} AS value, dense_rank() OVER (ORDER BY {order}) AS rank
-        FROM (SELECT DISTINCT time FROM staged)""")
-    return "(SELECT rank FROM moments WHERE text = time)", dates, 0
+        return f"(({DATE}) // 1000)::BIGINT", True, 10**6
+    text = "try_cast(trim(time) AS DECIMAL(38, 18))::VARCHAR"
+    places, largest = con.execute(f"""
+        SELECT max(length(rtrim(split_part({text}, '.', 2), '0'))),
+            max(abs(try_cast(time AS DOUBLE))) FROM staged""").fetchone()
+    while largest * 10.0**places >= LARGEST_TIME:
+        places -= 1
+    parts = f"split_part({text}, '.', 1) || left(split_part({text}, '.', 2), {places})"
+    return f"({parts})::BIGINT", False, 10**places
