@@ -11,7 +11,6 @@ second. With `--folder`, a run that was broken off goes on; what was measured is
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,11 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import receipts
+
 from streamctl.files import read_json
 from streamctl.pipeline import STEPS
 from streamctl.runs import RunDir, provenance
 
-RESULT = Path(__file__).parent / "results" / "million.json"
 SETTINGS = (
     "tokenize.encoder=tfidf", "tokenize.epochs=2", "pretrain.epochs=1", "pretrain.positions=1",
     "pretrain.hops=16,16,16,8,16,0", "annotate.positions=1", "annotate.fit_epochs=0",
@@ -100,20 +100,14 @@ def measure(folder: Path, users: int, items: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = receipts.parser(__doc__)
     parser.add_argument("--users", type=int, default=1_120_000)
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="keep the run here, and go on with it")
-    parser.add_argument("--json", action="store_true", help="print the receipt")
-    parser.add_argument("--save", action="store_true", help="write results/million.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(options.folder or Path(scratch), options.users, options.items)
-    text = json.dumps(result, indent=1)
-    if options.save:
-        RESULT.write_text(text + "\n")
-    if options.json:
-        print(text)
+    receipts.finish(result, options)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import json
 import os
 import platform
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import receipts
 import torch
 
 from streamctl.data.log import InteractionLog
@@ -31,7 +31,6 @@ from streamctl.model import Policy, PolicyConfig
 from streamctl.retrieval.evidence import Evidence
 from streamctl.tokenizer import PrefixTrie, Tokens
 
-RESULTS = Path(__file__).parent / "results"
 ITEMS, LEVELS, CODES = 12_101, 4, 256
 LONGEST = 20
 Clock = Callable[[], float]
@@ -41,9 +40,7 @@ PACKAGES = (
 
 
 def options(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", action="store_true", help="print the whole receipt")
-    parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/")
+    parser = receipts.parser(description)
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each contender")
     parser.add_argument("--only", default="", help="cases whose names start so")
     parser.add_argument("--device", default="cpu")
@@ -204,7 +201,7 @@ def run(name: str, description: str, rows: Callable[..., list[dict]]) -> None:
     receipt = provenance(name, settings.device) | {"lengths": real_lengths()[1]}
     receipt |= {"clock": settings.clock, "repeats": settings.repeats}
     receipt["rows"] = rows(settings.device, settings.repeats, settings.only, settings.clock)
-    finish(receipt | {"wall_s": round(time.time() - began, 1)}, settings)
+    receipts.finish(receipt | {"wall_s": round(time.time() - began, 1)}, settings)
 
 
 @contextlib.contextmanager
@@ -246,19 +243,6 @@ def provenance(name: str, device: str = "cpu") -> dict[str, Any]:
         "git": git.strip(),
         "seed": 0,
     }
-
-
-def finish(receipt: dict[str, Any], settings: argparse.Namespace) -> None:
-    text = json.dumps(receipt, indent=1)
-    if settings.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{receipt['name']}.json").write_text(text + "\n")
-    if settings.json:
-        print(text)
-        return
-    for line in receipt["rows"]:
-        ratio = f"{line['ratio']:.2f}x {line['peer_name']}" if line["ratio"] else ""
-        print(f"{line['case']:32} {line['ours']:.4g} {line['unit']}  {ratio}")
 
 
 def bf16(device: str):

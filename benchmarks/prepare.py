@@ -9,7 +9,6 @@ process of its own, whose peak resident memory the kernel reports. Temporary fil
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import receipts
 from pyarrow import csv
 
 from streamctl.runs import provenance
 
-RESULT = Path(__file__).resolve().parent / "results" / "prepare.json"
 PER_USER = 20
 PER_ITEM = 200
 ROWS = 1 << 22
@@ -78,11 +77,9 @@ def measure(interactions: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = receipts.parser(__doc__)
     parser.add_argument("--interactions", type=int, action="append")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     rows = [measure(n, options.seed) for n in options.interactions or [10_000_000, 100_000_000]]
     receipt = {
@@ -94,10 +91,7 @@ def main() -> None:
         "load": round(os.getloadavg()[0], 1),
         **{key: value for key, value in provenance().items() if key != "peak_memory_mb"},
     }
-    print(json.dumps(receipt, indent=1) if options.json else f"{rows}")
-    if options.save:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(receipt, indent=1) + "\n")
+    receipts.finish(receipt, options)
 
 
 if __name__ == "__main__":

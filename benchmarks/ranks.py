@@ -11,7 +11,6 @@ float64, and that a killed rank can be gone on from, is what tests/test_distribu
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,10 +21,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import receipts
 
 from streamctl.runs import RunDir, provenance
 
-RESULTS = Path(__file__).parent / "results"
 GOAL = 0.9
 TRAINED, OTHERS = ("pretrain", "sft", "rl"), ("annotate", "eval")
 ORDER = ("pretrain", "annotate", "sft", "rl", "eval")
@@ -104,9 +103,7 @@ def measure(folder: Path, size: str, batch: int, users: int) -> list[dict[str, o
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print the receipt")
-    parser.add_argument("--save", action="store_true", help="write results/ranks.json")
+    parser = receipts.parser(__doc__)
     parser.add_argument("--size", default="small", help="of the model")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--users", type=int, default=1000)
@@ -116,10 +113,7 @@ def main() -> None:
         rows = measure(Path(folder), chosen.size, chosen.batch, chosen.users)
     result = {"name": "ranks", "size": chosen.size, "batch": chosen.batch, "load": list(load)}
     result |= {"rows": rows, **provenance()}
-    if chosen.save:
-        (RESULTS / "ranks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if chosen.json:
-        print(json.dumps(result, indent=1))
+    receipts.finish(result, chosen)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ where others use the machine.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import resource
 import socket
@@ -26,12 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
+import receipts
 from forks import SETTINGS
 
 from streamctl.data import load_data
 from streamctl.runs import RunDir, provenance
 
-RESULTS = Path(__file__).parent / "results"
 LONGEST_S = 120.0
 GOALS = {"recommend/first": 5.0, "recommend/second": 3.0, "recommend/read-only": 5.0}
 GOALS |= {"serve/first": 10.0}
@@ -109,9 +107,7 @@ def serve(run: Path, told: dict[str, str]) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print the receipt")
-    parser.add_argument("--save", action="store_true", help="write results/start.json")
+    parser = receipts.parser(__doc__)
     parser.add_argument("--run", type=Path, help="a pretrained run [default: a small shop]")
     options = parser.parse_args()
     load, rows = os.getloadavg(), []
@@ -128,13 +124,7 @@ def main() -> None:
         rows.append(recommend("recommend/read-only", run, items, bare))
         rows.append(serve(run, environment(folder / "served")))
     result = {"name": "start", "load": list(load), "rows": rows, **provenance()}
-    if options.save:
-        (RESULTS / "start.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if options.json:
-        print(json.dumps(result, indent=1))
-        return
-    for line in rows:
-        print(f"{line['case']:22} {line['ours']:6.2f} s ({line['cpu_s']} s of processor)")
+    receipts.finish(result, options)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ validation and its files. docs/scale.md multiplies from here.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 import time
-from pathlib import Path
+
+import receipts
 
 from streamctl import config as configs
 from streamctl.data import load_data, synthesize
@@ -26,7 +25,6 @@ from streamctl.training.pretrain import pretrain
 from streamctl.training.rl import rl
 from streamctl.training.sft import sft
 
-RESULTS = Path(__file__).parent / "results"
 USERS, ITEMS = 400, 200
 EPOCHS = 2
 RL = {"steps": 4, "batch": 32, "group": 16, "validate_every": 4}
@@ -67,10 +65,7 @@ def measure(run: RunDir) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print the receipt")
-    parser.add_argument("--save", action="store_true", help="write results/throughput.json")
-    options = parser.parse_args()
+    options = receipts.parser(__doc__).parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch._dynamo  # imported by the first optimizer otherwise: no part of any stage
@@ -80,10 +75,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="streamctl-throughput-") as folder:
             stages = measure(RunDir(folder))
     result = {"name": "throughput", "size": "tiny", "stages": stages, "threads": 1, **provenance()}
-    if options.save:
-        (RESULTS / "throughput.json").write_text(json.dumps(result, indent=1) + "\n")
-    if options.json:
-        print(json.dumps(result, indent=1))
+    receipts.finish(result, options)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from streamctl.runs import RunDir, provenance
 RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "kills.json"
 ROUNDS = 4  # kills of a stage in one run
 POLL_S = 0.002
-LOG_ROWS, LOG_USERS, LOG_ITEMS = 400_000, 40_000, 5_000  # of the csv
+LOG_ROWS = 400_000  # of the csv
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def prepares(folder: Path, kills: int, seed: int) -> dict[str, object]:
     folder.mkdir()
     chance, log = np.random.default_rng(seed), folder / "log.csv"
     columns = {
-        "user_id": chance.integers(0, LOG_USERS, LOG_ROWS),
-        "item_id": chance.integers(0, LOG_ITEMS, LOG_ROWS),
+        "user_id": chance.integers(0, LOG_ROWS // 10, LOG_ROWS),
+        "item_id": chance.integers(0, LOG_ROWS // 80, LOG_ROWS),
         "timestamp": np.sort(chance.integers(10**9, 2 * 10**9, LOG_ROWS)),
     }
     csv.write_csv(pa.table(columns), log)

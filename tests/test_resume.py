@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import kills
 import pytest
 from whole_run import before, call
 
@@ -117,6 +118,12 @@ def check_continues(whole, commands, folder, stage, kill) -> None:
     assert answer.returncode == 0, answer.stderr
     expected = RunDir(whole[0]).stage(stage).manifest["artifacts"]
     assert RunDir(copy).stage(stage).manifest["artifacts"] == expected
+
+
+def test_data_prepare_killed_at_any_instant_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(kills, "LOG_ROWS", 40_000)
+    found = kills.prepares(tmp_path / "csv", kills=3, seed=0)
+    assert found["kills"] == 3 and not found["differing"]
 
 
 @pytest.mark.xdist_group("resume")

@@ -30,7 +30,7 @@ def shop(seed: int = 0, users: int = USERS) -> tuple[np.ndarray, np.ndarray]:
 
 def made(sequences: tuple[np.ndarray, np.ndarray], **options) -> Evidence:
     vectors = np.random.default_rng(1).standard_normal((ITEMS, 8)).astype(np.float32)
-    return Evidence(sequences, vectors, neighbours(vectors, 6), **{"sizes": SIZES} | options)
+    return Evidence(sequences, vectors, neighbours(vectors, 6)[0], **{"sizes": SIZES} | options)
 
 
 def prefixes(sequences, count: int = 20) -> tuple[np.ndarray, np.ndarray]:

@@ -18,8 +18,9 @@ from streamctl.data import Catalog, prepare
 from streamctl.errors import StreamctlError
 from streamctl.runs import RunDir
 from streamctl.tokenizer import SemanticIds
+from streamctl.tokenizer import neighbours as module
 from streamctl.tokenizer.inputs import OwnVectors
-from streamctl.tokenizer.neighbours import VectorIndex, unit
+from streamctl.tokenizer.neighbours import unit
 from streamctl.tokenizer.semantic_ids import collision_rate
 from streamctl.tokenizer.stage import complaints, text_report, tokenize
 from streamctl.tokenizer.tfidf import TfidfEncoder, words
@@ -332,23 +333,18 @@ def test_a_quantizer_that_diverged_is_no_stage_and_names_the_setting(prepared, t
 
 
 def test_large_catalogues_are_searched_by_an_inverted_file_of_stated_recall(monkeypatch):
-    from streamctl.tokenizer import neighbours as module
-
     monkeypatch.setattr(module, "EXACT", 1000)
     random = np.random.default_rng(0)
     centres = random.standard_normal((40, 16))
     rows = centres[np.arange(3000) % 40] + 0.4 * random.standard_normal((3000, 16))
-    index = VectorIndex(rows.astype(np.float32))
-    assert index.report()["index"] == "ivf" and index.report()["recall"] >= 0.95
-    near = module.neighbours(rows.astype(np.float32), 5, index)
+    rows = rows.astype(np.float32)
+    near, report = module.neighbours(rows, 5)
+    assert report["index"] == "ivf" and report["recall"] >= 0.95
     exact = np.argsort(-(unit(rows) @ unit(rows).T), axis=1)[:, 1:6]
     assert not (near == np.arange(3000)[:, None]).any() and (near >= 0).all()
     assert np.mean([len(set(a) & set(b)) for a, b in zip(near, exact, strict=True)]) > 4.5
-    asked = rows[:3].astype(np.float32)
-    monkeypatch.setattr(module, "VectorIndex", None)  # no index is built for a question asked once
-    found, _ = module.nearest(rows.astype(np.float32), asked, 6)
-    assert np.array_equal(found[:, 1:], exact[:3])
-    assert VectorIndex(rows[:900].astype(np.float32)).report() == {"index": "flat", "recall": 1.0}
+    assert np.array_equal(module.nearest(rows, rows[:3], 6)[0][:, 1:], exact[:3])
+    assert module.neighbours(rows[:900], 5)[1] == {"index": "flat", "recall": 1.0}
 
 
 def test_items_of_equal_codes_fill_the_space_without_a_collision():

@@ -20,12 +20,15 @@ STAGES = {
 }
 
 
+def words_of(run: Path, stage: str, settings: Path) -> list[str]:
+    """The command that makes a stage."""
+    words = [*STAGES[stage].split(), "--run", str(run)]
+    return words if stage == "data" else [*words, "--config", str(settings)]
+
+
 def call(commands: Commands, run: Path, stage: str, settings: Path, arm=None) -> Answer:
     """Make a stage; `arm` is called in the command's process first."""
-    options = ["--run", str(run)]
-    if stage != "data":
-        options += ["--config", str(settings)]
-    return commands.run([*STAGES[stage].split(), *options], arm)
+    return commands.run(words_of(run, stage, settings), arm)
 
 
 def whole(

@@ -11,7 +11,7 @@ from streamctl.config import TokenizeConfig, resolve
 from streamctl.data import Catalog
 from streamctl.errors import StreamctlError
 from streamctl.runs import RunDir, Stage
-from streamctl.tokenizer.neighbours import VECTORS, VectorIndex, neighbours
+from streamctl.tokenizer.neighbours import VECTORS, neighbours
 from streamctl.tokenizer.semantic_ids import SemanticIds
 from streamctl.tokenizer.stage import lc_rec_index
 from streamctl.tokenizer.tokenizer import Tokenizer
@@ -72,8 +72,7 @@ def extend(old: RunDir, run: RunDir) -> Stage:
             stage.adopt(name)
         stage.save_array(VECTORS, vectors)
         stage.save_array("codes.npy", codes)
-        index = VectorIndex(vectors)
-        stage.save_array("neighbours.npy", neighbours(vectors, config.neighbours, index))
+        stage.save_array("neighbours.npy", neighbours(vectors, config.neighbours)[0])
         stage.save_json("index.json", lc_rec_index(catalog.ids, codes))
         extended_ids = SemanticIds(codes, ids.sizes, ids.dedup, ids.details)
         stage.save_json("report.json", extended_ids.report())

@@ -28,73 +28,67 @@ def vectors(run: RunDir) -> np.ndarray:
     return unit(run.require("tokenizer").array(VECTORS))
 
 
-class VectorIndex:
-    """Vectors to be searched by cosine.
+def neighbours(vectors: np.ndarray, k: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """For each item the k items most alike by cosine, itself left out.
 
     Cosine and not distance: standardised text vectors of short texts are short too, and by
     distance the shortest would be everybody's neighbour.
 
-    Attributes:
-        recall: share of the exact neighbours that are found; 1 up to 100,000 vectors.
+    Args:
+        vectors: (N, D) float32 of any length.
+
+    Returns:
+        (N, min(k, N - 1)) int64, best first, equal ones in index order; and how they were found:
+        "index", `flat` (exact) up to 100,000 vectors or `ivf`, and "recall", the share of the exact
+        ones.
     """
+    rows, count = unit(vectors), min(k, len(vectors) - 1)
+    index, report = _index(rows)
+    out = np.empty((len(rows), count), np.int64)
+    for start in range(0, len(rows), ROWS):
+        found, _ = _sorted(*index.search(rows[start : start + ROWS], count + 1))
+        own = np.arange(start, start + len(found))[:, None]
+        # Where lists held too little: any other items.
+        found = np.where(found < 0, (own + 1 + np.arange(count + 1)) % len(rows), found)
+        other = found != own
+        # An item with more than k exact copies may not find itself: then the last one goes.
+        other[other.all(1), -1] = False
+        order = np.argsort(~other, axis=1, kind="stable")[:, :count]
+        out[start : start + ROWS] = np.take_along_axis(found, order, 1)
+    return out, report
 
-    def __init__(self, vectors: np.ndarray):
-        """vectors: (N, D) float32 of any length."""
-        import faiss
 
-        rows = unit(vectors)
-        self.recall = 1.0
-        self._index = faiss.IndexFlatIP(rows.shape[1])
-        if len(rows) <= EXACT:
-            self._index.add(rows)
-            return
-        lists = int(2 * len(rows) ** 0.5)
-        flat = self._index
-        self._index = faiss.IndexIVFFlat(flat, rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
-        self._index.cp.max_points_per_centroid = 64
-        self._index.train(rows)
-        self._index.add(rows)
-        self._tune(rows, lists)
+def _index(rows: np.ndarray) -> tuple[Any, dict[str, Any]]:
+    """A FAISS index of unit rows; of an inverted file so many lists are searched, twice as many at
+    each try, as the wanted recall takes."""
+    import faiss
 
-    def _tune(self, rows: np.ndarray, lists: int) -> None:
-        """Search as many lists as the wanted recall takes, twice as many at each try."""
-        import faiss
-
-        sample = rows[:: len(rows) // SAMPLE][:SAMPLE]
-        _, exact = faiss.knn(sample, rows, 10, metric=faiss.METRIC_INNER_PRODUCT)
-        self._index.nprobe = 4
-        while True:
-            found, _ = self.search(sample, 10)
-            hits = (found[:, :, None] == exact.astype(np.int64)[:, None]).any(1)
-            self.recall = float(hits.mean())
-            if self.recall >= RECALL or self._index.nprobe >= lists:
-                return
-            self._index.nprobe = min(lists, 2 * self._index.nprobe)
-
-    @property
-    def kind(self) -> str:
-        """`flat` (exact) or `ivf`."""
-        return "ivf" if hasattr(self._index, "nprobe") else "flat"
-
-    def report(self) -> dict[str, Any]:
-        """Kind and recall@10."""
-        return {"index": self.kind, "recall": self.recall}
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k vectors of highest cosine with each query, best first; equal ones in index order.
-
-        Args:
-            queries: (Q, D) float32. k: how many; no more than N are returned.
-
-        Returns:
-            index (Q, min(k, N)) int64 and cosine (Q, min(k, N)) float32; where an inverted file
-            finds fewer, -1 and the least float.
-        """
-        return _sorted(*self._index.search(unit(queries), min(k, self._index.ntotal)))
+    flat = faiss.IndexFlatIP(rows.shape[1])
+    if len(rows) <= EXACT:
+        flat.add(rows)
+        return flat, {"index": "flat", "recall": 1.0}
+    lists = int(2 * len(rows) ** 0.5)
+    index = faiss.IndexIVFFlat(flat, rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.max_points_per_centroid = 64
+    index.train(rows)
+    index.add(rows)
+    sample = rows[:: len(rows) // SAMPLE][:SAMPLE]
+    _, exact = faiss.knn(sample, rows, 10, metric=faiss.METRIC_INNER_PRODUCT)
+    index.nprobe = 4
+    while True:
+        _, found = index.search(sample, 10)
+        recall = float((found[:, :, None] == exact[:, None]).any(1).mean())
+        if recall >= RECALL or index.nprobe >= lists:
+            return index, {"index": "ivf", "recall": recall}
+        index.nprobe = min(lists, 2 * index.nprobe)
 
 
 def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """`VectorIndex.search` in vectors that are asked once: exact, however many there are."""
+    """The k vectors of highest cosine with each query, exactly; equal ones in index order.
+
+    Returns:
+        index (Q, min(k, N)) int64 and cosine (Q, min(k, N)) float32.
+    """
     return _nearest(unit(vectors), unit(queries), k)
 
 
@@ -130,24 +124,6 @@ def earlier_neighbours(vectors: np.ndarray, first: int, k: int) -> np.ndarray:
             candidates = np.append(found[row], np.arange(start, start + row))
             cosine = (vectors[candidates].astype(np.float64) * query).sum(1)
             out[start - first + row] = candidates[np.lexsort((candidates, -cosine))[:k]]
-    return out
-
-
-def neighbours(vectors: np.ndarray, k: int, index: VectorIndex | None = None) -> np.ndarray:
-    """For each item the k items most alike, itself left out: (N, min(k, N - 1)) int64."""
-    index = index or VectorIndex(vectors)
-    count = min(k, len(vectors) - 1)
-    out = np.empty((len(vectors), count), np.int64)
-    for start in range(0, len(vectors), ROWS):
-        found, _ = index.search(vectors[start : start + ROWS], count + 1)
-        own = np.arange(start, start + len(found))[:, None]
-        if index.kind == "ivf":  # lists that held too little: any other items
-            found = np.where(found < 0, (own + 1 + np.arange(count + 1)) % len(vectors), found)
-        other = found != own
-        # An item with more than k exact copies may not find itself: then the last one goes.
-        other[other.all(1), -1] = False
-        order = np.argsort(~other, axis=1, kind="stable")[:, :count]
-        out[start : start + ROWS] = np.take_along_axis(found, order, 1)
     return out
 
 

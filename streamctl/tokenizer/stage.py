@@ -22,7 +22,7 @@ from streamctl.tokenizer.collaborative import join, taken_together
 from streamctl.tokenizer.collisions import dedup_digit, reassign
 from streamctl.tokenizer.encoders import SentenceEncoder
 from streamctl.tokenizer.inputs import OwnVectors, read_semantic_ids
-from streamctl.tokenizer.neighbours import VECTORS, VectorIndex, neighbours, unit
+from streamctl.tokenizer.neighbours import VECTORS, neighbours, unit
 from streamctl.tokenizer.projection import Projection
 from streamctl.tokenizer.rqkmeans import RQKMeans
 from streamctl.tokenizer.rqvae import RQVAE, RQVAETrainer
@@ -90,8 +90,7 @@ def tokenize(
         x = torch.from_numpy(described).to(target)
         quantizer, quantized = fit(stage, x, catalog, config, state)
         semantic_ids = assign(quantized, quantizer.codebooks.detach(), config)
-        index = VectorIndex(vectors)
-        semantic_ids.details["neighbours"] = index.report()
+        near, semantic_ids.details["neighbours"] = neighbours(vectors, config.neighbours)
         semantic_ids.details["texts"] = text_report(catalog.texts, vectors, split, config.seed)
         report = semantic_ids.report()
         for text in complaints(report, config):
@@ -101,7 +100,7 @@ def tokenize(
         stage.save_array("codebooks.npy", quantizer.codebooks.detach().cpu().numpy())
         tensors = {name: tensor.cpu() for name, tensor in quantizer.state_dict().items()}
         stage.save_tensors("quantizer.safetensors", tensors)
-        stage.save_array("neighbours.npy", neighbours(vectors, config.neighbours, index))
+        stage.save_array("neighbours.npy", near)
         stage.save_json("index.json", lc_rec_index(catalog.ids, semantic_ids.codes))
         stage.save_json("report.json", report)
         stage.publish()
