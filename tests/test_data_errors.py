@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 import re
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_data_formats import WRITERS
 
 from streamctl.config import DataConfig
 from streamctl.data import Catalog, prepare
-from streamctl.data.prepare import build
 from streamctl.data.sources import parse_columns, read_source
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
@@ -237,32 +234,6 @@ def test_a_history_of_nothing_is_a_usage_error(source, tmp_path):
     config = DataConfig(source=str(source({"interactions.csv": GOOD})), history=0)
     with pytest.raises(UsageError, match="history is 0"):
         prepare(RunDir(tmp_path / "run"), config)
-
-
-MARKS = [b"\0", b"\xff\xfe", b'"', b",", b"\t", b"\n", b"nan", b"-1", b"9" * 23, b"1e400", b"{",
-         b"null", b"\xc3", b"A" * 70_000, b"[" * 20_000, b"user_id", b"\x1f\x8b", b""]  # fmt: skip
-
-
-@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-def test_damage_to_any_format_is_one_line_or_no_harm(tmp_path, write):
-    rng = random.Random(write.__name__)
-    write(tmp_path)
-    whole = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
-    for _ in range(25):
-        path = rng.choice(list(whole))
-        content = bytearray(whole[path])
-        for _ in range(rng.choice((1, 1, 3))):
-            at = rng.randrange(len(content) + 1)
-            if rng.random() < 0.2:
-                del content[at:]
-            else:
-                content[at : at + rng.choice((0, 1, 40))] = rng.choice(MARKS)
-        path.write_bytes(content)
-        try:
-            build(read_source(tmp_path), DataConfig(min_user=3, min_item=1))
-        except StreamctlError as error:
-            assert "\n" not in str(error), error
-        path.write_bytes(whole[path])
 
 
 LINES = "".join(f"c{user};p{item};{item}\n" for user in range(6) for item in range(6))
