@@ -326,19 +326,15 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _describe(app: FastAPI) -> None:
-    """Put the problem's schema into the OpenAPI, in the place of FastAPI's own error models."""
+    """Put the problem's schema into the OpenAPI."""
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = original()
-            models = document["components"]["schemas"]
-            for name in ("HTTPValidationError", "ValidationError"):
-                models.pop(name, None)
+            models = original()["components"]["schemas"]
             template = "#/components/schemas/{model}"
             problem = problems.ProblemDetails.model_json_schema(ref_template=template)
-            models.update(problem.pop("$defs"))
-            models["ProblemDetails"] = problem
+            models.update(problem.pop("$defs"), ProblemDetails=problem)
         return app.openapi_schema
 
     app.openapi = openapi

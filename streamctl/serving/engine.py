@@ -212,4 +212,4 @@ class Engine:
 
     def report(self) -> dict[str, Any]:
         """The run's report for the page."""
-        return run_report(self.run, self.run.path.resolve().name, self.method)
+        return run_report(self.run, self.method)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from streamctl.data import Split
 from streamctl.ranking import Recommender
@@ -20,8 +19,6 @@ from streamctl.tokenizer.neighbours import nearest, unit
 if TYPE_CHECKING:
     from streamctl.retrieval.evidence import Evidence
     from streamctl.tokenizer.tokenizer import Tokenizer
-
-LAST = -2.0  # place among the popular of an item that nobody has taken: below all others
 
 
 class LiveCatalog:
@@ -117,8 +114,6 @@ class LiveCatalog:
             if evidence.n_items < size:
                 evidence.add_items(self.vectors[evidence.n_items :])
         for part in self._parts:
-            if hasattr(part, "popular"):
-                part.popular = F.pad(part.popular, (0, size - len(part.popular)), value=LAST)
             if hasattr(part, "policy"):
                 known = part.policy.item_tokens
                 tokens = part.policy.tokens.item_tokens(self._codes.clip(min=0))

@@ -9,27 +9,28 @@ from typing import Any
 
 import numpy as np
 
+from streamctl.evaluation.report import rows
+from streamctl.evaluation.stage import read_result
 from streamctl.runs import RunDir, Stage
 from streamctl.tokenizer import SemanticIds
 
+TOLD = ("seed", "wall_s", "peak_memory_mb", "git")  # of a stage
 STAGES = ("data", "tokenizer", "pretrain", "annotate", "sft", "rl")
 MOST_POINTS = 200  # of a curve
 _METRICS = ("recall@", "ndcg@", "coverage@")
 _SILENT = ("seconds", "_s", "lr", "memory", "per_s")
 
 
-def run_report(run: RunDir, name: str, method: str) -> dict[str, Any]:
-    """The report as plain JSON values.
-
-    Args:
-        run: what is served. name: of its folder. method: what answers.
-    """
+def run_report(run: RunDir, method: str) -> dict[str, Any]:
+    """The report as plain JSON values; `method` is what answers."""
     names = [*STAGES, *sorted(f"baselines/{p.name}" for p in run.path.glob("baselines/*"))]
     done = [run.stage(one) for one in names if run.stage(one).complete]
     return {
-        "run": name,
+        "run": run.path.resolve().name,
         "method": method,
-        "stages": [_summary(one) for one in done],
+        "stages": [
+            {"name": one.name} | {key: one.manifest.get(key) for key in TOLD} for one in done
+        ],
         "evaluation": _evaluation(run),
         "curves": [curve for one in done for curve in curves(one.path / "metrics.jsonl", one.name)],
         "codes": _codes(run.stage("tokenizer")),
@@ -41,62 +42,48 @@ def _codes(stage: Stage) -> dict[str, Any] | None:
     if not stage.complete:
         return None
     ids = SemanticIds.load(stage)
-    codes = ids.report()
-    for level, summary in enumerate(codes["levels"]):
+    report = ids.report()
+    for level, summary in enumerate(report["levels"]):
         counts = np.bincount(ids.codes[:, level], minlength=summary["codes"])
         summary["counts"] = counts.tolist()
-    return {key: codes[key] for key in ("items", "distinct", "collision_rate", "levels")}
-
-
-def _summary(stage: Stage) -> dict[str, Any]:
-    manifest = stage.manifest
-    keys = ("seed", "wall_s", "peak_memory_mb", "git")
-    return {"name": stage.name, **{key: manifest.get(key) for key in keys}}
+    return report
 
 
 def _evaluation(run: RunDir) -> list[dict[str, Any]]:
     """Tables of the eval stage: {title, columns, rows}; none where it has not run."""
-    stage = run.stage("eval")
-    if not stage.complete:
+    if not (stage := run.stage("eval")).complete:
         return []
-    results = stage.json("metrics.json")
-    entries = {
-        f"{name} (control)" if group == "controls" else name: entry
-        for group in ("methods", "controls")
-        for name, entry in results[group].items()
-    }
-    views = {
-        "items seen before may return": entries,
-        "items seen before left out": {name: entry["masked"] for name, entry in entries.items()},
-    }
-    return [_table(f"Full catalogue, {title}", rows) for title, rows in views.items()]
-
-
-def _table(title: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    metrics = [name for name in next(iter(rows.values())) if name.startswith(_METRICS)]
-    return {
-        "title": title,
-        "columns": ["method", *metrics],
-        "rows": [[name, *(row.get(metric) for metric in metrics)] for name, row in rows.items()],
-    }
+    shown = rows(read_result(stage))
+    metrics = [name for name in shown[0] if name.startswith(_METRICS)]
+    views = {"": "items seen before may return", "masked ": "items seen before left out"}
+    return [
+        {
+            "title": f"Full catalogue, {title}",
+            "columns": ["method", *metrics],
+            "rows": [
+                [
+                    row["method"] + " (control)" * row["control"],
+                    *(row.get(mask + m) for m in metrics),
+                ]
+                for row in shown
+            ],
+        }
+        for mask, title in views.items()
+    ]
 
 
 def curves(path: Path, stage: str) -> list[dict[str, Any]]:
     """Each numeric metric of a log as points (place in the log, value); fewer than two: left out.
 
     Args:
-        path: a metrics.jsonl; one that is missing or half written gives what can be read.
+        path: a metrics.jsonl, or none where nothing was logged.
         stage: named in every curve.
     """
     series: dict[str, list[tuple[float, float]]] = {}
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        record = json.loads(line)
         place = record.get("epoch", record.get("step", number))
         for metric, value in record.items():
             numeric = isinstance(value, int | float) and not isinstance(value, bool)

@@ -333,7 +333,8 @@ class Service:
                     raise Problem(422, f"no such run; {hint}", errors=[("/run", hint)])
                 path = runs[name]
             try:
-                served = await asyncio.to_thread(Served, path, self.settings, before.loaded)
+                asked_for = before.loaded - {before.about["method"]}
+                served = await asyncio.to_thread(Served, path, self.settings, asked_for)
                 await served.start()
             except StreamctlError as error:
                 metrics.RELOADS.labels(outcome="failed").inc()
