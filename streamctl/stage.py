@@ -171,6 +171,16 @@ class Stage:
                 what = "artifact is damaged (its hash differs from manifest.json)"
                 raise self._error(what, path)
 
+    def check_sources(self, hashes: Mapping[str, str]) -> None:
+        """Raise if one of the user's files that it was made of is there and is another one now."""
+        for name, seen in hashes.items():
+            if Path(name).is_file() and file_hash(Path(name)) != seen:
+                raise StreamctlError(
+                    f"the file has changed since stage {self.name} was made of it",
+                    where=name,
+                    run=self.redo(),
+                )
+
 
 class StageWriter(Stage):
     """A stage in work. Made by `RunDir.begin`; `publish` completes it.

@@ -210,7 +210,7 @@ def test_own_vectors_go_with_collaborative_ones_and_a_change_of_the_file_is_seen
     assert tokenize(run, settings, device="cpu").array("collaborative.npy").any()
     assert tokenize(run, settings, device="cpu").complete
     np.save(file, vectors[::-1])
-    with pytest.raises(StreamctlError, match=r"v\.npy: has changed.*--force"):
+    with pytest.raises(StreamctlError, match=r"v\.npy: the file has changed.*--force"):
         tokenize(run, settings, device="cpu")
 
 

@@ -99,7 +99,7 @@ def write_stage(
     """
     complete = run.stage("data").complete and not force
     if complete:
-        _check_unchanged(run.stage("data"))
+        run.stage("data").check_sources(run.stage("data").manifest["sources"])
     else:
         raw = read()
         catalog, log, statistics = build(raw, config)
@@ -113,17 +113,6 @@ def write_stage(
         stage.save_json("statistics.json", statistics)
         stage.publish(sources={str(file.resolve()): file_hash(file) for file in raw.files})
     return run.stage("data")
-
-
-def _check_unchanged(stage: Stage) -> None:
-    """Raise if a file that the stage was made of is there and is another one now."""
-    for name, seen in stage.manifest["sources"].items():
-        if Path(name).is_file() and file_hash(Path(name)) != seen:
-            raise StreamctlError(
-                "the file has changed since the data stage was made of it",
-                where=name,
-                run=stage.redo(),
-            )
 
 
 def build(raw: RawLog, config: DataConfig) -> tuple[Catalog, InteractionLog, dict[str, Any]]:
