@@ -278,40 +278,64 @@ def test_without_keys_reading_is_open_and_no_key_may_write(monkeypatch):
     assert ring.right_of(WRITE) is None
 
 
-def test_a_method_is_loaded_outside_the_deadline_and_one_model_after_another(run, folder):
+class Slow:
+    """A model that takes 0.3 s to load a method; `most` have done so at the same time."""
+
+    loading = most = 0
+
+    async def ask(self, what: str, **details):
+        if what == "load":
+            Slow.loading += 1
+            Slow.most = max(Slow.most, Slow.loading)
+            await asyncio.sleep(0.3)
+            Slow.loading -= 1
+            return None
+        return [{"items": [], "method": details["method"], "think": 0, "note": None,
+                 "explain": None} for _ in details["jobs"]]  # fmt: skip
+
+    async def answer(self, jobs):
+        return await self.ask("answer", jobs=jobs, **jobs[0].group)
+
+    async def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def slow(run, folder) -> Service:
     service = Service(Settings(run.path, store=folder, deadline_ms=200))
     served = service._served = Served(run.path, service.settings)
     served.about, served.loaded = {"method": "a", "methods": ["a", "b"], "history": 20}, {"a"}
-    loading, most = 0, 0
+    served.models = [Slow(), Slow()]
+    return service
 
-    class Slow:
-        async def ask(self, what: str, **details):
-            nonlocal loading, most
-            if what == "load":
-                loading += 1
-                most = max(most, loading)
-                await asyncio.sleep(0.3)
-                loading -= 1
-                return None
-            return [{"items": [], "method": details["method"], "think": 0, "note": None,
-                     "explain": None} for _ in details["jobs"]]  # fmt: skip
 
+def begin(served: Served) -> Query:
+    """Let the models work; a question for the method that they have not loaded."""
+    served._tasks = [
+        asyncio.create_task(served.batcher.serve(model.answer)) for model in served.models
+    ]
+    return Query(history=[served.store.names([0])[0]["id"]], method="b")
+
+
+def test_a_method_is_loaded_outside_the_deadline_and_one_model_after_another(slow):
     async def asked() -> list[str]:
-        served.models = [Slow(), Slow()]
-        works = [
-            asyncio.create_task(
-                served.batcher.serve(lambda jobs, m=m: m.ask("answer", jobs=jobs, **jobs[0].group))
-            )
-            for m in served.models
-        ]
-        query = Query(history=[served.store.names([0])[0]["id"]], method="b")
-        answers = await service.recommend([query]) + await service.recommend([query])
-        for work in works:
-            work.cancel()
+        query = begin(slow.served)
+        answers = await slow.recommend([query]) + await slow.recommend([query])
+        await slow.stop()
         return [answer["method"] for answer in answers]
 
     assert asyncio.run(asked()) == ["b", "b"]
-    assert most == 1 and served.loaded == {"a", "b"}
+    assert Slow.most == 1 and slow.served.loaded == {"a", "b"}
+
+
+def test_who_waits_for_a_method_is_answered_before_its_run_goes(slow):
+    async def asked() -> list[str]:
+        answer = asyncio.create_task(slow.recommend([begin(slow.served)]))
+        await asyncio.sleep(0.01)
+        await slow.served.stop()
+        return [one["method"] for one in await answer]
+
+    assert asyncio.run(asked()) == ["b"]
 
 
 @pytest.mark.parametrize("kind", [StreamctlError, RuntimeError, Gone, OSError])

@@ -16,7 +16,7 @@ PACKAGES = (
     "scikit-learn", "sentence-transformers", "lightgbm", "accelerate", "fastapi", "uvicorn",
     "triton",
 )  # fmt: skip
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+FLAGS = ("avx2", "avx512f", "avx512bf16", "amx-bf16", "neon", "bf16", "sve")  # LLVM's names
 
 
 def command(
@@ -76,16 +76,14 @@ def _version(name: str) -> dict[str, str]:
 
 
 def _processor() -> dict[str, str]:
-    flags: set[str] = set()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        named = [line for line in lines if line.lower().startswith(("flags", "features"))]
-        flags = set(named[0].split()) if named else flags
-    has = ", ".join(flag for flag in FLAGS if flag in flags) or "no vector features reported"
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    has = ", ".join(flag for flag in FLAGS if features.get(flag)) or "no vector features"
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return _row("processor", f"{platform.machine()}, {cores} cores, {has}; OMP_NUM_THREADS "
-                f"{threads}")  # fmt: skip
+    machine = f"{platform.machine()} ({binding.get_host_cpu_name()}), {cores} cores, {has}"
+    return _row("processor", f"{machine}; OMP_NUM_THREADS {threads}")
 
 
 def _gpu() -> dict[str, str]:

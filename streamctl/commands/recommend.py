@@ -80,7 +80,10 @@ def command(
             RunDir(run), input_, output, method=method, device=device, on_ray=on == "ray",
             k=k, think=think, diversity=diversity, keep_seen=keep_seen,
         )  # fmt: skip
-        print_json(summary) if json_ else show_summary(summary)
+        if json_:
+            print_json(summary)
+        else:
+            print_table("Bulk recommendations", ["", "value"], list(map(list, summary.items())))
         return
     ids = history and history_ids(history)
     recommender = load(run, method, device=device)
@@ -116,12 +119,6 @@ def history_ids(values: list[str]) -> list[str]:
             run="--history @FILE with a text file of item ids, one a line",
         ) from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def show_summary(summary: dict[str, Any]) -> None:
-    """What a bulk job, or this worker's share of it, did."""
-    rows = [[name, value] for name, value in summary.items()]
-    print_table("Bulk recommendations", ["", "value"], rows)
 
 
 def ask(

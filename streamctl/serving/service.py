@@ -65,6 +65,7 @@ class Served:
         )
         self.models: list[Model] = []
         self.about: dict[str, Any] = {}
+        self._loading = 0  # requests for methods that are not loaded yet
         self._tasks: list[asyncio.Task] = []
 
     async def start(self) -> None:
@@ -137,17 +138,20 @@ class Served:
         Raises:
             Problem: 503, a model has died of it.
         """
+        self._loading += 1
         try:
             for model in list(self.models):
                 await model.ask("load", method=method)
         except Gone as gone:
             told = f"a model's process ended ({gone}) while it loaded {method}"
             raise Problem(503, told, retry_after=5) from None
+        finally:
+            self._loading -= 1
         self.loaded.add(method)
 
     async def stop(self) -> None:
         """Answer what waits, then end the models."""
-        while self.models and self.batcher.pending:
+        while self.models and (self.batcher.pending or self._loading):
             await asyncio.sleep(0.01)
         for task in self._tasks:
             task.cancel()
