@@ -56,17 +56,18 @@ def cycle(tmp_path_factory):
     return write_cycle(tmp_path_factory.mktemp("cycle") / "run")
 
 
-@pytest.fixture(scope="session")
-def tokenized(tmp_path_factory):
-    """The circle with a tokenizer stage, for the generative baseline."""
+def tokenized_cycle(path, codes: int = 8) -> RunDir:
+    """The circle with a tokenizer stage."""
     from streamctl.tokenizer.stage import tokenize
 
-    run = write_cycle(tmp_path_factory.mktemp("tokenized") / "run")
-    config = TokenizeConfig(
-        encoder="tfidf", dim=8, method="rqkmeans", levels=3, codes=8, neighbours=5
-    )
-    tokenize(run, config)
+    run, few = write_cycle(path), {"levels": 3, "codes": codes, "neighbours": 5}
+    tokenize(run, TokenizeConfig(encoder="tfidf", dim=8, method="rqkmeans", **few))
     return run
+
+
+@pytest.fixture(scope="session")
+def tokenized(tmp_path_factory):
+    return tokenized_cycle(tmp_path_factory.mktemp("tokenized") / "run")
 
 
 class BaselineContract:

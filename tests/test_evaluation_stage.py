@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from test_baselines import N_ITEMS, N_USERS, write_cycle
+from test_baselines import N_ITEMS, N_USERS, tokenized_cycle, write_cycle
 
 from streamctl.config import (
     AnnotateConfig,
@@ -21,7 +21,6 @@ from streamctl.config import (
     PretrainConfig,
     RlConfig,
     SftConfig,
-    TokenizeConfig,
 )
 from streamctl.data import Split, load_data, prepare
 from streamctl.errors import StreamctlError, UsageError
@@ -58,13 +57,7 @@ def publish_policy(run: RunDir, name: str, config, parents) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The circle with every stage that generative rows read."""
-    from streamctl.tokenizer.stage import tokenize
-
-    run = write_cycle(tmp_path_factory.mktemp("eval") / "run")
-    tokenize(
-        run,
-        TokenizeConfig(encoder="tfidf", dim=8, method="rqkmeans", levels=3, codes=4, neighbours=5),
-    )
+    run = tokenized_cycle(tmp_path_factory.mktemp("eval") / "run", codes=4)
     letter = {"thoughts": "vocabulary", "retrieve": "target"}
     pretrain(run, PretrainConfig(epochs=2, batch=64, lr=5e-3, **letter), device="cpu")
     annotate(run, AnnotateConfig(length=2, fit_epochs=0), device="cpu")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_baselines import write_cycle
+from test_baselines import tokenized_cycle
 from test_model import histories, small_policy
 
 from streamctl import checkpoint
-from streamctl.config import AnnotateConfig, PretrainConfig, RlConfig, SftConfig, TokenizeConfig
+from streamctl.config import AnnotateConfig, PretrainConfig, RlConfig, SftConfig
 from streamctl.decode import Rollout
 from streamctl.decode.think import greedy_thought
 from streamctl.distributed import Ranks, Share
@@ -36,13 +36,7 @@ from streamctl.training.sft import sft
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The circle, tokenized, pretrained and annotated."""
-    from streamctl.tokenizer.stage import tokenize
-
-    run = write_cycle(tmp_path_factory.mktemp("stages") / "run")
-    config = TokenizeConfig(
-        encoder="tfidf", dim=8, method="rqkmeans", levels=3, codes=8, neighbours=5
-    )
-    tokenize(run, config)
+    run = tokenized_cycle(tmp_path_factory.mktemp("stages") / "run")
     letter = PretrainConfig(epochs=4, batch=64, lr=5e-3, thoughts="vocabulary")
     pretrain(run, letter, device="cpu")
     annotate(run, AnnotateConfig(length=2), device="cpu")
