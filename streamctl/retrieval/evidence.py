@@ -211,7 +211,6 @@ class Evidence:
             np.zeros(items, np.int8),
             np.zeros(rows, np.float32),
             np.zeros(rows, np.int32),
-            np.zeros(rows, np.int8),
             np.zeros(width, np.int32),
             np.zeros(self.nearest, np.int32),
         )

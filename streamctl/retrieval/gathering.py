@@ -28,7 +28,7 @@ def gather_one(
     starts, counted, followers, counts, totals,
     row_starts, row_sizes, row_ids, row_weights, owners, following, worth, idf,
     vectors, neighbours,
-    score, touched, own, mark, row_score, row_touched, row_mark, best, near,
+    score, touched, own, mark, row_score, row_touched, best, near,
     out_items, out_hops, out_strengths, out_ranks, out_text, out_sums,
 ):  # fmt: skip
     """Fill the outputs of one user; see `Evidence.gather` and `Pieces`.
@@ -92,7 +92,7 @@ def gather_one(
     if sizes[OTHERS] > 0:
         reached[OTHERS] = vote(
             history, length, user, row_starts, row_sizes, row_ids, row_weights, owners, following,
-            worth, idf, row_score, row_touched, row_mark, near, score[OTHERS], touched[OTHERS],
+            worth, idf, row_score, row_touched, near, score[OTHERS], touched[OTHERS], mark,
         )  # fmt: skip
 
     # 6 own: what the user had before
@@ -189,7 +189,7 @@ def follow(
 
 def vote(
     history, length, user, starts, sizes, rows, weights, owners, following, worth, idf,
-    row_score, row_touched, row_mark, best, score, touched,
+    row_score, row_touched, best, score, touched, mark,
 ):  # fmt: skip
     """Add cosine^2 * NEXT (* worth) of the nearest rows' next items; returns how many items."""
     latest = min(WIDTH, length)
@@ -203,12 +203,13 @@ def vote(
         weight = np.float32(idf[item] * RECENCY**age / norm)
         for entry in range(starts[item], starts[item] + sizes[item]):
             row = rows[entry]
-            if user < 0 or owners[row] != user:
-                if row_score[row] == 0:
-                    row_touched[count] = row
-                    count += 1
-                row_score[row] += weight * weights[entry]
-    size = strongest(row_score, row_touched, count, row_mark, 1, best)
+            if row_score[row] == 0:
+                if user >= 0 and owners[row] == user:
+                    continue
+                row_touched[count] = row
+                count += 1
+            row_score[row] += weight * weights[entry]
+    size = strongest(row_score, row_touched, count, mark, 0, best)
     reached = 0
     for place in range(size):
         cosine = row_score[best[place]]
@@ -239,7 +240,7 @@ def strongest(score, index, count, mark, barred, best):
         return 0
     for place in range(count):
         item = index[place]
-        if mark[item] & barred:
+        if barred != 0 and mark[item] & barred:  # rows of the memory have no marks
             continue
         value = score[item]
         if size < most:

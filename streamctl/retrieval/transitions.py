@@ -15,7 +15,7 @@ UNIT = 1024
 NEXT = (1.0, 0.3, 0.1, 0.05)  # weight of the 1st, 2nd, ... item after a prefix
 RECENCY = 0.5  # weight of an item of the prefix against the one after it
 REACH = 10  # pairs further apart weigh less than 1/UNIT of one
-BLOCK = 2**19  # occurrences of items whose pairs, or rows of the memory, are made at once
+BLOCK = 2**17  # occurrences of items whose pairs, or rows of the memory, are made at once
 
 
 def pair_weights() -> np.ndarray:
@@ -73,12 +73,17 @@ class Transitions:
         totals, kept = np.zeros(n_items, np.int64), []
         for lowest, table in pair_counts(items, offsets, n_items, worth):
             totals[lowest : lowest + table.shape[0]] = table.sum(1)
-            row = np.repeat(np.arange(table.shape[0]), np.diff(table.indptr))
-            order = np.lexsort((-table.data, row))  # the lower item first among equals
-            order = order[np.arange(len(row)) - table.indptr[row] < keep]
-            counts = np.minimum(table.data[order], np.iinfo(np.int32).max).astype(np.int32)
-            sizes = np.minimum(np.diff(table.indptr), keep)
-            kept.append((sizes, table.indices[order].astype(np.int32), counts))
+            # Each row in the order of its counts, the lower item first among equals.
+            most = table.data.max(initial=0)
+            rank = (most - table.data) * n_items + table.indices
+            shape = table.shape[0], (most + 1) * n_items
+            ranked = scipy.sparse.csr_array((table.data, rank, table.indptr), shape=shape)
+            ranked.sort_indices()
+            sizes = np.diff(table.indptr)
+            strong = np.arange(len(rank)) < np.repeat(table.indptr[:-1] + keep, sizes)
+            counts = np.minimum(ranked.data[strong], np.iinfo(np.int32).max).astype(np.int32)
+            second = (ranked.indices[strong] % n_items).astype(np.int32)
+            kept.append((np.minimum(sizes, keep), second, counts))
         return cls(Ragged.of_blocks(kept), totals, keep)
 
     def add_items(self, count: int) -> None:
@@ -122,8 +127,7 @@ def pair_counts(
         items, offsets, worth: as `Transitions.count` takes them.
 
     Yields:
-        the lowest first item, and int64 counts (F, n_items) of it and those after it, each row in
-        the order of the second item.
+        the lowest first item, and int64 counts (F, n_items) of it and of those after it.
     """
     weights, ends = pair_weights(), ends_of(offsets)
     for lowest, starts, places in occurrences(items, n_items):
@@ -134,10 +138,10 @@ def pair_counts(
         weight = weights[distance]
         if worth is not None:
             weight = paid(weight, worth[later])
-        shape = len(starts) - 1, n_items
-        table = scipy.sparse.csr_array((weight, items[later], bounds[starts]), shape=shape)
-        table.sum_duplicates()
-        yield lowest, table
+        shape = len(places), n_items
+        after = scipy.sparse.csr_array((weight, items[later], bounds), shape=shape)
+        once = np.ones(len(places), np.int64), np.arange(len(places)), starts
+        yield lowest, scipy.sparse.csr_array(once, shape=(len(starts) - 1, len(places))) @ after
 
 
 def ends_of(offsets: np.ndarray) -> np.ndarray:
