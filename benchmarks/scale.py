@@ -1,21 +1,32 @@
-"""What a growing catalogue does to Semantic IDs, the trie and decoding.
+"""What a growing catalogue and a growing log do to memory, building and look-ups.
 
-    python benchmarks/scale.py --json --save            up to 10 million synthetic items
+    python benchmarks/scale.py --json --save      to a million items and 100 million interactions
 
-Item vectors are a seeded mixture of mixtures (popular themes, rarer themes inside them, noise),
-quantized by residual k-means fitted on a sample, m = 4 levels of K = 256. For each size: how many
-items share their codes before anything resolves it, the seconds and bytes of the trie, and the
-milliseconds a user that a beam of 50 takes with a model of size tiny (its weights do not matter).
+`catalogue`: item vectors are a seeded mixture of mixtures (popular themes, rarer themes inside
+them, noise), quantized by residual k-means fitted on a sample, m = 4 levels of K = 256. For each
+size: how many items share their codes, seconds to move those apart, seconds and bytes of the trie,
+and milliseconds a user of a beam of 50 with a model of size tiny (its weights do not matter).
+
+`log`: sequences of independent draws from a catalogue whose popularity falls by a power law, so
+that pairs repeat as little as they can. For each number of interactions: seconds and bytes of what
+the hops of evidence read, and milliseconds to gather one history's evidence, alone and in a batch.
+
+A row is measured in a process of its own, with one thread; its times are processor time, so that
+other work on the machine does not count, and its `peak_gb` is that process's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import multiprocessing
+import os
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +34,7 @@ from streamctl.kernels import residual_quantize
 
 from streamctl.decode.beam import recommend
 from streamctl.model.policy import Policy, PolicyConfig
+from streamctl.retrieval.evidence import Evidence
 from streamctl.runs import provenance
 from streamctl.tokenizer.collisions import reassign
 from streamctl.tokenizer.rqkmeans import residual_kmeans
@@ -32,10 +44,14 @@ from streamctl.tokenizer.trie import PrefixTrie
 RESULTS = Path(__file__).parent / "results"
 LEVELS, CODES, DIM = 4, 256, 32
 THEMES, PARTS = 512, 64  # themes, and themes inside each
-CHUNK = 200_000
+CHUNK = 200_000  # items, or users
 SAMPLE = 100_000  # items that the codebooks are fitted on
-RESOLVED = 100_000  # largest catalogue whose collisions are resolved here, item by item
 USERS, HISTORY, BEAM, REPEATS = 64, 10, 50, 5
+SHOP = 100_000  # items of the log
+A_USER = 20  # interactions, on average
+TILT = 2.5  # the most popular hundredth of the items has 16% of the interactions
+NEAR = 50  # text neighbours
+TOGETHER, ALONE = 256, 100  # histories of a batch, and those that are asked for one by one
 
 
 def vectors(items: int, seed: int):
@@ -53,16 +69,6 @@ def vectors(items: int, seed: int):
         yield torch.from_numpy((themes[theme] + parts[part] + noise)[: items - start])
 
 
-def quantize(items: int, codebooks: torch.Tensor, seed: int) -> np.ndarray:
-    """Codes (N, m) int64 of the first `items` items."""
-    codes = np.empty((items, LEVELS), np.int64)
-    start = 0
-    for chunk in vectors(items, seed):
-        codes[start : start + len(chunk)] = residual_quantize(chunk, codebooks)[0].numpy()
-        start += len(chunk)
-    return codes
-
-
 def collisions(codes: np.ndarray) -> dict[str, float]:
     """How many items share their codes, and how crowded the worst code is."""
     numbers = codes @ CODES ** np.arange(LEVELS - 1, -1, -1)
@@ -74,67 +80,128 @@ def collisions(codes: np.ndarray) -> dict[str, float]:
     }
 
 
-def trie_bytes(trie: PrefixTrie) -> int:
-    return sum(value.nbytes for value in vars(trie).values() if isinstance(value, np.ndarray))
+def size_of(*held: object) -> int:
+    """Bytes of the arrays that objects hold."""
+    arrays = [value for one in held for value in vars(one).values()]
+    return sum(value.nbytes for value in arrays if isinstance(value, np.ndarray))
 
 
-def decode_ms(trie: PrefixTrie, tokens: torch.Tensor, seed: int) -> list[float]:
-    """Milliseconds a user of beam search, several times, after a warm-up."""
+def seconds(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, float]:
+    """What `work` returns, and processor time."""
+    began = time.process_time()
+    return work(*arguments, **options), time.process_time() - began
+
+
+def decode_ms(trie: PrefixTrie, tokens: torch.Tensor, users: int, seed: int) -> float:
+    """Milliseconds a user of beam search, the median of several times, after a warm-up."""
     policy = Policy.build(PolicyConfig.of_size("tiny", (CODES,) * LEVELS), tokens, seed).eval()
     generator = torch.Generator().manual_seed(seed)
-    history = torch.randint(len(tokens), (USERS, HISTORY), generator=generator)
-    found = []
+    history = torch.randint(len(tokens), (users, HISTORY), generator=generator)
+    took = []
     for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        recommend(policy, trie, history, BEAM, beam=BEAM, decoder="direct")
-        found.append(1000 * (time.perf_counter() - began) / USERS)
-    return found[1:]
+        options = {"beam": BEAM, "decoder": "direct"}
+        took.append(seconds(recommend, policy, trie, history, BEAM, **options)[1])
+    return 1000 * statistics.median(took[1:]) / users
 
 
-def measure(sizes: list[int], seed: int) -> list[dict[str, object]]:
-    sample = torch.cat(list(vectors(SAMPLE, seed)))
-    codebooks = residual_kmeans(sample, LEVELS, CODES, 10, seed)
-    rows = []
-    for items in sizes:
-        began = time.perf_counter()
-        codes = quantize(items, codebooks, seed)
-        quantized_s = time.perf_counter() - began
-        row = {"items": items, "quantize_items_per_s": round(items / quantized_s)}
-        row |= collisions(codes)
-        if items <= RESOLVED:
-            latents = torch.cat(list(vectors(items, seed)))
-            began = time.perf_counter()
-            resolved = reassign(codes, latents, codebooks)
-            spent = time.perf_counter() - began
-            row["moved"] = int((resolved != codes).any(1).sum())
-            row["reassign_s"] = round(spent, 2)
-        tokens = Tokens((CODES,) * LEVELS).item_tokens(codes)
-        del codes
-        began = time.perf_counter()
-        trie = PrefixTrie(tokens)
-        row["trie_build_s"] = round(time.perf_counter() - began, 2)
-        row["trie_nodes"] = trie.n_nodes
-        row["trie_bytes_per_item"] = round(trie_bytes(trie) / items, 1)
-        took = decode_ms(trie, torch.from_numpy(tokens), seed)
-        row["decode_ms_per_user"] = round(statistics.median(took), 3)
-        row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-        rows.append(row)
-    return rows
+def catalogue(items: int, codebooks: torch.Tensor, seed: int) -> dict[str, Any]:
+    """The row of one size."""
+    torch.set_num_threads(1)
+    latents = torch.cat(list(vectors(items, seed)))
+    (codes, *_), quantized_s = seconds(residual_quantize, latents, codebooks)
+    codes = codes.numpy()
+    row = {"items": items, "quantize_items_per_s": round(items / quantized_s), **collisions(codes)}
+    resolved, spent = seconds(reassign, codes, latents, codebooks)
+    row |= {"moved": int((resolved != codes).any(1).sum()), "reassign_s": round(spent, 2)}
+    del latents, codes
+    tokens = Tokens((CODES,) * LEVELS).item_tokens(resolved)
+    trie, spent = seconds(PrefixTrie, tokens)
+    row |= {"trie_build_s": round(spent, 2), "trie_nodes": trie.n_nodes}
+    row["trie_bytes_per_item"] = round(size_of(trie) / items, 1)
+    for name, users in (("decode_ms_per_user", USERS), ("decode_ms_alone", 1)):
+        row[name] = round(decode_ms(trie, torch.from_numpy(tokens), users, seed), 2)
+    return row
+
+
+def sequences(interactions: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items int32 (T,) of all users, one after the other, and offsets int64 (U + 1,)."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.geometric(1 / A_USER, interactions // A_USER)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    items = np.empty(offsets[-1], np.int32)
+    for start in range(0, len(items), CHUNK):
+        part = items[start : start + CHUNK]
+        part[:] = SHOP * np.random.default_rng([seed, start]).random(len(part)) ** TILT
+    return items, offsets
+
+
+def log(interactions: int, seed: int) -> dict[str, Any]:
+    """The row of one number of interactions."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(seed)
+    found = sequences(interactions, seed)
+    items, offsets = found
+    text = rng.standard_normal((SHOP, DIM), np.float32)
+    near = rng.integers(0, SHOP, (SHOP, NEAR), np.int32)
+    evidence, spent = seconds(Evidence, found, text, near)
+    counts, memory = evidence.transitions, evidence.memory
+    held = size_of(evidence, counts, memory)
+    held += sum(array.nbytes for array in (*counts.followers.arrays,
+                                           *memory.postings.arrays))  # fmt: skip
+    row = {
+        "interactions": len(items), "users": len(offsets) - 1, "items": SHOP,
+        "index_s": round(spent, 1), "gb": round(held / 1e9, 2),
+        "pairs": len(counts.followers.columns[0]), "rows": len(memory),
+        "postings": len(memory.postings.columns[0]),
+    }  # fmt: skip
+
+    def ask(number: int) -> float:
+        """Milliseconds a history, each of another user."""
+        users = rng.choice(len(offsets) - 1, number, replace=False)
+        histories = np.full((number, HISTORY), -1, np.int64)
+        for line, user in enumerate(users):
+            latest = items[offsets[user] : offsets[user + 1]][-HISTORY:]
+            histories[line, : len(latest)] = latest
+        return 1000 * seconds(evidence.gather, histories, users)[1] / number
+
+    ask(TOGETHER)  # compiles, or reads what was compiled
+    row["gather_ms"] = round(statistics.median(ask(TOGETHER) for _ in range(REPEATS)), 3)
+    row["gather_ms_alone"] = round(statistics.median(ask(1) for _ in range(ALONE)), 3)
+    return row
+
+
+def apart(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """A row from a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        row = pool.submit(work, *arguments).result()
+        row["peak_gb"] = round(pool.submit(provenance).result()["peak_memory_mb"] / 1024, 2)
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="10000,100000,1000000,10000000")
+    parser.add_argument("--sizes", default="10000,100000,1000000")
+    parser.add_argument("--interactions", default="1000000,10000000,100000000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the receipt")
     parser.add_argument("--save", action="store_true", help="write results/scale.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    began = time.monotonic()
-    catalogue = measure([int(size) for size in options.sizes.split(",")], options.seed)
-    result = {"name": "scale", "catalogue": catalogue, "codes": CODES, "levels": LEVELS}
-    result |= {"beam": BEAM, "seed": options.seed, "threads": 1}
-    result |= {"wall_s": round(time.monotonic() - began, 1), **provenance()}
+    began, load = time.monotonic(), list(os.getloadavg())
+    sample = torch.cat(list(vectors(SAMPLE, options.seed)))
+    codebooks = residual_kmeans(sample, LEVELS, CODES, 10, options.seed)
+    sizes, lengths = (
+        [int(number) for number in text.split(",") if number]
+        for text in (options.sizes, options.interactions)
+    )
+    result = {
+        "name": "scale",
+        "catalogue": [apart(catalogue, size, codebooks, options.seed) for size in sizes],
+        "log": [apart(log, length, options.seed) for length in lengths],
+        "codes": CODES, "levels": LEVELS, "beam": BEAM, "users": USERS, "together": TOGETHER,
+        "seed": options.seed, "threads": 1, "load": load,
+        "wall_s": round(time.monotonic() - began, 1), **provenance(),
+    }  # fmt: skip
     if options.save:
         (RESULTS / "scale.json").write_text(json.dumps(result, indent=1) + "\n")
     if options.json:
