@@ -54,8 +54,9 @@ class Memory:
         """
         lengths, ends = np.diff(offsets), ends_of(offsets)
         first = np.arange(len(items)) == np.repeat(offsets[:-1], lengths)  # no prefix before it
-        number = np.arange(len(items)) - np.cumsum(first)  # row of the prefix before each place
-        targets = np.flatnonzero(~first)
+        # The row of the prefix before each place.
+        number = np.arange(len(items), dtype=ends.dtype) - np.cumsum(first, dtype=ends.dtype)
+        targets = np.flatnonzero(~first).astype(ends.dtype)
         owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[targets]
         if idf is None:
             popularity = np.bincount(items, minlength=n_items)

@@ -157,11 +157,9 @@ def occurrences(items: np.ndarray, n_items: int) -> Iterator[tuple[int, np.ndarr
         the lowest item; (F + 1,) where the places of it and of those after it begin among these;
         and the places, ascending for each item.
     """
-    one = scipy.sparse.csr_array(
-        (np.ones(len(items), np.bool_), items, np.arange(len(items) + 1)),
-        shape=(len(items), n_items),
-    )
-    grouped = one.tocsc()  # a counting sort
+    one = np.ones(len(items), np.bool_), items, np.arange(len(items) + 1)
+    grouped = scipy.sparse.csr_array(one, shape=(len(items), n_items)).tocsc()  # a counting sort
+    del one
     starts, lowest = grouped.indptr, 0
     while lowest < n_items:
         end = int(np.searchsorted(starts, int(starts[lowest]) + BLOCK, "right")) - 1
