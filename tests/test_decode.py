@@ -154,7 +154,7 @@ def test_nothing_is_read_of_a_prefix_that_one_item_alone_begins_with(monkeypatch
     monkeypatch.setattr(
         policy, "extend", lambda *given: (read.append(given[1].shape[1]), extend(*given))[1]
     )
-    search_after(policy, trie, hidden, before, encoded, 40)
+    search_after(policy, trie, policy.logits(hidden), before, encoded, 40)
     codes, shared = policy.item_tokens.tolist(), []
     for level in range(1, policy.tokens.levels):
         counts = Counter(tuple(code[:level]) for code in codes)

@@ -47,7 +47,9 @@ def test_compiled_passes_and_plain_torch_agree_with_the_modules(dtype, history, 
 
     def run():
         encoded = policy.encode(past)
-        early, cache = policy.extend(encoded, first)
+        early, _ = policy.extend(encoded, first)
+        last, cache = policy.extend(encoded, first, last_only=True)
+        assert torch.equal(last, early[:, :, -1:])
         late, _ = policy.extend(encoded, second, past=cache.reorder(parent))
         real = encoded.states if encoded.mask is None else encoded.states[encoded.mask]
         return real, early, late, policy.logits(late)

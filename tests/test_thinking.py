@@ -172,7 +172,7 @@ def test_an_item_s_probability_is_both_parts_mixed_and_all_items_are_no_more_tha
     found = thinks.recommend(history, ITEMS, users=users, think=length)
     encoded = policy.encode(history)
     thought = weigh(policy, thinks.evidence.gather(history.numpy(), users)).heaviest(length)
-    odds = log_odds(policy, thought, read_thought(policy, encoded, thought)[0][:, -1])
+    odds = log_odds(policy, thought, policy.logits(read_thought(policy, encoded, thought)[0][:, 0]))
     pi = torch.sigmoid(odds)[:, None].double()
     weights = torch.zeros(len(history), ITEMS).double()
     real = thought.items >= 0

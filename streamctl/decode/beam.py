@@ -85,7 +85,7 @@ def recommend(
                     thought = thoughts[rows.to(thoughts.device)].to(device)
                 hidden, past = policy.prompt(encoded, thought, decoder)
                 leaves, value, dropped = search_after(
-                    policy, trie, hidden[:, -1:], past, encoded, width, legal, decoder
+                    policy, trie, policy.logits(hidden), past, encoded, width, legal, decoder
                 )
             barred, wanted = of_rows(rows, exclude), of_rows(rows, allow)
             items[rows], scores[rows] = best_items(trie, leaves, value, k, barred, wanted, seed)
@@ -98,7 +98,7 @@ def recommend(
 def search_after(
     policy: Policy,
     trie: PrefixTrie,
-    hidden: torch.Tensor,
+    logits: torch.Tensor,
     past: Past | Branches,
     encoded: Encoded,
     beam: int,
@@ -111,20 +111,20 @@ def search_after(
     prefix that one item alone begins with.
 
     Args:
-        hidden: (B, 1, d), the states at BOS. past: what is before the first code, shared.
+        logits: (B, 1, V) at BOS. past: what is before the first code, shared.
         legal: (B, nodes) bool, the nodes that lead to a wanted item; None for all.
 
     Returns:
         leaves (B, beam) int64, -1 where fewer, and their scores (B, beam); and (B,) what no prefix
         that was dropped is likelier than.
     """
-    users, device = len(hidden), hidden.device
+    users, device = len(logits), logits.device
     score = torch.zeros(users, 1, device=device)
     node = token = row = torch.full_like(score, trie.root, dtype=torch.int64)  # rows of the past
     csr, shared = trie.on(device), trie.shared(device)
     catalogue = policy.config.softmax == "catalogue"
     normalize = "legal" if catalogue else "vocabulary"
-    logits = policy.logits(hidden).float()
+    logits = logits.float()
     dropped = torch.full((users,), -torch.inf, device=device)
     for level in range(policy.tokens.levels):
         if level:

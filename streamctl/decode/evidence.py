@@ -77,10 +77,10 @@ def read_thought(policy: Policy, encoded: Encoded, thought: Weighed) -> tuple[to
     return policy.prompt(encoded, vectors)
 
 
-def log_odds(policy: Policy, thought: Weighed, hidden: torch.Tensor) -> torch.Tensor:
-    """log odds of the codes against the thought, from the state (..., d) at `bos`."""
+def log_odds(policy: Policy, thought: Weighed, logits: torch.Tensor) -> torch.Tensor:
+    """log odds of the codes against the thought, from the logits (..., V) at `bos`."""
     low, high = policy.tokens.level_range(0)
-    first = policy.first_logprobs(hidden)[..., low:high]
+    first = policy.first_logprobs(logits)[..., low:high]
     return policy.weighing.trust(thought.logits, first)
 
 
@@ -232,11 +232,12 @@ class EvidenceRecommender:
         with autocast(device):
             encoded = policy.encode(histories.to(device))
             hidden, past = read_thought(policy, encoded, thought)
-            odds = log_odds(policy, thought, hidden[:, -1])
+            logits = policy.logits(hidden)
+            odds = log_odds(policy, thought, logits[:, 0])
             if self.mix != "item":
                 odds = torch.full_like(odds, torch.inf if self.mix == "codes" else -torch.inf)
             leaves, chance, _ = codes.search_after(
-                policy, self.trie, hidden[:, -1:], past, encoded, max(self.beam, k), legal
+                policy, self.trie, logits, past, encoded, max(self.beam, k), legal
             )
         other, chance = best_items(
             self.trie, leaves, chance, leaves.shape[1], exclude, allow, self.seed

@@ -306,6 +306,7 @@ class Decoder(nn.Module):
         memory: Memory,
         mask: torch.Tensor | None = None,
         past: Past | frozen.Branches | None = None,
+        last_only: bool = False,
     ) -> tuple[torch.Tensor, Past | frozen.Branches]:
         """Run T new tokens of each branch.
 
@@ -314,15 +315,16 @@ class Decoder(nn.Module):
             memory: of `memory()`.
             mask: (B, S) bool over encoder positions, or None when nothing is padded.
             past: of the call before, or None.
+            last_only: only the last token's state is wanted.
 
         Returns:
-            hidden (B, W, T, d), and the past with the new tokens.
+            hidden (B, W, T or 1, d), and the past with the new tokens.
         """
         before = past.length if past else 0
         total = before + x.shape[2]
         bias = self.block[0].layer[0].bias(before, total, bidirectional=False)
         if isinstance(memory, frozen.Memory):
-            return memory.decoder(x, bias, memory, past)
+            return memory.decoder(x, bias, memory, past, last_only)
         p = self.p * self.training
         x, delta = fused.dropout(in_stream(x), p), None
         layers = []
@@ -335,7 +337,8 @@ class Decoder(nn.Module):
             delta = cross_attention(normed, memory[number], mask)
             x, normed = feed_forward.layer_norm(x, delta)
             delta = feed_forward(normed)
-        return fused.dropout(self.final_layer_norm(x, delta)[1], p), Past(layers, total)
+        hidden = fused.dropout(self.final_layer_norm(x, delta)[1], p)
+        return hidden[:, :, -1:] if last_only else hidden, Past(layers, total)
 
 
 @torch.no_grad()

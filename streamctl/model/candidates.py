@@ -23,10 +23,10 @@ def thoughts_logprob(
     Returns:
         (B, G, K) float32.
     """
-    hidden, past = policy.extend(encoded, policy.around(think))
+    hidden, past = policy.extend(encoded, policy.around(think), last_only=True)
     users, group = think.shape[:2]
     codes = policy.item_tokens[items]  # (B, K, m)
-    first = policy.first_logprobs(hidden[:, :, -1])
+    first = policy.first_logprobs(policy.logits(hidden[:, :, 0]))
     total = first.gather(2, codes[:, None, :, 0].expand(-1, group, -1))
     thought = torch.arange(group, device=items.device)[:, None]
     catalogue = policy.config.softmax == "catalogue"

@@ -231,12 +231,8 @@ class Branches:
         return len(self.index)
 
     def share(self) -> Branches:
-        """The single branch's tokens in a store of their own, for branches to come."""
-        old = self.store
-        store = Store(len(old.rows), old.rows.shape[-1], old.rows.dtype)
-        store.add(self.index.numel(), spare=False)
-        store.rows.copy_(old.rows[:, self.index.flatten()])
-        return Branches(store, torch.arange(store.used).view_as(self.index))
+        """The single branch's tokens as the prefix of branches to come: they are so already."""
+        return self
 
     def reorder(self, parent: torch.Tensor) -> Branches:
         """Branch w continues old branch parent[:, w]; parent (B, W') int64."""
@@ -288,6 +284,7 @@ class PackedDecoder(_PackedStack):
         bias: torch.Tensor,
         memory: Memory,
         past: Branches | None,
+        last_only: bool,
     ) -> tuple[torch.Tensor, Branches]:
         """`Decoder.forward`: x (B, W, T, d) embedded, bias (h, T, all tokens)."""
         users, branches, steps, width = x.shape
@@ -295,20 +292,21 @@ class PackedDecoder(_PackedStack):
             store = Store(len(self.joined), 2 * self.heads * self.d_kv, self.like)
             past = Branches(store, torch.empty(0, users, branches, dtype=torch.int64))
         past = past.extended(users, branches, steps)
-        out = torch.empty(users * branches * steps, width, dtype=self.like)
+        shape = users, branches, 1 if last_only else steps, width
+        out = torch.empty(shape, dtype=self.like)
         arrays = (
             x.reshape(-1, width).float().contiguous().numpy(), self.norms, self.eps, self.joined,
             self.merge, self.query, self.cross, self.up, self.down, _numpy(past.store.rows),
             past.index.flatten(1).numpy(), bias.float().contiguous().numpy(), _numpy(memory.keys),
-            _numpy(memory.values), memory.counts.numpy(), branches,
+            _numpy(memory.values), memory.counts.numpy(), branches, last_only,
         )  # fmt: skip
-        hidden, passes = _numpy(out), _passes()
+        hidden, passes = _numpy(out.view(-1, width)), _passes()
 
         def run(first, last):
             passes.decode(*arrays, first, last, hidden)
 
         _over_rows(run, users * branches, steps)
-        return out.to(self.dtype).view(users, branches, steps, width), past
+        return out.to(self.dtype), past
 
     @staticmethod
     def sample(decoder: nn.Module, states: torch.Tensor) -> None:

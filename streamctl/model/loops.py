@@ -264,9 +264,9 @@ def attend(qkv, store, index, bias, first, last, out):
     inner = out.shape[1]
     size = inner // heads
     before = tokens - steps
-    query = np.empty(size, np.float32)
-    mixed = np.empty(size, np.float32)
-    weights = np.empty(tokens, np.float32)
+    query = np.empty(inner, np.float32)
+    mixed = np.empty(inner, np.float32)
+    weights = np.empty((heads, tokens), np.float32)
     for branch in range(first, last):
         for step in range(steps):
             line, row = branch * steps + step, index[before + step, branch]
@@ -274,27 +274,24 @@ def attend(qkv, store, index, bias, first, last, out):
                 store[row, j] = qkv[line, inner + j]
         for step in range(steps):
             line, seen = branch * steps + step, before + step + 1
-            for head in range(heads):
-                begin = head * size
-                for j in range(size):
-                    query[j] = widen(qkv[line, begin + j])
-                    mixed[j] = np.float32(0)
-                top = np.float32(-np.inf)
-                for token in range(seen):
-                    key = store[index[token, branch]]
+            for j in range(inner):
+                query[j] = widen(qkv[line, j])
+                mixed[j] = np.float32(0)
+            for token in range(seen):
+                key = store[index[token, branch]]
+                for head in range(heads):
+                    begin = head * size
                     dot = bias[head, step, token]
                     for j in range(size):
-                        dot += query[j] * widen(key[begin + j])
-                    weights[token] = dot
-                    top = dot if dot > top else top
-                total = np.float32(0)
-                for token in range(seen):
-                    weights[token] = _exponential(weights[token] - top)
-                    total += weights[token]
-                for token in range(seen):
-                    share = weights[token] / total
-                    value = store[index[token, branch]]
+                        dot += query[begin + j] * widen(key[begin + j])
+                    weights[head, token] = dot
+            for head in range(heads):
+                weigh(weights[head], seen)
+            for token in range(seen):
+                value = store[index[token, branch]]
+                for head in range(heads):
+                    begin, share = head * size, weights[head, token]
                     for j in range(size):
-                        mixed[j] += share * widen(value[inner + begin + j])
-                for j in range(size):
-                    out[line, begin + j] = narrow(mixed[j], out[line, begin + j])
+                        mixed[begin + j] += share * widen(value[inner + begin + j])
+            for j in range(inner):
+                out[line, j] = narrow(mixed[j], out[line, j])

@@ -254,7 +254,7 @@ def remember(states, weight, users, starts, first, last, keys, values):
 @numba.njit(**OPTIONS)
 def decode(
     x, norms, eps, joined, merge, query, cross, up, down, store, index, bias, keys, values,
-    counts, branches, first, last, out,
+    counts, branches, last_only, first, last, out,
 ):  # fmt: skip
     """New tokens of branches first..last (of all users, side by side) through a decoder.
 
@@ -267,7 +267,8 @@ def decode(
         bias: (h, steps, tokens) float32.
         keys, values: of `remember`. counts: (B,) int64 positions of each user.
         branches: of a user.
-        out: (N, d) like, filled in.
+        last_only: only the states of each branch's last token are wanted.
+        out: (N, d) like, filled in; (branches, d) of the last ones only.
     """
     width, inner, steps = norms.shape[1], store.shape[2] // 2, bias.shape[1]
     like, layers = store, len(joined)
@@ -285,7 +286,7 @@ def decode(
     no_bias = np.empty((0, 0, 0), np.float32)
     for begin in range(first, last, block):
         end = min(last, begin + block)
-        rows = (end - begin) * steps
+        rows, each = (end - begin) * steps, steps
         for row in range(rows):  # a loop: an assignment of slices takes seconds to compile
             for j in range(width):
                 stream[row, j] = x[begin * steps + row, j]
@@ -294,6 +295,14 @@ def decode(
             _product(normed, rows, joined[layer], 0, wide)
             _narrowed(wide, rows, 3 * inner, False, projected)
             attend(projected, store[layer], index[:, begin:end], bias, 0, end - begin, mixed)
+            if last_only and layer + 1 == layers:  # of the others only keys and values are read
+                rows, each = end - begin, 1
+                for row in range(rows):
+                    line = (row + 1) * steps - 1
+                    for j in range(width):
+                        stream[row, j] = stream[line, j]
+                    for j in range(inner):
+                        mixed[row, j] = mixed[line, j]
             _product(mixed, rows, merge[layer], 1, stream)
             _norm(stream, norms[3 * layer + 1], eps, rows, normed)
             _product(normed, rows, query[layer], 0, wide)
@@ -302,7 +311,7 @@ def decode(
             while branch < end:
                 user = branch // branches
                 stop = min(end, (user + 1) * branches)
-                at, until = (branch - begin) * steps, (stop - begin) * steps
+                at, until = (branch - begin) * each, (stop - begin) * each
                 _look(
                     mixed[at:until], until - at, keys[layer, user], values[layer, user],
                     counts[user], no_bias, 0, scores, shares, wide[at:],
@@ -312,4 +321,4 @@ def decode(
             _product(mixed, rows, cross[layer], 1, stream)
             norm = norms[3 * layer + 2]
             _feed_forward(stream, rows, norm, eps, up[layer], down[layer], normed, wide, hidden)
-        _norm(stream, norms[3 * layers], eps, rows, out[begin * steps : end * steps])
+        _norm(stream, norms[3 * layers], eps, rows, out[begin * each : end * each])

@@ -209,18 +209,21 @@ class Policy(nn.Module):
         tokens: torch.Tensor,
         decoder: DecoderName = "slow",
         past: Past | Branches | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[torch.Tensor, Past | Branches]:
         """Run T more tokens of W branches of each user: the step of every incremental decode.
 
         Args:
             tokens: (B, W, T) int64, or (B, W, T, d) vectors in their place.
             past: what an earlier call returned, if any.
+            last_only: only the last token's state is wanted.
 
         Returns:
-            hidden (B, W, T, d), and the past with these tokens.
+            hidden (B, W, T or 1, d), and the past with these tokens.
         """
         memory = self.memory(encoded, decoder)
-        return self.stack(decoder)(self.embed(tokens), memory, encoded.mask, past)
+        return self.stack(decoder)(self.embed(tokens), memory, encoded.mask, past, last_only)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Decoder inputs of tokens (...) int64; vectors (..., d) are inputs already."""
@@ -270,9 +273,9 @@ class Policy(nn.Module):
             logprobs.append(-F.cross_entropy(scores, codes[:, place] - low, reduction="none"))
         return torch.stack(logprobs, -1).view(shape)
 
-    def first_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """log P(each token as an item's first code): (..., d) -> (..., V) fp32."""
-        scores = self.logits(hidden).float()
+    def first_logprobs(self, logits: torch.Tensor) -> torch.Tensor:
+        """log P(each token as an item's first code) of the logits at `bos`: (..., V) fp32."""
+        scores = logits.float()
         if self.config.softmax == "catalogue":
             low, high = self.tokens.level_range(0)
             legal = self.legal.after(self.legal.prefix[:1, 0], high - low)[0]
@@ -313,11 +316,12 @@ class Policy(nn.Module):
             think: (B, l) int64 tokens, (B, l, d) vectors, or None.
 
         Returns:
-            hidden (B, l + 2 or 1, d), and a past that all branches of a user share.
+            the state at `bos` (B, 1, d), and a past that all branches of a user share.
         """
         if think is None:
             think = torch.empty(len(encoded), 0, dtype=torch.int64, device=encoded.states.device)
-        hidden, past = self.extend(encoded, self.around(think)[:, None], decoder)
+        think = self.around(think)[:, None]
+        hidden, past = self.extend(encoded, think, decoder, last_only=True)
         return hidden[:, 0], past.share()
 
     def around(self, think: torch.Tensor) -> torch.Tensor:
@@ -326,9 +330,11 @@ class Policy(nn.Module):
             begin = think.new_full((*think.shape[:-1], 1), Tokens.BOS)
             start = torch.full_like(begin, Tokens.THINK)
             return torch.cat([start, think, begin], -1) if think.shape[-1] else begin
-        ends = self.shared.weight[[Tokens.THINK, Tokens.BOS]].to(think.dtype)
-        ends = ends.expand(*think.shape[:-2], 2, -1)
-        return torch.cat([ends[..., :1, :], think, ends[..., 1:, :]], -2)
+        start, begin = (
+            self.shared.weight[token].to(think.dtype).expand_as(think[..., :1, :])
+            for token in (Tokens.THINK, Tokens.BOS)
+        )
+        return torch.cat([start, think, begin], -2)
 
     def piece_vectors(self, items: torch.Tensor, hops: torch.Tensor) -> torch.Tensor:
         """Decoder inputs (..., l, d) of a thought's items (..., l), -1 for none, and their hops.
@@ -368,7 +374,7 @@ class Policy(nn.Module):
     ) -> torch.Tensor:
         """The same after a `prompt`, whose hidden and past these are."""
         codes = self.item_tokens[items.view(len(items), -1)]  # (B, K, m)
-        total = self.first_logprobs(hidden[:, -1]).gather(1, codes[..., 0])
+        total = self.first_logprobs(self.logits(hidden[:, 0])).gather(1, codes[..., 0])
         if codes.shape[2] > 1:
             later, _ = self.extend(encoded, codes[..., :-1], decoder, past)
             some = items.view(len(items), -1)

@@ -15,7 +15,7 @@ from streamctl.tokenizer.neighbours import earlier_neighbours, unit
 
 HOPS = ("next", "alike", "next of next", "next of alike", "others", "own")
 SIZES = (32, 32, 32, 16, 32, 0)  # the most pieces that each hop brings; 0 leaves it out
-_TOGETHER = 32  # histories that one thread takes at a time
+_TOGETHER = 8  # histories that one thread takes at a time
 _TEXT = 3
 _FEW = 64  # histories that are gathered sooner in plain Python than the hops are compiled
 _AT_ONCE = 20  # interactions are counted at once in the time that one is appended in
@@ -167,10 +167,12 @@ class Evidence:
             np.zeros((batch, most, hops), np.int16),
             np.zeros((batch, most, _TEXT), np.float32),
             np.zeros((batch, hops), np.float32),
+            np.zeros((batch, most + 1), np.float32),
         )
         arguments = (
             np.asarray(self.sizes, np.int64), pair_weights(), *self.transitions.followers.arrays,
             self.transitions.totals, *self.memory.arrays, self.vectors, self.neighbours,
+            self.popularity,
         )  # fmt: skip
 
         plain = batch <= _FEW and not compiled.ready()
@@ -186,15 +188,7 @@ class Evidence:
             self._scratch.append(scratch)
 
         threads.over_ranges(run, batch, _TOGETHER)
-        last = histories[np.arange(batch), np.maximum((histories >= 0).sum(1) - 1, 0)]
-        known = np.concatenate([filled[0], last[:, None]], 1)
-        counts = self.popularity[known]
-        for row, (items, worth) in enumerate(
-            mine
-        ):  # what this user took is no sign that others did
-            counts[row] -= (known[row][:, None] == items) @ (worth / UNIT)
-        popularity = np.where(known >= 0, np.log1p(np.maximum(counts, 0)), 0)
-        return Pieces(*filled, popularity.astype(np.float32))
+        return Pieces(*filled)
 
     def _take(self) -> tuple[np.ndarray, ...]:
         """Arrays of zeros that one thread works in; whoever takes them leaves zeros."""

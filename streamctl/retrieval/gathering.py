@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from streamctl.retrieval.memory import WIDTH
-from streamctl.retrieval.transitions import NEXT, RECENCY, paid
+from streamctl.retrieval.transitions import NEXT, RECENCY, UNIT, paid
 
 BACK = 0.6  # weight of a history item against the one after it, in hop 1
 LAST = 5  # items whose text counts
@@ -27,9 +27,9 @@ def gather_one(
     history, user, mine, mine_worth, sizes, pair_weights,
     starts, counted, followers, counts, totals,
     row_starts, row_sizes, row_ids, row_weights, owners, following, worth, idf,
-    vectors, neighbours,
+    vectors, neighbours, popularity,
     score, touched, own, mark, row_score, row_touched, best, near,
-    out_items, out_hops, out_strengths, out_ranks, out_text, out_sums,
+    out_items, out_hops, out_strengths, out_ranks, out_text, out_sums, out_popularity,
 ):  # fmt: skip
     """Fill the outputs of one user; see `Evidence.gather` and `Pieces`.
 
@@ -133,15 +133,22 @@ def gather_one(
             out_ranks[place, hop] = own[item]
         for place in range(size):
             own[best[place]] = 0
-    for place in range(taken):
-        item = out_items[place]
-        out_text[place, 1] = np.dot(mean, vectors[item])
+    if taken > 0:
+        lines = np.empty((1 + recent, dim), np.float32)
+        lines[0] = mean
         for age in range(recent):
-            cosine = np.dot(vectors[history[length - 1 - age]], vectors[item])
-            if age == 0:
-                out_text[place, 0] = cosine
-                out_text[place, 2] = cosine
-            out_text[place, 2] = max(out_text[place, 2], cosine)
+            lines[1 + age] = vectors[history[length - 1 - age]]
+        cosines = np.dot(vectors[out_items[:taken]], lines.T)
+        for place in range(taken):
+            out_text[place, 0] = cosines[place, 1]
+            out_text[place, 1] = cosines[place, 0]
+            out_text[place, 2] = cosines[place, 1:].max()
+
+    for place in range(taken):
+        out_popularity[place] = log_popularity(out_items[place], popularity, mine, mine_worth, mark)
+    if length > 0:
+        last = history[length - 1]
+        out_popularity[-1] = log_popularity(last, popularity, mine, mine_worth, mark)
 
     for hop in range(6):
         for place in range(reached[hop]):
@@ -185,6 +192,16 @@ def follow(
                 for distance in range(1, min(reach, len(mine) - 1 - place) + 1):
                     own[mine[place + distance]] = 0
     return reached
+
+
+def log_popularity(item, popularity, mine, mine_worth, mark):
+    """log(1 + how often an item was taken), what this user took left out."""
+    count = popularity[item]
+    if mark[item] & 2:
+        for place in range(len(mine)):
+            if mine[place] == item:
+                count -= mine_worth[place] / UNIT
+    return math.log1p(max(count, 0.0))
 
 
 def vote(
@@ -291,6 +308,6 @@ def compiled() -> Callable[..., None]:
     import numba  # a third of a second, which an answer without it does not wait for
     from numba.extending import register_jitable
 
-    for function in (follow, vote, strongest, worse, sink, paid):
+    for function in (follow, log_popularity, vote, strongest, worse, sink, paid):
         register_jitable(function)
     return numba.njit(cache=True, nogil=True)(gather_one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import scipy.sparse
@@ -18,6 +19,7 @@ REACH = 10  # pairs further apart weigh less than 1/UNIT of one
 BLOCK = 2**17  # occurrences of items whose pairs, or rows of the memory, are made at once
 
 
+@cache
 def pair_weights() -> np.ndarray:
     """k(d) = sum_t RECENCY^(t-1) NEXT[d - t], in units: int64 (REACH + 1,), k(0) = 0.
 

@@ -120,7 +120,7 @@ def target_logprob(
     with torch.no_grad():
         hidden, past = read_thought(policy, encoded, thought)
         chance = policy.items_logprob(encoded, target[:, None], hidden, past).float()
-    odds = log_odds(policy, thought, hidden[:, -1])
+    odds = log_odds(policy, thought, policy.logits(hidden[:, 0]))
     return mixed(odds, chance, thought.logprob(target[:, None]))[:, 0]
 
 
