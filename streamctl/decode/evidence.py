@@ -67,8 +67,8 @@ def weigh(policy: Policy, pieces: Pieces) -> Weighed:
     items = torch.from_numpy(pieces.items.astype(np.int64)).to(device)
     hops = torch.from_numpy(pieces.hops.astype(np.int64)).to(device)
     features = torch.from_numpy(pieces.features()).to(device)
-    logits = policy.weighing(features, items >= 0)
-    return Weighed(items, torch.where(items >= 0, hops, NOTHING), logits)
+    real = items >= 0
+    return Weighed(items, hops.where(real, NOTHING), policy.weighing(features, real))
 
 
 def read_thought(policy: Policy, encoded: Encoded, thought: Weighed) -> tuple[torch.Tensor, Past]:

@@ -17,6 +17,7 @@ class LegalCodes:
         prefix: (N, m) int64, the row of `packed` for the prefix that each code of an item follows.
         last_choice: (N,) int64, the last level at which more codes than the item's own may follow.
         packed: (prefixes, ceil(K / 8)) uint8, bit c % 8 of byte c // 8: code c may follow.
+        first: (V,) bool, True where an item begins with the token.
     """
 
     def __init__(self, item_tokens: torch.Tensor, tokens: Tokens):
@@ -35,6 +36,8 @@ class LegalCodes:
         self.prefix = torch.from_numpy(prefix).to(device)
         self.last_choice = torch.from_numpy(np.where(choice.any(1), last, 0)).to(device)
         self.packed = torch.from_numpy(packed).to(device)
+        self.first = torch.zeros(tokens.size, dtype=torch.bool, device=device)
+        self.first[item_tokens[:, 0]] = True
         self._bits = (1 << torch.arange(8, device=device)).to(torch.uint8)
 
     def after(self, prefix: torch.Tensor, codes: int) -> torch.Tensor:

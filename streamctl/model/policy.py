@@ -277,10 +277,7 @@ class Policy(nn.Module):
         """log P(each token as an item's first code) of the logits at `bos`: (..., V) fp32."""
         scores = logits.float()
         if self.config.softmax == "catalogue":
-            low, high = self.tokens.level_range(0)
-            legal = self.legal.after(self.legal.prefix[:1, 0], high - low)[0]
-            others = F.pad(~legal, (low, scores.shape[-1] - high), value=True)
-            scores = scores.masked_fill(others, -torch.inf)
+            scores = scores.where(self.legal.first, -torch.inf)
         return torch.log_softmax(scores, -1)
 
     def target_inputs(
