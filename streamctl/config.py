@@ -171,19 +171,20 @@ class SftConfig:
     state_temperature: float = 0.07
     corrupt: float = 0.2  # probability that a think token is replaced in training
     own: float = 0.5  # vocabulary: share of examples answered after the policy's own thought
-    dropout: float = 0.1
+    dropout: float | None = None  # None: 0 for the weighing of evidence, 0.1 for a decoder
     batch: int = 256
-    lr: float | None = None  # None: 3e-3 for the weighing of evidence, 5e-4 for a decoder
+    lr: float | None = None  # None: 1e-2 for the weighing of evidence, 5e-4 for a decoder
     weight_decay: float = 0.05
     warmup: float = 0.05
     seed: int = 0
 
     def settled(self, thoughts: str) -> SftConfig:
-        """The same with the learning rate of what is trained."""
-        rate, epochs = (3e-3, 12) if thoughts == "evidence" else (5e-4, 4)
-        rate = rate if self.lr is None else self.lr
-        epochs = epochs if self.epochs is None else self.epochs
-        return dataclasses.replace(self, lr=rate, epochs=epochs)
+        """The same with what is left open as suits what is trained."""
+        own = {"lr": 1e-2, "epochs": 12, "dropout": 0.0}
+        if thoughts != "evidence":
+            own = {"lr": 5e-4, "epochs": 4, "dropout": 0.1}
+        left = {key: value for key, value in own.items() if getattr(self, key) is None}
+        return dataclasses.replace(self, **left)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ TOGETHER = 1024  # histories gathered at a time
 KEPT = 2 << 30  # bytes of evidence kept in memory; above it is gathered again for every batch
 REPEATS_OF, REPEATED = 20_000, 0.01  # examples looked at; share of repeats that makes own a hop
 OWN = 8  # its pieces
-SAMPLE = 4096
 
 
 def last_positions(examples: Examples, count: int) -> np.ndarray:
@@ -58,11 +57,25 @@ class Gathered:
         return Pieces(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     @cached_property
+    def found(self) -> np.ndarray:
+        """(E,) bool: examples whose target is among their evidence."""
+        rows = np.arange(len(self.examples))
+        parts = [rows[at : at + TOGETHER] for at in range(0, len(rows), TOGETHER)]
+        hits = [(self(part).items == self.examples.targets[part, None]).any(1) for part in parts]
+        return np.concatenate(hits) if hits else np.zeros(0, bool)
+
+    @cached_property
     def known(self) -> float:
-        """The share of examples whose target is among their evidence, by a sample of them."""
-        rows = np.arange(0, len(self.examples), len(self.examples) // SAMPLE + 1)
-        hit = self(rows).items == self.examples.targets[rows, None]
-        return max(float(hit.any(1).mean()), 1 / SAMPLE)
+        """The share of examples whose target is among their evidence."""
+        return max(float(self.found.mean()), 1e-4)
+
+    def subset(self, rows: np.ndarray) -> Gathered:
+        """Some of the examples; what is kept of their evidence is not gathered again."""
+        some = Gathered(self.evidence, self.examples.subset(rows))
+        if self._kept is not None:
+            some._kept = self._kept.rows(rows)
+        some.found = self.found[rows]
+        return some
 
     def __call__(self, index: np.ndarray) -> Pieces:
         """The pieces of the examples `index` (B,)."""

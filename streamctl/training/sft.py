@@ -192,11 +192,14 @@ def _weigh(
     rows = annotation.array("rows.npy")
     train = material.split.train
     held = last_positions(train, run.stage("pretrain").manifest["config"]["hold"])
-    policy = only_thinking(material.policy(run.stage("pretrain"), device))
+    policy = only_thinking(material.policy(run.stage("pretrain"), device, config.dropout))
     policy.thinker.load_state_dict(load_file(annotation.file("thinker.safetensors")))
     gathered = Gathered(material.evidence, train.subset(rows))
     labels = torch.from_numpy(annotation.array("thoughts.npy").astype(np.int64))
     unseen = torch.from_numpy(np.isin(rows, held))
+    # The others have neither a piece to weigh nor codes that are as unsure as in serving.
+    teaching = np.flatnonzero(gathered.found | unseen.numpy())
+    gathered, labels, unseen = gathered.subset(teaching), labels[teaching], unseen[teaching]
     result = fit(
         stage, policy, config, loss=Tuner(policy, gathered, labels, unseen, config).loss,
         examples=gathered.examples, device=device,
