@@ -413,6 +413,21 @@ def test_sft_moves_the_weights_and_the_trust_and_leaves_codes_and_encoder():
     assert all(torch.isfinite(value) for value in terms.values())
 
 
+@pytest.mark.parametrize("kept", [1 << 30, 0])
+def test_some_of_the_examples_have_the_evidence_that_they_have_among_all(kept, monkeypatch):
+    monkeypatch.setattr(gathering, "KEPT", kept)
+    split = split_of(*sequences())
+    all_ = Gathered(made(sequences(), sizes=HOPS), split.train)
+    pieces = all_(np.arange(len(split.train)))
+    found = (pieces.items == split.train.targets[:, None]).any(1)
+    assert found.any() and not found.all()
+    np.testing.assert_array_equal(all_.found, found)
+    some = all_.subset(np.flatnonzero(found))
+    assert all_.known == pytest.approx(found.mean()) and some.known == 1
+    np.testing.assert_array_equal(some(np.array([2, 0])).items, pieces.items[found][[2, 0]])
+    np.testing.assert_array_equal(some.examples.targets, split.train.targets[found])
+
+
 def test_codes_are_trusted_more_only_where_that_is_surely_better():
     users = np.arange(400)
     ranked = np.full((3, 400), 20, np.int32)

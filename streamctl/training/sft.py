@@ -197,9 +197,10 @@ def _weigh(
     gathered = Gathered(material.evidence, train.subset(rows))
     labels = torch.from_numpy(annotation.array("thoughts.npy").astype(np.int64))
     unseen = torch.from_numpy(np.isin(rows, held))
-    # The others have neither a piece to weigh nor codes that are as unsure as in serving.
-    teaching = np.flatnonzero(gathered.found | unseen.numpy())
-    gathered, labels, unseen = gathered.subset(teaching), labels[teaching], unseen[teaching]
+    teaches = gathered.found | unseen.numpy()  # the others have no piece that is to weigh most
+    if teaches.any():
+        some = np.flatnonzero(teaches)
+        gathered, labels, unseen = gathered.subset(some), labels[some], unseen[some]
     result = fit(
         stage, policy, config, loss=Tuner(policy, gathered, labels, unseen, config).loss,
         examples=gathered.examples, device=device,
