@@ -62,8 +62,10 @@ class Weighing(nn.Module):
             hidden = F.gelu(self.read(x))
             count = real.sum(1).clamp(min=1)[:, None, None]
             mean = (hidden * real[..., None]).sum(1, keepdim=True) / count
-            both = torch.cat([hidden, mean.expand_as(hidden)], -1)
-            hidden = self.dropout(F.gelu(self.compare(self.dropout(both))))
+            # A product of both halves, without the mean copied to every piece.
+            own, shared = self.compare.weight.chunk(2, 1)
+            hidden = F.linear(self.dropout(hidden), own, self.compare.bias)
+            hidden = self.dropout(F.gelu(hidden + F.linear(self.dropout(mean), shared)))
             logits = (self.out(hidden) + self.linear(x))[..., 0]
         return logits.masked_fill(~real, -torch.inf)
 
