@@ -4,7 +4,7 @@ Compiling takes tens of seconds once a machine. A training waits for it: its ari
 change on the way. With STREAMCTL_COMPILE=cached, as `serve` sets it, a process computes in plain
 PyTorch unless everything that `streamctl.model.warm` compiles is in the cache when it begins; where
 no folder can be written for a cache, it compiles. With STREAMCTL_COMPILE=never, as `recommend` for
-one user sets it, compiled code is not even read; evidence for many users at once is, in any case.
+one user sets it, compiled code is not even read, except to gather evidence for many users at once.
 """
 
 import hashlib

@@ -124,7 +124,8 @@ def recommend_files(
         `complete`, if the output is there: the first of several workers waits for the others.
 
     Raises:
-        UsageError: a value out of its range, or an output inside the source.
+        UsageError: a value out of its range, an output inside the source, or a source inside
+            OUT.parts/.
         StreamctlError: the run cannot answer, the input cannot be read, or Ray is missing.
     """
     began = time.monotonic()
@@ -161,8 +162,9 @@ def count_transitions(
     """How often one item followed another in logs of any size: `retrieval.Transitions` as a file.
 
     Each part's pairs are counted by themselves, and DuckDB sums the counts: whole numbers of
-    1/1024, so that they are those of all users at once. Workers, parts and what was begun are as
-    in `recommend_files`; a finished output is made anew if `source` has changed.
+    1/1024, so that they are those of all users at once. Workers share the parts, and a job that was
+    stopped goes on, as in `recommend_files`; a finished output is made anew if `source` or `keep`
+    has changed.
 
     Args:
         source: a parquet file, or a folder of them, with a column `history`: lists of item ids,
@@ -176,7 +178,7 @@ def count_transitions(
         rows: users counted by this worker now; seconds; and `complete`, if the output is there.
 
     Raises:
-        UsageError: an output inside the source.
+        UsageError: an output inside the source, or a source inside OUT.parts/.
         StreamctlError: the input cannot be read or has no lists, or Ray is missing.
     """
     began = time.monotonic()
@@ -296,6 +298,11 @@ def _parts(
         raise UsageError(
             f"--output {output} is inside the input: its files would be read, too",
             run="--output with a folder outside of --input",
+        )
+    if target != output and source.is_relative_to(target):
+        raise UsageError(
+            f"the input is in {target}, where the parts of --output {output} are kept and removed",
+            run="--output with another name",
         )
     parts = []
     for file in files:

@@ -314,6 +314,20 @@ def test_counts_need_lists_and_may_be_empty(tmp_path):
     assert (found.column_names, len(found)) == (["item", "next", "count", "total"], 0)
 
 
+def test_an_input_where_the_parts_would_be_removed_is_refused_and_stays(run, tmp_path):
+    folder = tmp_path / "log.parts"
+    folder.mkdir()
+    path = folder / "users.parquet"
+    pq.write_table(pa.table({"history": [["i01", "i02"]]}), path)
+    for source in (folder, path):
+        with pytest.raises(UsageError, match="the parts of --output .* are kept and removed"):
+            count_transitions(source, tmp_path / "log")
+    with pytest.raises(UsageError, match="are kept and removed"):
+        recommend_files(run, path, tmp_path / "log", method="popularity", **QUESTION)
+    assert list(folder.iterdir()) == [path] and not (tmp_path / "log").exists()
+    assert recommend_files(run, folder, tmp_path, method="popularity", **QUESTION)["complete"]
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray cluster of two workers on this machine."""

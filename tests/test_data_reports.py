@@ -64,6 +64,7 @@ FINE = {
     "18 digits": [f"17000000000000000{n}" for n in range(5)],
     "19 digits": [f"170000000000000000{n}" for n in range(5)],
     "exponents": ["1.7e9", "1.70000001e9", "17000000.2e2", "1700000030", "1.8e+9"],
+    "as large as they may be": ["1.5", "2", "3", "4", str(2**62)],
     "below zero": ["-1.5", "-1.25", "-0.5", "0", "0.25"],
     "whole and fractions": ["1", "1.5", "2", "2.25", "3"],
     "nanoseconds in words": [f"2024-01-31T18:30:00.12345678{n}" for n in range(5)],

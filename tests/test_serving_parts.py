@@ -376,7 +376,11 @@ def test_a_replacement_that_cannot_load_is_ended_and_another_tried(run, folder, 
     assert len(asyncio.run(replaced())) == 1
 
 
-@pytest.mark.parametrize(("program", "made_anew"), [("pass", True), ("raise SystemExit(1)", False)])
+# What is typed at the server's terminal must not end the compiler: it leads its own session.
+ALONE = "import os; raise SystemExit(os.getsid(0) != os.getpid())"
+
+
+@pytest.mark.parametrize(("program", "made_anew"), [(ALONE, True), ("raise SystemExit(1)", False)])
 def test_models_in_plain_pytorch_make_room_when_the_compiler_is_done(
     run, monkeypatch, tmp_path, capfd, program, made_anew
 ):

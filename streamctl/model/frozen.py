@@ -231,7 +231,7 @@ class Branches:
         return len(self.index)
 
     def share(self) -> Branches:
-        """The single branch's tokens as the prefix of branches to come: they are so already."""
+        """Itself: branches to come read the same rows of the store."""
         return self
 
     def reorder(self, parent: torch.Tensor) -> Branches:

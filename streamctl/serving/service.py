@@ -214,11 +214,12 @@ class Service:
             await self._compile()
 
     async def _compile(self) -> None:
-        """Compile what the models compute by, and have others take their place: to load it
+        """Compile what the models compute by, then have new models take their place: loading it
         themselves would keep their requests waiting."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", COMPILER, stdin=asyncio.subprocess.DEVNULL
-        )
+            sys.executable, "-m", COMPILER, stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the server, which ends it itself
+        )  # fmt: skip
         try:
             if await process.wait():
                 raise StreamctlError("the compiler failed", run=f"python -m {COMPILER}")

@@ -40,7 +40,7 @@ def as_integers(con: Any) -> tuple[str, bool, int]:
     places, largest = con.execute(f"""
         SELECT max(length(rtrim(split_part({text}, '.', 2), '0'))),
             max(abs(try_cast(time AS DOUBLE))) FROM staged""").fetchone()
-    while largest * 10.0**places >= LARGEST_TIME:
+    while places and largest * 10.0**places >= LARGEST_TIME:
         places -= 1
     parts = f"split_part({text}, '.', 1) || left(split_part({text}, '.', 2), {places})"
     return f"({parts})::BIGINT", False, 10**places
