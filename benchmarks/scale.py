@@ -17,18 +17,16 @@ other work on the machine does not count, and its `peak_gb` is that process's.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import receipts
 import torch
 from streamctl.kernels import residual_quantize
 
@@ -41,7 +39,6 @@ from streamctl.tokenizer.rqkmeans import residual_kmeans
 from streamctl.tokenizer.tokens import Tokens
 from streamctl.tokenizer.trie import PrefixTrie
 
-RESULTS = Path(__file__).parent / "results"
 LEVELS, CODES, DIM = 4, 256, 32
 THEMES, PARTS = 512, 64  # themes, and themes inside each
 CHUNK = 200_000  # items, or users
@@ -179,12 +176,10 @@ def apart(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = receipts.parser(__doc__)
     parser.add_argument("--sizes", default="10000,100000,1000000")
     parser.add_argument("--interactions", default="1000000,10000000,100000000")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print the receipt")
-    parser.add_argument("--save", action="store_true", help="write results/scale.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     began, load = time.monotonic(), list(os.getloadavg())
@@ -202,10 +197,7 @@ def main() -> None:
         "seed": options.seed, "threads": 1, "load": load,
         "wall_s": round(time.monotonic() - began, 1), **provenance(),
     }  # fmt: skip
-    if options.save:
-        (RESULTS / "scale.json").write_text(json.dumps(result, indent=1) + "\n")
-    if options.json:
-        print(json.dumps(result, indent=1))
+    receipts.finish(result, options)
 
 
 if __name__ == "__main__":

@@ -161,8 +161,8 @@ def count_transitions(
 ) -> dict[str, Any]:
     """How often one item followed another in logs of any size: `retrieval.Transitions` as a file.
 
-    Each part's pairs are counted by themselves, and DuckDB sums the counts: whole numbers of
-    1/1024, so that they are those of all users at once. Workers share the parts, and a job that was
+    Each part is counted by itself, in whole numbers of 1/1024, and DuckDB adds the counts up: the
+    sums are those of all users at once. Workers share the parts, and a job that was
     stopped goes on, as in `recommend_files`; a finished output is made anew if `source` or `keep`
     has changed.
 

@@ -320,7 +320,7 @@ def test_an_input_where_the_parts_would_be_removed_is_refused_and_stays(run, tmp
     path = folder / "users.parquet"
     pq.write_table(pa.table({"history": [["i01", "i02"]]}), path)
     for source in (folder, path):
-        with pytest.raises(UsageError, match="the parts of --output .* are kept and removed"):
+        with pytest.raises(UsageError, match=r"the parts of --output .* are kept and removed"):
             count_transitions(source, tmp_path / "log")
     with pytest.raises(UsageError, match="are kept and removed"):
         recommend_files(run, path, tmp_path / "log", method="popularity", **QUESTION)

@@ -166,9 +166,6 @@ def occurrences(items: np.ndarray, n_items: int) -> Iterator[tuple[int, np.ndarr
     while lowest < n_items:
         end = int(np.searchsorted(starts, int(starts[lowest]) + BLOCK, "right")) - 1
         end = max(end, lowest + 1)
-        yield (
-            lowest,
-            starts[lowest : end + 1] - starts[lowest],
-            (grouped.indices[starts[lowest] : starts[end]]),
-        )
+        first, last = starts[lowest], starts[end]
+        yield lowest, starts[lowest : end + 1] - first, grouped.indices[first:last]
         lowest = end
