@@ -428,6 +428,23 @@ def test_some_of_the_examples_have_the_evidence_that_they_have_among_all(kept, m
     np.testing.assert_array_equal(some.examples.targets, split.train.targets[found])
 
 
+def test_a_share_does_not_take_the_evidence_of_all_examples_where_it_is_not_kept(monkeypatch):
+    split, evidence = split_of(*sequences()), made(sequences(), sizes=HOPS)
+    every, gather, rows = Gathered(evidence, split.train), evidence.gather, []
+    assert every.known == pytest.approx(every.found.mean())
+
+    def counted(histories, users):
+        rows.append(len(users))
+        return gather(histories, users)
+
+    monkeypatch.setattr(evidence, "gather", counted)
+    monkeypatch.setattr(gathering, "SAMPLE", 10)
+    monkeypatch.setattr(gathering, "KEPT", 0)
+    share = Gathered(evidence, split.train).known
+    assert share == pytest.approx(every.found[:: len(split.train) // 10 + 1].mean())
+    assert 1 < sum(rows) <= 1 + 10 < len(split.train)  # one to see how much there is
+
+
 def test_codes_are_trusted_more_only_where_that_is_surely_better():
     users = np.arange(400)
     ranked = np.full((3, 400), 20, np.int32)
