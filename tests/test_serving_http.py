@@ -56,7 +56,7 @@ def test_the_thinking_budget_and_the_method_are_the_callers(server, history):
 
 def test_the_model_that_is_named_is_the_one_that_answered(server, runs, history):
     run = RunDir(runs / "first")
-    of = {"stream_sft": "sft", "tiger": "pretrain", "popularity": "data"}
+    of = {"stream_sft": "sft", "stream_pt": "pretrain", "popularity": "data"}
     for method, stage in of.items():
         told = server.recommend(history=history, method=method)["model"]
         assert told == {"run": "first", "stage": stage, "hash": run.stage(stage).hash}

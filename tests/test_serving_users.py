@@ -104,12 +104,12 @@ def test_a_process_begins_with_the_methods_that_the_one_before_it_had(run, folde
     async def loaded() -> list[str]:
         model = await Model.start(
             run=str(run.path), store=str(folder), method=None, device="cpu", threads=1, batch=2,
-            also=["tiger", "none of this run"],
+            also=["stream_pt", "none of this run"],
         )  # fmt: skip
         await model.stop()
         return model.about["loaded"]
 
-    assert sorted(asyncio.run(loaded())) == ["popularity", "stream_sft", "tiger"]
+    assert sorted(asyncio.run(loaded())) == ["popularity", "stream_pt", "stream_sft"]
 
 
 def test_what_shares_a_batch_changes_no_answer(engine):

@@ -240,7 +240,7 @@ class Trainee:
 def test_grpo_begins_at_ratio_one_and_kl_zero():
     found = Trainee(small_policy("items")).step(histories(40, [5] * 4), torch.arange(4), seed=0)
     assert found["ratio"] == pytest.approx(1, abs=1e-5)
-    assert found["kl"] == pytest.approx(0, abs=1e-8)
+    assert found["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_rl_trains_the_direct_decoder_on_the_encoder_that_it_shares():
