@@ -143,10 +143,12 @@ def sft(
 ) -> Stage:
     """Train on the annotated examples; the epoch that ranks best on validation users is kept.
 
-    With evidence the weighing alone is trained, every example answers under the policy's own
-    thought, and the start is a candidate. By the letter labels are made anew each round, and the
-    direct decoder goes on training on the encoder that it shares; DPO's reference is the
-    pretrained pair, frozen. Writes the policy, report.json and the labels of each later round.
+    With evidence the weighing alone is trained, on the examples that teach it: those whose target
+    is among their evidence, and those that pretraining has not seen, which answer under the
+    policy's own thought. The start is a candidate. By the letter labels are made anew each
+    round, and the direct decoder goes on training on the encoder that it shares; DPO's reference
+    is the pretrained pair, frozen. Writes the policy, report.json and the labels of each later
+    round.
 
     Args:
         twin: train the l = 0 control instead (stage baselines/no_thinking): the same start, steps,
