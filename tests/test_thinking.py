@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_model import encoder_inputs, histories, transformers_model
 from test_retrieval_evidence import ITEMS, USERS, made, prefixes, shop
 
@@ -26,6 +28,7 @@ from streamctl.runs import RunDir
 from streamctl.tokenizer import Tokens
 from streamctl.tokenizer.trie import PrefixTrie
 from streamctl.training import gathered as gathering
+from streamctl.training import sft
 from streamctl.training.annotate import heads_loss, infer, label_all
 from streamctl.training.gathered import Gathered
 from streamctl.training.loop import Batch, batches
@@ -443,6 +446,38 @@ def test_a_share_does_not_take_the_evidence_of_all_examples_where_it_is_not_kept
     share = Gathered(evidence, split.train).known
     assert share == pytest.approx(every.found[:: len(split.train) // 10 + 1].mean())
     assert 1 < sum(rows) <= 1 + 10 < len(split.train)  # one to see how much there is
+
+
+def test_sft_learns_from_the_examples_that_teach_and_without_dropout(monkeypatch, tmp_path):
+    policy, split = thinker(), split_of(*sequences())
+    train, evidence = split.train, made(sequences(), sizes=(2, 0, 0, 0, 0, 0))
+    save_file(policy.thinker.state_dict(), tmp_path / "thinker.safetensors")
+    arrays = {"rows.npy": np.arange(len(train)), "thoughts.npy": np.full((len(train), 2), -1)}
+    made_before = SimpleNamespace(
+        array=arrays.get, file=tmp_path.joinpath, manifest={"config": {"hold": 1}}
+    )
+    given = {}
+
+    def load(stage, device, dropout):
+        given["dropout"] = dropout
+        return policy
+
+    def stop(*_, examples, **__):
+        given["examples"] = examples
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft, "fit", stop)
+    run = SimpleNamespace(stage=lambda name: made_before)
+    material = SimpleNamespace(split=split, evidence=evidence, policy=load)
+    with pytest.raises(KeyboardInterrupt):
+        sft._weigh(run, None, SftConfig().settled("evidence"), material, torch.device("cpu"))
+    found = Gathered(evidence, train).found
+    held = np.isin(np.arange(len(train)), gathering.last_positions(train, 1))
+    teaches = np.flatnonzero(found | held)
+    assert given["dropout"] == 0 and held[~found].sum() > 0 and len(teaches) < len(train)
+    expected, learned = train.subset(teaches), given["examples"]
+    np.testing.assert_array_equal(learned.targets, expected.targets)
+    np.testing.assert_array_equal(learned.users, expected.users)
 
 
 def test_codes_are_trusted_more_only_where_that_is_surely_better():
