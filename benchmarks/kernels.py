@@ -13,14 +13,8 @@ import sys
 
 import peers
 import torch
+from cases import OPS, assert_equal, random_beams, random_items, random_rows, to_device
 from streamctl.kernels import nearest_codeword, residual_quantize, trie_topk
-from streamctl.kernels.nearest_codeword.cases import TOLERANCE as DISTANCE
-from streamctl.kernels.nearest_codeword.cases import random_case as random_rows
-from streamctl.kernels.residual_quantize.cases import TOLERANCE as RESIDUAL
-from streamctl.kernels.sweep import assert_equal, to_device
-from streamctl.kernels.trie_topk.cases import TOLERANCE as SCORE
-from streamctl.kernels.trie_topk.cases import random_case as random_beams
-from streamctl.kernels.trie_topk.cases import random_items
 
 BACKEND = {"cpu": "numba", "cuda": "triton"}
 # Rows at which chunked addmm + argmin was fastest of 512 .. 8192 on a CPU; a GPU wants many more.
@@ -31,12 +25,12 @@ ANNOTATE = (256, 256, 1, 1024)
 NEAREST = {"cpu": (100_000, 256, 1, 1024), "cuda": (1_000_000, 256, 1, 1024)}
 
 
-def check(ours, reference, tolerance, what):
+def check(ours, reference, op, backend):
     try:
-        assert_equal(ours, reference, tolerance)
+        assert_equal(ours, reference, OPS[op].tolerance)
     except AssertionError as error:
         raise SystemExit(
-            f"{what}: differs from the reference; no figures for it\n{error}"
+            f"{op} {backend}: differs from the reference; no figures for it\n{error}"
         ) from None
 
 
@@ -124,7 +118,7 @@ def residual_quantize_row(repeats, device, now):
     some = torch.arange(0, n, n // 2000, device=device)
     ours, residual = residual_quantize(x, codebooks, backend=name)
     expected = residual_quantize(x[some], codebooks, backend="reference")
-    check((ours[some], residual[some]), expected, RESIDUAL, f"residual_quantize {name}")
+    check((ours[some], residual[some]), expected, "residual_quantize", name)
     contenders = {"streamctl": lambda: residual_quantize(x, codebooks, backend=name)}
     with torch.no_grad():
         contenders |= torch_peers(x, codebooks, device)
@@ -156,7 +150,7 @@ def nearest_codeword_row(shape, repeats, device, now):
     some = torch.arange(0, n, max(1, n // 500), device=device)
     index, distance = nearest_codeword(x, codebooks[0], backend=name)
     expected = nearest_codeword(x[some], codebooks[0], backend="reference")
-    check((index[some], distance[some]), expected, DISTANCE, f"nearest_codeword {name}")
+    check((index[some], distance[some]), expected, "nearest_codeword", name)
     contenders = {"streamctl": lambda: nearest_codeword(x, codebooks[0], backend=name)}
     contenders |= torch_peers(x, codebooks, device)
     if device == "cpu":
@@ -257,7 +251,7 @@ def trie_rows(repeats, device, now):
         root = (logits, torch.zeros_like(nodes), scores, trie, k)
         for these in (arguments, root):
             expected = trie_topk(*these, backend="reference")
-            check(trie_topk(*these, backend=name), expected, SCORE, f"trie_topk {name}")
+            check(trie_topk(*these, backend=name), expected, "trie_topk", name)
         top, prefixes = paths_to(case, items)
         contenders = {
             "streamctl": lambda a=arguments: trie_topk(*a, backend=name),

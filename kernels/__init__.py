@@ -53,7 +53,7 @@ def __dir__():
 class _Package(types.ModuleType):
     """An op's folder and its function share a name; here the name always means the function.
 
-    Without this, importing `streamctl.kernels.trie_topk.cases` would rebind
+    Without this, importing `streamctl.kernels.trie_topk.reference` would rebind
     `streamctl.kernels.trie_topk` from the function to the folder's module.
     """
 

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from streamctl.kernels import (
-    OPS,
     KernelError,
     backends,
     nearest_codeword,
@@ -16,7 +15,8 @@ from streamctl.kernels import (
     straight_through,
     trie_topk,
 )
-from streamctl.kernels.sweep import DTYPES, assert_equal, cases_of, to_device
+
+from benchmarks.cases import DTYPES, OPS, Rows, assert_equal, beams_cases, to_device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNNABLE = [name for name, missing in backends(DEVICE).items() if not missing]
@@ -25,7 +25,7 @@ SWEEP = [
     for op in OPS
     for backend in RUNNABLE
     if backend != "reference"
-    for name in cases_of(op).cases()
+    for name in OPS[op].cases()
     for dtype in DTYPES
 ]
 
@@ -44,13 +44,12 @@ def poisoned_outputs(monkeypatch):
 
 @pytest.mark.parametrize(("op", "backend", "name", "dtype"), SWEEP)
 def test_backend_equals_the_reference(op, backend, name, dtype, poisoned_outputs):
-    module = cases_of(op)
-    case = to_device(module.cases(DTYPES[dtype])[name], DEVICE)
-    if backend == "triton" and DEVICE == "cpu" and op in ("nearest_codeword", "residual_quantize"):
+    cases, call, tolerance = OPS[op]
+    case = to_device(cases(DTYPES[dtype])[name], DEVICE)
+    if backend == "triton" and DEVICE == "cpu" and isinstance(case, Rows):
         # The interpreter takes milliseconds a row.
         case = case._replace(x=case.x[:7])
-    expected = module.call(case, "reference")
-    assert_equal(module.call(case, backend), expected, module.TOLERANCE)
+    assert_equal(call(case, backend), call(case, "reference"), tolerance)
 
 
 def some_backends():
@@ -93,7 +92,7 @@ def test_wrong_arguments_say_what_is_required_and_what_came(message):
 
 
 def small_trie():
-    case = cases_of("trie_topk").cases()["first-level"]
+    case = beams_cases()["first-level"]
     return dict(zip(case._fields[:5], case[:5], strict=True))
 
 
@@ -129,21 +128,21 @@ def test_a_malformed_trie_is_refused_not_read_past():
 
 
 def test_vocabulary_scores_are_the_masked_log_softmax():
-    case = cases_of("trie_topk").cases()["root"]
+    case = beams_cases()["root"]
     scores, _, tokens, _ = trie_topk(*case[:5], normalize="vocabulary")
     expected = case.logits.log_softmax(-1)[:, 0].gather(1, tokens) + case.beam_scores
     torch.testing.assert_close(scores, expected)
 
 
 def test_legal_scores_of_all_children_sum_to_one():
-    case = cases_of("trie_topk").cases()["root"]
+    case = beams_cases()["root"]
     scores, *_ = trie_topk(*case[:4], 21)
     total = scores.logsumexp(1) - case.beam_scores[:, 0]
     torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-5, rtol=0)
 
 
 def test_a_filter_does_not_raise_the_scores_of_what_it_leaves():
-    case = cases_of("trie_topk").cases()["allowed"]
+    case = beams_cases()["allowed"]
 
     def found(allowed):
         scores, parents, _, nodes = trie_topk(*case[:4], 40, allowed=allowed)
@@ -217,7 +216,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_an_op_stays_a_function_after_its_folder_is_imported():
     code = (
-        "import streamctl.kernels.trie_topk.cases, streamctl.kernels as k\n"
+        "import streamctl.kernels.trie_topk.reference, streamctl.kernels as k\n"
         "from streamctl.kernels import trie_topk\n"
         "print(callable(trie_topk) and callable(k.trie_topk) and callable(k.nearest_codeword))"
     )

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 from streamctl.kernels import KernelError, choice, compiled, nearest_codeword
-from streamctl.kernels.nearest_codeword.cases import random_case
+
+from benchmarks.cases import random_rows
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_server_uses_what_is_compiled_and_compiles_where_nothing_can_be_kept(
 @pytest.mark.parametrize(("rows", "width", "codewords"), [(256, 256, 1024), (4096, 32, 256)])
 def test_the_nearest_codeword_takes_no_longer_than_plain_torch(rows, width, codewords):
     """At annotation's shape (the first) and the tokenizer's, noise and another machine allowed."""
-    x, codebooks = random_case(rows, width, 1, codewords)
+    x, codebooks = random_rows(rows, width, 1, codewords)
     codebook = codebooks[0]
 
     def plain():
@@ -108,15 +109,15 @@ def test_the_nearest_codeword_takes_no_longer_than_plain_torch(rows, width, code
 
 PROGRAM = """
 import torch
+from benchmarks.cases import random_beams, random_items
 from streamctl.kernels import compiled, trie_topk
-from streamctl.kernels.trie_topk.cases import random_case, random_items
 from streamctl.model.backbone import BackboneConfig, Decoder, Encoder
 torch.manual_seed(0)
 config = BackboneConfig(8, 8, 4, 2, 16, 1, 1)
 encoder = Encoder(config).eval()
 with torch.no_grad():
     print(float(encoder(torch.ones(2, 3, 8)).sum()))
-case = random_case(random_items(9, 2, 3), 2, 2, 1, 9, 2)
+case = random_beams(random_items(9, 2, 3), 2, 2, 1, 9, 2)
 print(float(trie_topk(*case[:5])[0].sum()))
 print(compiled.ready())
 """

@@ -15,10 +15,10 @@ import torch
 from streamctl import cache
 from streamctl.device import autocast
 from streamctl.kernels import compiled, residual_quantize, trie_topk
-from streamctl.kernels.trie_topk.cases import random_case, random_items
 from streamctl.model.backbone import BackboneConfig, Decoder, Encoder
 from streamctl.model.frozen import PackedDecoder, scores
 from streamctl.retrieval.evidence import Evidence
+from streamctl.tokenizer.trie import PrefixTrie
 
 
 @torch.no_grad()
@@ -29,7 +29,8 @@ def compile_all() -> None:
     mask = torch.tensor([[True] * 3, [True, True, False]])
     encoder, decoder = Encoder(config).eval(), Decoder(config).eval()
     table = torch.nn.Embedding(8, 8)
-    trie_topk(*random_case(random_items(9, 2, 3), 2, 2, 1, 9, 2)[:5], backend="numba")
+    trie, roots = PrefixTrie(np.array([[0, 2], [1, 3]])).on("cpu"), torch.zeros(2, 2).long()
+    trie_topk(torch.randn(2, 2, 4), roots, torch.zeros(2, 2), trie, 2, backend="numba")
     for half in (True, False):  # bf16 first: it is what is served where the processor has it
         with autocast(torch.device("cpu"), half):
             for way in ("packed", "plain"):
