@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamctl.config import BEAM
 from streamctl.errors import UsageError, close_matches
 from streamctl.runs import RunDir
 
@@ -107,9 +108,12 @@ def fit(
 
 
 def load(
-    run: Run | str | Path, method: str | None = None, *, device: str = "auto", beam: int = 50
+    run: Run | str | Path, method: str | None = None, *, device: str = "auto", beam: int = BEAM
 ) -> Recommender:
     """A run's best method (by validation users, as `fit` found), or the one that is named.
+
+    Args:
+        beam: prefixes that a search over codes keeps, or k if that is more.
 
     Raises:
         UsageError: there is no method of that name.

@@ -29,13 +29,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from streamctl.config import BEAM
+from streamctl.data import POPULAR
 from streamctl.data.sources.raw import MEMORY, database_errors, sql_text
 from streamctl.distributed import is_main, world_size
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation.methods import answering, choose_rows
 from streamctl.files import atomic_file_each
 from streamctl.progress import progress_bar, say
-from streamctl.recommender import POPULAR, Recommender
+from streamctl.recommender import Recommender
 from streamctl.retrieval.transitions import UNIT, pair_counts
 from streamctl.runs import RunDir
 
@@ -100,7 +102,7 @@ class Job:
 
 @lru_cache(maxsize=1)
 def _recommender(job: Job) -> Recommender:
-    return Recommender(job.run, job.method, device=job.device, beam=50)
+    return Recommender(job.run, job.method, device=job.device, beam=BEAM)
 
 
 def recommend_files(
@@ -132,7 +134,8 @@ def recommend_files(
     holder, name, _ = answering(run, method)
     [row], _ = choose_rows(holder, (name,))
     hashes = {stage: holder.require(stage).hash for stage in ("data", *row.stages)}
-    origin = json.dumps([name, hashes], sort_keys=True)
+    counted = answering(run, POPULAR)[0].require("data").hash
+    origin = json.dumps([name, hashes, counted], sort_keys=True)
     job = Job(run.path.resolve(), method, device, origin, tuple(sorted(question.items())))
     source, output, folder = source.resolve(), output.resolve(), source.is_dir()
     parts = _parts(job.made_from, source, output, output if folder else _beside(output))

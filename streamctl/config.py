@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal
 from streamctl.errors import StreamctlError, UsageError, close_matches
 
 Size = Literal["tiny", "small", "paper"]
+# Prefixes that a search keeps where a method answers, or k if that is more; `eval` has a setting.
+BEAM = 20
 # Of the pretrain stage and of TIGER, by size. At tiny, 3e-3 reached a fifth more validation ndcg@10
 # than 1e-3 in the same epochs (amazon-2018-scientific).
 LEARNING_RATES = {"tiny": 3e-3, "small": 2e-3, "paper": 1e-3}

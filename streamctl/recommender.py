@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from streamctl.baselines.hops import run_evidence
-from streamctl.data import load_data, stranger_note
+from streamctl.data import POPULAR, load_data, stranger_note
 from streamctl.data.sources.items import id_text
 from streamctl.data.tables import read_table
 from streamctl.decode.explain import SHOWN, explained, grounds
@@ -29,7 +29,6 @@ from streamctl.retrieval.evidence import Evidence
 from streamctl.runs import RunDir
 from streamctl.tokenizer import vectors
 
-POPULAR = "popularity"  # answers where nothing is known of a user
 MOST = 1000  # items of one ranking, pieces of one thought
 BATCH = 512  # users answered together
 _KINDS = {
@@ -235,7 +234,7 @@ class Recommender:
 
     @cached_property
     def _popular(self) -> Method:
-        return load_method(self._source, POPULAR)
+        return load_method(answering(self._folder, POPULAR)[0], POPULAR)
 
     def _user(self, user: Any) -> int:
         """Number of a user, -1 for None and for a stranger."""

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from serving_run import make_run
 
+import streamctl as sc
+from streamctl.config import RefitConfig
 from streamctl.data import load_data
+from streamctl.evaluation.refit import refit
 from streamctl.model import frozen
 from streamctl.runs import RunDir
 from streamctl.serving.engine import Engine
@@ -74,7 +77,7 @@ def test_who_says_nothing_is_told_the_popular_items_and_that_it_is_so(engine):
         answer = ask(engine, **query, k=120)
         assert answer["method"] == "popularity" and answer["note"].startswith("popular items: ")
         counts = [count for _, count in answer["items"]]
-        assert len(counts) == 120 and counts == sorted(counts, reverse=True) and counts[0] > 50
+        assert len(counts) == 120 and counts == sorted(counts, reverse=True) and counts[0] > 30
     best = [item for item, _ in answer["items"]]
     assert ids(engine, user_id=NEW, deny=best[:1], allow=best[:3]) == best[1:3]
     engine.store.take(NEW, best[:1])
@@ -82,6 +85,38 @@ def test_who_says_nothing_is_told_the_popular_items_and_that_it_is_so(engine):
     assert (
         answer["method"] == "stream_sft" and answer["note"] is None and len(answer["items"]) == 10
     )
+
+
+@pytest.mark.parametrize("refitted", [False, True])
+def test_the_api_and_the_server_give_the_same_answers(tmp_path, folder, refitted):
+    run = make_run(tmp_path / "run")
+    if refitted:
+        refit(run, RefitConfig(), device="cpu")
+    engine = Engine(run, Store(run, folder), device="cpu")
+    history = [item["id"] for item in engine.store.describe([3, 50, 71])]
+    methods = (None, "stream_pt", "popularity")
+    loaded = {method: sc.load(run.path, method, device="cpu") for method in methods}
+    options = ({}, {"think": 0}, {"diversity": 0.6}, {"allow": history}, {"allow": []})
+    for method, k, more in product(methods, (10, 30), options):
+        api, asked = loaded[method], {"k": k, **more}
+        named = {} if method is None else {"method": method}
+        for user, server, exclude in (
+            ({"user": OLD}, {"user_id": OLD}, ()),
+            ({"user": "nobody"}, {"user_id": "nobody"}, ()),
+            ({"history": history}, {"history": history, "deny": ["i001"]}, ["i001"]),
+        ):
+            table = api.recommend(**user, exclude=exclude, **asked)
+            answer = ask(engine, **server, **asked, **named)
+            told = table.schema.metadata
+            items, scores = zip(*answer["items"], strict=True) if answer["items"] else ((), ())
+            assert list(items) == table["item_id"].to_pylist(), (asked, user)
+            assert scores == pytest.approx(table["score"].to_pylist(), rel=1e-5)
+            assert answer["method"].encode() == told[b"method"]
+            assert (answer["note"] or "").encode() == told.get(b"note", b"")
+    split = load_data(run)[1]
+    counts = np.bincount(split.log.items) if refitted else split.popularity()
+    best = engine.store.indexes(ids(engine, history=[], k=120))
+    assert counts[best].tolist() == sorted(counts, reverse=True)
 
 
 def test_many_items_are_found_where_many_are_wanted(engine):
@@ -113,16 +148,14 @@ def test_a_process_begins_with_the_methods_that_the_one_before_it_had(run, folde
 
 
 def test_what_shares_a_batch_changes_no_answer(engine):
-    queries = [{"user_id": f"u{user:03}", "k": user, "deny": ["i001"]} for user in range(3, 20)]
+    queries = [{"user_id": f"u{user:03}", "deny": ["i001"]} for user in range(3, 20)]
     jobs = [as_job(Query(**query), engine.store, engine.about()) for query in queries]
     together = engine.answer([job.details for job in jobs], **jobs[0].group)
     for job, answer in zip(jobs, together, strict=True):
         [alone] = engine.answer([job.details], **job.group)
         assert [item for item, _ in alone["items"]] == [item for item, _ in answer["items"]]
-    groups = [
-        as_job(Query(user_id=OLD, k=k), engine.store, engine.about()).group for k in (1, 20, 21)
-    ]
-    assert groups[0] == groups[1] != groups[2]  # a wider search may find other items
+    groups = [as_job(Query(user_id=OLD, k=k), engine.store, engine.about()).group for k in (1, 2)]
+    assert groups[0] != groups[1]  # a wider search may find other items
 
 
 def test_no_request_waits_until_the_faster_way_is_measured(run, folder, monkeypatch):
@@ -175,7 +208,8 @@ def test_what_others_write_while_it_looks_is_not_missed(run, folder, engine):
             assert ids(engine, user_id=OLD, allow=[f"{when}-{moment}"]) == [f"{when}-{moment}"]
     assert moment > 5
     beside.live.follow()
-    assert engine.live._counts.tolist() == beside.live._counts.tolist()
+    popular = {"user_id": "nobody", "k": 200}
+    assert ask(engine, **popular) == ask(beside, **popular)
 
 
 def test_items_with_equal_texts_get_codes_of_their_own_in_whichever_process(run, folder, engine):

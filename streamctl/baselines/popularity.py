@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,3 +31,13 @@ class Popularity(Baseline):
 
     def score(self, history: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         return self.scores.expand(len(history), -1)
+
+    def add_items(self, vectors: np.ndarray) -> None:
+        """New items (A, D) at the end of the catalogue: nobody took them yet."""
+        self.scores = torch.cat([self.scores, self.scores.new_full((len(vectors),), -1)])
+        self.n_items += len(vectors)
+
+    def append(self, items: Sequence[int]) -> None:
+        """Count interactions that came since; items may repeat."""
+        places = torch.tensor(items, dtype=torch.int64, device=self.scores.device)
+        self.scores.index_add_(0, places, torch.ones_like(places, dtype=self.scores.dtype))

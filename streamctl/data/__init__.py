@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamctl.data.catalog import Catalog, id_reader, stranger_note
+from streamctl.data.catalog import POPULAR, Catalog, id_reader, stranger_note
 from streamctl.data.log import InteractionLog
 from streamctl.data.prepare import prepare
 from streamctl.data.split import Examples, Split
@@ -10,6 +10,7 @@ from streamctl.data.synthetic import synthesize
 from streamctl.runs import RunDir
 
 __all__ = [
+    "POPULAR",
     "Catalog",
     "Examples",
     "InteractionLog",

@@ -18,6 +18,9 @@ def id_reader(stage: Stage) -> Callable[[str], str]:
     return as_number if stage.manifest["config"]["ids"] == "number" else str
 
 
+POPULAR = "popularity"  # the method that answers where nothing is known of a user
+
+
 def stranger_note(user: object = None, users: Iterable[str] = ()) -> str:
     """Why the popular items answer: nothing is known of this user, or the history is empty.
 

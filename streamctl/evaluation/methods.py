@@ -13,8 +13,8 @@ import torch
 
 from streamctl.baselines.hops import run_evidence
 from streamctl.baselines.registry import BASELINES, baseline_class
-from streamctl.config import BaselineConfig, EvalConfig
-from streamctl.data import Examples, Split, load_data
+from streamctl.config import BEAM, BaselineConfig, EvalConfig
+from streamctl.data import POPULAR, Examples, Split, load_data
 from streamctl.decode.evidence import EvidenceRecommender
 from streamctl.decode.recommender import PolicyRecommender, random_thoughts
 from streamctl.decode.retrieved import retrieved_codes
@@ -298,7 +298,7 @@ def method_names(run: RunDir) -> list[str]:
     return [row.name for row in rows if not row.control and row.eligible and _present(run, row)]
 
 
-def load_method(run: RunDir, name: str, device: str = "auto", *, beam: int = 50) -> Recommender:
+def load_method(run: RunDir, name: str, device: str = "auto", *, beam: int = BEAM) -> Recommender:
     """One method of a run, ready to answer.
 
     Raises:
@@ -343,7 +343,8 @@ def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]
     """What a run answers by: which run folder holds it, the method, and why it is this one.
 
     RUN/final, the winner on everything, where `refit` has made it and nothing has changed since:
-    neither its stages nor the winner, unless that method was asked for.
+    neither its stages nor the winner, unless that method was asked for. Popular items are counted
+    on everything, too, then.
 
     Args:
         method: the one that is wanted; None for the best.
@@ -353,8 +354,8 @@ def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]
         name = final.manifest["method"]
         found = None if final.manifest.get("asked") else _winner(run)
         best = name if found is None else found["method"]
-        if method == name or (method is None and best == name):
-            return RunDir(final.path), name, "refitted on everything"
+        if method in (name, POPULAR) or (method is None and best == name):
+            return RunDir(final.path), method or name, "refitted on everything"
         if method is None:
             again = f"`streamctl refit --run {run.path} --force`"
             return run, best, f"{best_method(run)[1]}; {final.path} is of {name}, {again} renews it"
@@ -364,7 +365,7 @@ def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]
 
 
 def load_best(
-    run: RunDir, device: str = "auto", *, method: str | None = None, beam: int = 50
+    run: RunDir, device: str = "auto", *, method: str | None = None, beam: int = BEAM
 ) -> tuple[str, Recommender]:
     """The run's best method, or the one that is named, said on stderr; and its recommender."""
     folder, name, why = answering(run, method)

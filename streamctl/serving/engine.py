@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from streamctl.data import load_data
+from streamctl.data import POPULAR, load_data
 from streamctl.decode.explain import explained, pairs_of
 from streamctl.evaluation.methods import answering, known_rows, load_best, load_method, method_names
 from streamctl.kernels import compiled
@@ -17,7 +17,6 @@ from streamctl.ranking import Recommender
 from streamctl.ranking.mmr import Diverse
 from streamctl.runs import RunDir
 from streamctl.serving.live import LiveCatalog
-from streamctl.serving.question import BEAM, POPULAR
 from streamctl.serving.report import run_report
 from streamctl.serving.store import Store
 
@@ -45,16 +44,20 @@ class Engine:
         """
         self.run, self.store, self.device, self.batch = run, store, device, batch
         self.methods = method_names(run)
-        self.method, recommender = load_best(run, device, method=method, beam=BEAM)
+        self.method, recommender = load_best(run, device, method=method)
         self._split = load_data(run)[1]
         self.live = LiveCatalog(run, store, self._split)
         self._loaded: dict[str, Recommender] = {}
-        self._models = {POPULAR: self._model(POPULAR, run)}
-        self._join(self.method, recommender, answering(run, self.method)[0])
+        self._models: dict[str, dict[str, str]] = {}
+        self._join(self.method, recommender)
+        self._join(POPULAR)
 
-    def _join(self, name: str, recommender: Recommender, source: RunDir) -> None:
-        self.live.serve(recommender)
-        self._loaded[name], self._models[name] = recommender, self._model(name, source)
+    def _join(self, name: str, recommender: Recommender | None = None) -> None:
+        if name not in self._loaded:
+            source = answering(self.run, name)[0]
+            recommender = recommender or load_method(source, name, self.device)
+            self.live.serve(recommender)
+            self._loaded[name], self._models[name] = recommender, self._model(name, source)
 
     def _model(self, name: str, source: RunDir) -> dict[str, str]:
         """Which run and stage a method is read from, as they are now."""
@@ -68,9 +71,8 @@ class Engine:
         Raises:
             StreamctlError: it cannot be loaded.
         """
-        if method not in (*self._loaded, POPULAR):
-            source = answering(self.run, method)[0]
-            self._join(method, load_method(source, method, self.device, beam=BEAM), source)
+        if method not in self._loaded:
+            self._join(method)
             self.warm_up(method)
 
     def about(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class Engine:
             "model": self._models[self.method],
             "method": self.method,
             "methods": self.methods,
-            "loaded": [*self._loaded, POPULAR],
+            "loaded": [*self._loaded],
             "history": self._split.history,
             "compiled": compiled.ready(),
         }
@@ -91,32 +93,32 @@ class Engine:
         size, length = self.store.base, self._split.history
         rows = (np.arange(self.batch * length) % size).reshape(self.batch, length).tolist()
         jobs = [
-            {"history": row, "user_id": None, "exclude": [], "allow": None, "k": 10, "note": None}
+            {"history": row, "user_id": None, "exclude": [], "allow": None, "note": None}
             for row in rows
         ]
         for think in (0, None):
             for count in (1, 4, self.batch):
-                self.answer(jobs[:count], method, think, False)
-        self.answer(jobs[:1], method, None, True)
+                self.answer(jobs[:count], method, 10, think)
+        self.answer(jobs[:1], method, 10, None, explain=True)
 
     def answer(
         self,
         jobs: Sequence[dict[str, Any]],
         method: str,
+        k: int,
         think: int | None,
-        explain: bool,
+        explain: bool = False,
         diversity: float = 0.0,
-        width: int = BEAM,
     ) -> list[dict[str, Any]]:
         """Answers to jobs in one batch.
 
         Args:
             jobs: each with `history` and `exclude`, lists of items; `allow`, one or None;
-                `user_id` and `note`, or None; `k`.
+                `user_id` and `note`, or None.
+            k: items wanted.
             think: pieces of evidence; None: as many as the method is best with.
             explain: add the thought.
             diversity: of `Diverse`; 0 leaves the method's ranking as it is.
-            width: items that are searched for, as many as the largest `k` or more.
 
         Returns:
             for each job `items`, (item, score) pairs, best first; `method`, and which `model` it
@@ -125,40 +127,31 @@ class Engine:
         """
         self.live.follow()
         self.load(method)
-        answers: list[dict[str, Any] | None] = []
-        asked = []
-        for job in jobs:
-            history = self._readable(job["history"], method)
-            if history and job["allow"] != []:
-                asked.append((job, history))
-                answers.append(None)
-            else:
-                answers.append(self._popular(job, history, method))
-        options = method, think, explain, diversity, width
-        found = iter(self._recommend(asked, *options) if asked else ())
-        return [next(found) if answer is None else answer for answer in answers]
-
-    def _readable(self, history: list[int], method: str) -> list[int]:
-        """What a method can read of a history, latest last."""
-        if method == POPULAR:
-            return []
         known = self.live.known(self._loaded[method])
-        return [item for item in history if item < known][-self._split.history :]
-
-    def _popular(self, job: dict[str, Any], history: list[int], method: str) -> dict[str, Any]:
-        note = job["note"]
-        if note is None and not history and method != POPULAR:
-            note = f"popular items: {method} knows none of the history's"
-        items = self.live.popular(job["k"], job["exclude"], job["allow"])
-        return self._answer(items, method if history else POPULAR, 0, note)
+        histories, places = [], {method: [], POPULAR: []}
+        for place, job in enumerate(jobs):
+            history = [item for item in job["history"] if item < known][-self._split.history :]
+            histories.append(history)
+            places[method if history else POPULAR].append(place)
+        answers: dict[int, dict[str, Any]] = {}
+        for name, some in places.items():
+            if some:
+                asked = [(jobs[place], histories[place]) for place in some]
+                found = self._recommend(asked, name, k, think, explain, diversity)
+                answers.update(zip(some, found, strict=True))
+        for place, job in enumerate(jobs):
+            unread = job["history"] and answers[place]["method"] != method
+            note = f"popular items: {method} knows none of the history's" if unread else None
+            answers[place]["note"] = job["note"] or note
+        return [answers[place] for place in range(len(jobs))]
 
     @torch.inference_mode()
     def _recommend(
-        self, asked: list[tuple[dict[str, Any], list[int]]], method: str, think: int | None,
-        explain: bool, diversity: float, width: int,
+        self, asked: list[tuple[dict[str, Any], list[int]]], method: str, k: int,
+        think: int | None, explain: bool, diversity: float,
     ) -> list[dict[str, Any]]:  # fmt: skip
         recommender, jobs = self._loaded[method], [job for job, _ in asked]
-        rows = [torch.tensor(history) for _, history in asked]
+        rows = [torch.tensor(history, dtype=torch.int64) for _, history in asked]
         histories = pad_sequence(rows, batch_first=True, padding_value=-1)
         known, removed = self.live.known(recommender), self.live.removed
 
@@ -172,22 +165,18 @@ class Engine:
             "allow": [None if job["allow"] is None else within(job["allow"]) for job in jobs],
         }
         asking = Diverse(recommender, self.live.vectors, diversity) if diversity else recommender
-        ranking = asking.recommend(histories, width, think=think, **options)
-        if think is None:
+        ranking = asking.recommend(histories, k, think=think, **options)
+        if think is None or not hasattr(recommender, "think"):
             think = int(getattr(recommender, "think", 0) or 0)
         answers = []
-        for row, job in enumerate(jobs):
-            answer = self._answer(pairs_of(ranking, row, job["k"]), method, think, None)
+        for row in range(len(jobs)):
+            answer = {"items": pairs_of(ranking, row, k), "method": method, "think": think,
+                      "model": self._models[method], "explain": None}  # fmt: skip
             if explain and ranking.thought is not None:
                 own = {name: options[name][row] for name in options}
                 answer["explain"] = explained(recommender, histories[row], ranking, row, **own)
             answers.append(answer)
         return answers
-
-    def _answer(self, items: list, method: str, think: int, note: str | None) -> dict[str, Any]:
-        model = self._models[method]
-        told = {"method": method, "model": model, "think": think, "note": note}
-        return {"items": items, **told, "explain": None}
 
     def similar(self, item: int, k: int) -> list[tuple[int, float]]:
         """(item, cosine of their texts) of the k items most alike to one, best first."""

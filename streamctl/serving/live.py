@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from streamctl.baselines.popularity import Popularity
 from streamctl.data import Split
 from streamctl.ranking import Recommender
 from streamctl.runs import RunDir
@@ -32,12 +33,12 @@ class LiveCatalog:
     def __init__(self, run: RunDir, store: Store, split: Split):
         self.run, self.store = run, store
         self.removed = np.empty(0, np.int64)
-        self._counts = np.bincount(split.log.items, minlength=store.base)
+        self.size = store.base  # items there ever were
         self._log = split.log
         self._numbers: dict[str, int] = {}  # of users who took something or were forgotten
         self._newcomers = 0
         self._parts: list[Any] = []  # methods, and those inside them
-        self._evidence: list[Evidence] = []
+        self._counting: list[Evidence | Popularity] = []
         self._mark: dict[str, int] = {}  # of the last changes that were taken over
         self._stage = run.stage("tokenizer")
         self._tokenizer: Tokenizer | None = None
@@ -53,22 +54,25 @@ class LiveCatalog:
         self.follow()
         while (past := self.store.changes({})) and past.mark != self._mark:
             self.follow()  # others wrote meanwhile
-        new = []
+        new: list[Evidence | Popularity] = []
         for part in _inside(recommender):
             self._parts.append(part)
-            evidence = getattr(part, "evidence", None)
-            if evidence is not None and not any(evidence is known for known in self._evidence):
-                self._evidence.append(evidence)
-                new.append(evidence)
+            counting = part if isinstance(part, Popularity) else getattr(part, "evidence", None)
+            if counting is not None and not any(counting is one for one in new):
+                new.append(counting)
+        self._counting += new
         self._grow()
-        for evidence in new if past else ():
-            self._learn(evidence, past)
+        for counting in new if past else ():
+            self._learn(counting, past)
 
     def known(self, recommender: Recommender) -> int:
         """How many items a method can read: those of the run, or all."""
         parts = [part for part in _inside(recommender) if not hasattr(part, "methods")]
-        grows = all(hasattr(part, "policy") or hasattr(part, "evidence") for part in parts)
-        return len(self._counts) if grows else self.store.base
+        grows = all(
+            isinstance(part, Popularity) or hasattr(part, "policy") or hasattr(part, "evidence")
+            for part in parts
+        )
+        return self.size if grows else self.store.base
 
     def owner(self, user_id: str | None) -> int:
         """Under which number a user's own rows and counts are known; -1: under none."""
@@ -91,8 +95,8 @@ class LiveCatalog:
 
     def _take_over(self, news: Changes) -> None:
         live = news.mark.get("items", 0)
-        self._counts = _longer(self._counts, self.store.base + live)
-        self.vectors = _longer(self.vectors, self.store.base + live)
+        self.size = self.store.base + live
+        self.vectors = _longer(self.vectors, self.size)
         self._codes = _longer(self._codes, live, -1)
         if self._stage.complete and news.items:
             numbers = np.array([one[0] for one in news.items])
@@ -100,19 +104,16 @@ class LiveCatalog:
             self.vectors[numbers] = np.stack([one[3] for one in news.items])
         self._grow()
         self.removed = np.union1d(self.removed, np.array(news.removed, np.int64))
-        for user, items in news.taken:
-            np.add.at(self._counts, items, 1)
-            self._number(user)
-        for evidence in self._evidence:
-            self._learn(evidence, news)
+        for counting in self._counting:
+            self._learn(counting, news)
         self._mark = news.mark
 
     def _grow(self) -> None:
         """Whatever knows fewer items than there are learns the rest."""
-        base, size = self.store.base, len(self._counts)
-        for evidence in self._evidence:
-            if evidence.n_items < size:
-                evidence.add_items(self.vectors[evidence.n_items :])
+        base = self.store.base
+        for counting in self._counting:
+            if counting.n_items < self.size:
+                counting.add_items(self.vectors[counting.n_items :])
         for part in self._parts:
             if hasattr(part, "policy"):
                 known = part.policy.item_tokens
@@ -123,10 +124,13 @@ class LiveCatalog:
                 live = np.setdiff1d(np.flatnonzero(self._codes[:, 0] >= 0), held)
                 part.trie.add(base + live, tokens[live])
 
-    def _learn(self, evidence: Evidence, news: Changes) -> None:
+    def _learn(self, counting: Evidence | Popularity, news: Changes) -> None:
+        if isinstance(counting, Popularity):
+            counting.append([item for _, items in news.taken for item in items])
+            return
         for user in news.forgotten:
-            evidence.forget(self._number(user))
-        evidence.append_all([(self._number(user), items) for user, items in news.taken])
+            counting.forget(self._number(user))
+        counting.append_all([(self._number(user), items) for user, items in news.taken])
 
     def _number(self, user: str) -> int:
         """Under which number a user's interactions are counted from now on."""
@@ -163,17 +167,6 @@ class LiveCatalog:
         gone = np.isin(found[0], self.removed) | (found[0] == item)
         pairs = zip(found[0][~gone].tolist(), cosines[0][~gone].tolist(), strict=True)
         return list(pairs)[:k]
-
-    def popular(
-        self, k: int, exclude: Sequence[int], allow: Sequence[int] | None
-    ) -> list[tuple[int, float]]:
-        """(item, interactions) of the k items that were taken most often."""
-        wanted = np.full(len(self._counts), allow is None)
-        wanted[list(allow or ())] = True
-        wanted[[*exclude, *self.removed]] = False
-        items = np.flatnonzero(wanted)
-        best = items[np.argsort(-self._counts[items], kind="stable")[:k]]
-        return [(item, float(self._counts[item])) for item in best.tolist()]
 
 
 def _inside(recommender: Recommender) -> Iterator[Any]:

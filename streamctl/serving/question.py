@@ -10,9 +10,6 @@ from streamctl.errors import close_matches
 from streamctl.serving.schemas import Query
 from streamctl.serving.store import Refused, Store
 
-POPULAR = "popularity"  # answers where nothing is known
-BEAM = 20  # items that every search finds, at least
-
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -20,7 +17,7 @@ class Job:
 
     Attributes:
         details: of `Engine.answer`'s jobs.
-        group: method, think, explain, diversity and width, which all of a batch have in common:
+        group: method, k, think, explain and diversity, which all of a batch have in common:
             nothing in a batch may change another's answer.
     """
 
@@ -47,7 +44,7 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
     else:
         seen = known
     method = about["method"] if query.method == "auto" else query.method
-    if method not in (*about["methods"], POPULAR):
+    if method not in about["methods"]:
         hint = close_matches(method, about["methods"])
         raise Refused("invalid", f"{prefix}/method", f"the run has no such method; {hint}")
     allow = None if query.allow is None else set(store.known(query.allow, f"{prefix}/allow"))
@@ -60,18 +57,14 @@ def as_job(query: Query, store: Store, about: dict[str, Any], prefix: str = "") 
         "user_id": None if query.user_id is None else store.read_id(query.user_id),
         "exclude": sorted({*denied, *(seen if query.exclude_seen else ())}),
         "allow": None if allow is None else sorted(allow),
-        "k": query.k,
         "note": note,
     }
-    width = BEAM
-    while width < query.k:
-        width *= 2
     group = {
         "method": method,
+        "k": query.k,
         "think": None if query.think == "auto" else query.think,
         "explain": query.explain,
         "diversity": query.diversity,
-        "width": width,
     }
     return Job(details, group)
 
