@@ -54,12 +54,6 @@ def _quantize_range(
     rows = np.zeros((block, padded), np.float32)
     row_bits = rows.view(np.uint32)
     index = np.empty(block, np.int64)
-    # A level whose bf16 scores leave many codewords to compare goes on in float32.
-    coarse = np.zeros(levels, np.bool_)
-    kept = levels if pairs else 0
-    plain_words = np.empty((kept, words.shape[1], width, TILE), np.float32)
-    plain_bias = np.empty((kept, bias.shape[1]), np.float32)
-    plain_norms = np.empty((kept, 2), np.float64)
 
     for first in range(start, stop, block):
         count = min(block, stop - first)
@@ -72,23 +66,11 @@ def _quantize_range(
                 for d in range(width):
                     rows[b, d] = x[n, d]
         for level in range(levels):
-            if coarse[level]:
-                book = (exact[level], plain_words[level], plain_bias[level], centre[level],
-                        plain_norms[level, 0], plain_norms[level, 1])  # fmt: skip
-            else:
-                book = (exact[level], words[level], bias[level], centre[level],
-                        norms[level, 0], norms[level, 1])  # fmt: skip
-            bf16 = pairs and not coarse[level]
-            compared = search_block(rows, width, count, book, bf16, scratch, index)
-            if compared < 0:
-                return first - (compared + 1)
-            if bf16 and compared > count * max(2, size // 32):
-                coarse[level] = True
-                if first + block < stop:
-                    plain_norms[level] = pack_codebook(
-                        exact[level], width, centre[level], False,
-                        plain_words[level], plain_bias[level],
-                    )  # fmt: skip
+            book = (exact[level], words[level], bias[level], centre[level],
+                    norms[level, 0], norms[level, 1])  # fmt: skip
+            bad = search_block(rows, width, count, book, pairs, scratch, index)
+            if bad >= 0:
+                return first + bad
             for b in range(count):
                 codes[first + b, level] = index[b]
                 if residual.shape[0]:

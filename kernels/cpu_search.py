@@ -108,7 +108,7 @@ def _squared_distance_in_order(row, codeword, width):
 
 @numba.njit(**OPTIONS)
 def _settle(row, exact, width, best, second, margin, tag_mask, candidates, distances):
-    """The nearest of the codewords within `margin`: (index, how many were compared)."""
+    """The nearest of the codewords within `margin`."""
     size = exact.shape[0]
     tags = best.view(np.int32)
     top = best.max()
@@ -140,7 +140,7 @@ def _settle(row, exact, width, best, second, margin, tag_mask, candidates, dista
             distance = _squared_distance_in_order(row, exact[k], width)
             if index < 0 or distance < shortest or (distance == shortest and k < index):
                 index, shortest = k, distance
-    return index, found
+    return index
 
 
 @numba.njit(**OPTIONS)
@@ -149,8 +149,7 @@ def search_block(rows, width, count, book, bf16, scratch, index):
 
     rows: (B, padded width) float32, zero beyond `width`; B a multiple of ROWS. book: (exact, words,
     bias, centre, longest, slipped) of one level. scratch: from `make_scratch`.
-    Returns how many codewords had to be compared in float64, the caller's sign that bf16 is too
-    coarse for its data; or -1 - b when rows[b] is not finite.
+    Returns the first b whose row is not finite, or -1.
     """
     exact, words, bias, centre, longest, slipped = book
     packed, rounded, norms, best, second, margins, candidates, distances = scratch
@@ -189,18 +188,17 @@ def search_block(rows, width, count, book, bf16, scratch, index):
                     x, stride, codes, start, top + at, runner_up + at, steps, first, last, keep
                 )
 
-    compared = 0
     tags = best.view(np.int32)
     for b in range(count):
         lane = np.int64(-1)
         if margins[b] < np.inf:
             lane = sole_leader(top + b * _LANE_BYTES, runner_up + b * _LANE_BYTES, margins[b])
         elif not np.isfinite(rows[b]).all():
-            return -1 - b
+            return b
         if lane >= 0:
             index[b] = (tags[b, lane] & tag_mask) * LANES + lane
         else:
-            index[b], found = _settle(
+            index[b] = _settle(
                 rows[b],
                 exact,
                 width,
@@ -211,8 +209,7 @@ def search_block(rows, width, count, book, bf16, scratch, index):
                 candidates,
                 distances,
             )
-            compared += found
-    return compared
+    return -1
 
 
 @numba.njit(**OPTIONS)
