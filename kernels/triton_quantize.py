@@ -1,7 +1,8 @@
 """Rows -> codes on the GPU: the Triton backend of two ops.
 
 Three passes, each over the rows that the one before left open: all levels with TF32 scores, with
-three-product TF32 scores, and level by level with the float64 sums that define the op.
+three-product TF32 scores, and level by level with the float64 sums that define the op. Rows too
+wide for the chip take the last one alone.
 """
 
 import torch
@@ -64,85 +65,46 @@ def _on_chip(x, packed, precision, want_distance):
     return codes, left, still_open
 
 
-def _level_by_level(x, packed, want_distance, search):
-    """The levels of `search(left, level) -> index, open rows`, a part of the rows at a time."""
-    codes, kept, undecided = [], [], []
+def _exactly(x, packed, want_distance):
+    """Codes, and residual or distance, by the float64 sums that define the op."""
+    codes, kept = [], []
     for part in x.split(_CHUNK):
         left, found = part.float().contiguous(), []
-        still_open = torch.zeros(len(part), dtype=torch.int8, device=x.device)
-        for level, codebook in enumerate(packed.plain):
-            index, more = search(left, level)
-            still_open |= more
+        for codebook in packed.plain:
+            index = torch.empty(len(left), dtype=torch.int64, device=x.device)
+            triton_search.in_order_kernel[(len(left),)](
+                left, codebook.T.contiguous(), index, packed.size, packed.width,
+                BLOCK_K=min(1024, triton.next_power_of_2(packed.size)), enable_fp_fusion=False,
+            )  # fmt: skip
             found.append(index)
             left = left - codebook[index]
-        if want_distance:
-            left = left.double().square().sum(1).float()
         codes.append(torch.stack(found, 1))
-        kept.append(left)
-        undecided.append(still_open)
-    return torch.cat(codes), torch.cat(kept), torch.cat(undecided)
-
-
-WIDE_BLOCKS = (64, 128, 32)  # rows, codewords, dimensions; with 128 rows the registers spill
-
-
-def _wide(packed, precision):
-    blocks = (16, 32, 16) if INTERPRETED else WIDE_BLOCKS
-
-    def search(left, level):
-        n, d = left.shape
-        _, padded, width = packed.exact.shape
-        index = torch.empty(n, dtype=torch.int64, device=left.device)
-        still_open = torch.empty(n, dtype=torch.int8, device=left.device)
-        triton_search.wide_kernel[(triton.cdiv(n, blocks[0]),)](
-            left, packed.words[precision][level], packed.bias[level], packed.centre[level],
-            packed.norms[precision][level], index, still_open, n, d, padded, width,
-            *blocks, PRECISION=precision, num_warps=8, num_stages=3,
-        )  # fmt: skip
-        return index, still_open
-
-    return search
-
-
-def _in_order(packed):
-    def search(left, level):
-        n, d = left.shape
-        index = torch.empty(n, dtype=torch.int64, device=left.device)
-        transposed = packed.plain[level].T.contiguous()
-        triton_search.in_order_kernel[(n,)](
-            left, transposed, index, packed.size, d,
-            BLOCK_K=min(1024, triton.next_power_of_2(packed.size)), enable_fp_fusion=False,
-        )  # fmt: skip
-        return index, torch.zeros(n, dtype=torch.int8, device=left.device)
-
-    return search
+        kept.append(left.double().square().sum(1).float() if want_distance else left)
+    return torch.cat(codes), torch.cat(kept)
 
 
 def quantize(x, codebooks, *, want):
     """codes (N, L) int64 and, as `want` says, the "residual" (N, D) or the "distance" (N,)."""
     n, d = x.shape
     want_distance = want == "distance"
+    found = torch.empty((n, len(codebooks)), dtype=torch.int64, device=x.device)
+    left = torch.empty((n,) if want_distance else (n, d), dtype=torch.float32, device=x.device)
     if not n:
-        codes = torch.empty((0, len(codebooks)), dtype=torch.int64, device=x.device)
-        return codes, x.new_empty((0,) if want_distance else (0, d), dtype=torch.float32)
-    packed = _PackedCodebooks(codebooks)
-
-    def one_pass(part, precision):
-        if d <= triton_search.widest(x.device):
-            return _on_chip(part, packed, precision, want_distance)
-        return _level_by_level(part, packed, want_distance, _wide(packed, precision))
-
-    found, left, still_open = one_pass(x, "tf32")
-    again = still_open.nonzero()[:, 0]
+        return found, left
+    packed, again = _PackedCodebooks(codebooks), torch.arange(n, device=x.device)
+    on_chip = d <= triton_search.widest(x.device)
+    if on_chip:
+        found, left, still_open = _on_chip(x, packed, "tf32", want_distance)
+        again = still_open.nonzero()[:, 0]
     if len(again):
         part = x[again]
         # A row that is not finite has no score to trust, so it is among the open ones.
         finite = torch.isfinite(part).all(1)
         if not finite.all():
             raise checks.not_finite(int(again[(~finite).nonzero()[0]]))
-        found[again], left[again], still_open = one_pass(part, "tf32x3")
-        again = again[still_open.nonzero()[:, 0]]
+        if on_chip:
+            found[again], left[again], still_open = _on_chip(part, packed, "tf32x3", want_distance)
+            again = again[still_open.nonzero()[:, 0]]
     if len(again):
-        exact = _level_by_level(x[again], packed, want_distance, _in_order(packed))
-        found[again], left[again], _ = exact
+        found[again], left[again] = _exactly(x[again], packed, want_distance)
     return found, left

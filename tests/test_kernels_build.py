@@ -9,7 +9,6 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
-from streamctl.kernels.triton_quantize import WIDE_BLOCKS
 
 # Pointers by the types of what they lead to; other arguments are int32.
 POINTERS = {
@@ -37,15 +36,6 @@ BUILDS = {
         {"WIDTH": 16, "PRECISION": "tf32", "DISTANCE": True, "BLOCK_N": 64, "BLOCK_K": 32}
         | dict.fromkeys(("n", "k", "d", "levels", "tag_bits", "stride_n", "stride_d"), 1),
     ),
-    **{
-        f"wide-{precision}": (
-            "triton_search",
-            "wide_kernel",
-            {"PRECISION": precision}
-            | dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_D"), WIDE_BLOCKS, strict=True)),
-        )
-        for precision in ("tf32", "tf32x3")
-    },
     "in-order": ("triton_search", "in_order_kernel", {"BLOCK_K": 256}),
     "children-whole": (
         "trie_topk.triton_gpu",
@@ -60,7 +50,7 @@ BUILDS = {
 }
 # Most registers a thread may take: 8 warps a block and two blocks a processor, or one where rows
 # fill the shared memory.
-REGISTERS = {"levels": 255, "wide": 255, "in-order": 64, "children": 64}
+REGISTERS = {"levels": 255, "in-order": 64, "children": 64}
 BUILD = """
 import importlib, json, re, sys
 import triton
