@@ -22,9 +22,8 @@ _RANGE = 8192  # most rows handed to a thread at a time
 subtract = simd.subtract
 _f32, _i64 = numba.float32, numba.int64
 _SIGNATURE = _i64(
-    # x as float32 and as bf16 bits: one of them is empty, so one compilation serves both
+    # x, and the rows
     _f32[:, :],
-    numba.uint16[:, :],
     _i64,
     _i64,
     # _pack(): exact, centre, norms, words, bias; and whether the words are pairs of bf16
@@ -44,27 +43,21 @@ _SIGNATURE = _i64(
 
 @numba.njit(_SIGNATURE, **OPTIONS)
 def _quantize_range(
-    x, x_bits, start, stop, exact, centre, norms, words, bias, pairs,
+    x, start, stop, exact, centre, norms, words, bias, pairs,
     codes, residual, distance, block,
 ):  # fmt: skip
     """Quantize rows [start, stop); return the first row that is not finite, or -1."""
     levels, size, padded = exact.shape
-    width = max(x.shape[1], x_bits.shape[1])
+    width = x.shape[1]
     scratch = make_scratch(block, size, padded)
     rows = np.zeros((block, padded), np.float32)
-    row_bits = rows.view(np.uint32)
     index = np.empty(block, np.int64)
 
     for first in range(start, stop, block):
         count = min(block, stop - first)
         for b in range(count):
-            n = first + b
-            if x_bits.shape[0]:
-                for d in range(width):
-                    row_bits[b, d] = np.uint32(x_bits[n, d]) << np.uint32(16)
-            else:
-                for d in range(width):
-                    rows[b, d] = x[n, d]
+            for d in range(width):
+                rows[b, d] = x[first + b, d]
         for level in range(levels):
             book = (exact[level], words[level], bias[level], centre[level],
                     norms[level, 0], norms[level, 1])  # fmt: skip
@@ -108,16 +101,11 @@ def quantize(x, codebooks, *, want):
     codes = torch.empty((n, len(codebooks)), dtype=torch.int64)
     residual = torch.empty((n if want == "residual" else 0, width), dtype=torch.float32)
     distance = torch.empty(n if want == "distance" else 0, dtype=torch.float32)
-    values, bits = np.empty((0, width), np.float32), np.empty((0, width), np.uint16)
-    if x.dtype == torch.bfloat16:
-        bits = x.view(torch.int16).numpy().view(np.uint16)
-    else:
-        values = x.numpy()
-    block = block_rows(width)
+    values, block = x.float().numpy(), block_rows(width)
     outputs = (codes.numpy(), residual.numpy(), distance.numpy(), block)
 
     def run(start, stop):
-        return _quantize_range(values, bits, start, stop, *packed, *outputs)
+        return _quantize_range(values, start, stop, *packed, *outputs)
 
     together = block * max(1, min(_RANGE, n // 4) // block)  # rows
     bad = [row for row in threads.over_ranges(run, n, together) if row >= 0]

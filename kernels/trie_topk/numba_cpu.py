@@ -82,10 +82,7 @@ def _children(nodes, child_start):
 
 @numba.njit(
     numba.bool_(
-        # logits as float32 and as bf16 bits: one of them is empty, so that one compilation serves
-        # both
         numba.float32[:, :, :],
-        numba.uint16[:, :, :],
         numba.int64[:, :],
         numba.float32[:, :],
         numba.int64[:],
@@ -103,18 +100,15 @@ def _children(nodes, child_start):
     **OPTIONS,
 )
 def _search(
-    logits, logit_bits, nodes, priors, child_start, tokens, child_node, allowed,
+    logits, nodes, priors, child_start, tokens, child_node, allowed,
     whole, first, last, scores, parents, out_tokens, out_nodes,
 ):  # fmt: skip
     """Fill the outputs of users [first, last); whether there is something it cannot accept."""
     n_nodes = child_start.shape[0] - 1
     n_edges = child_node.shape[0]
     width = nodes.shape[1]
-    vocabulary = max(logits.shape[2], logit_bits.shape[2])
-    half = logit_bits.shape[0] > 0
-    k = scores.shape[1]
+    vocabulary, k = logits.shape[2], scores.shape[1]
     raw = np.empty(vocabulary, np.float32)
-    raw_bits = raw.view(np.uint32)
     values = np.empty(vocabulary, np.float64)
     edges = np.empty(vocabulary, np.int64)
     for b in range(first, last):
@@ -139,10 +133,7 @@ def _search(
                 token = tokens[edge]
                 if token < 0 or token >= vocabulary:
                     return True
-                if half:
-                    raw_bits[count] = np.uint32(logit_bits[b, w, token]) << np.uint32(16)
-                else:
-                    raw[count] = logits[b, w, token]
+                raw[count] = logits[b, w, token]
                 edges[count] = edge if may else -1  # it counts in the norm alone
                 count += 1
                 kept += may
@@ -153,17 +144,10 @@ def _search(
             if not (highest < np.inf and prior < np.inf):
                 return True
             if whole:
-                legal = raw[:count].copy()
-                for token in range(vocabulary):
-                    if half:
-                        raw_bits[token] = np.uint32(logit_bits[b, w, token]) << np.uint32(16)
-                    else:
-                        raw[token] = logits[b, w, token]
-                top = _prepare(raw, values, vocabulary)
+                top = _prepare(logits[b, w], values, vocabulary)
                 if not top < np.inf:
                     return True
                 norm = _log_sum_exp(values, vocabulary, top) if top > -np.inf else 0.0
-                raw[:count] = legal
             else:
                 norm = _log_sum_exp(values, count, highest) if highest > -np.inf else 0.0
             # Later candidates lose ties, so only a strictly higher score enters a full list.
@@ -194,21 +178,13 @@ def _search(
     return False
 
 
-_NO_LOGITS = {
-    torch.float32: np.empty((0, 0, 0), np.float32),
-    torch.bfloat16: np.empty((0, 0, 0), np.uint16),
-}
 _NO_MASK = np.empty((0, 0), np.bool_)
 
 
 def run(logits, nodes, beam_scores, trie, k, allowed, normalize):
     batch, width, vocabulary = logits.shape
-    tables = dict(_NO_LOGITS)
-    half = logits.dtype == torch.bfloat16
-    bits = logits.view(torch.int16).numpy().view(np.uint16) if half else logits.numpy()
-    tables[logits.dtype] = bits
     inputs = (
-        *tables.values(),
+        logits.float().numpy(),
         nodes.numpy(),
         beam_scores.numpy(),
         trie.child_start.numpy(),
