@@ -239,10 +239,6 @@ class Branches:
         taken = parent.expand(len(self.index), *parent.shape)
         return Branches(self.store, self.index.gather(2, taken))
 
-    def rows(self, index: torch.Tensor) -> Branches:
-        """Some users only."""
-        return Branches(self.store, self.index[:, index])
-
     def extended(self, users: int, branches: int, steps: int) -> Branches:
         """The same with `steps` more tokens of each branch, whose rows are still to be filled."""
         count = users * branches * steps

@@ -44,11 +44,3 @@ class Past:
             for x in self.layers
         ]
         return Past(layers, self.length)
-
-    def rows(self, index: torch.Tensor) -> Past:
-        """The past of some users only."""
-
-        def take(pair):
-            return None if pair is None else tuple(part[index] for part in pair)
-
-        return Past([LayerPast(take(x.shared), take(x.own)) for x in self.layers], self.length)
