@@ -28,6 +28,7 @@ from streamctl.ranking.mmr import Diverse
 from streamctl.retrieval.evidence import Evidence
 from streamctl.runs import RunDir
 from streamctl.tokenizer import vectors
+from streamctl.tokenizer.neighbours import nearest
 
 MOST = 1000  # items of one ranking, pieces of one thought
 BATCH = 512  # users answered together
@@ -209,15 +210,15 @@ class Recommender:
         """
         _check(k)
         place = self._catalog.index(*_texts([item], "item"))
-        cosines = self._evidence.vectors @ self._evidence.vectors[place]
-        alike = np.argsort(-cosines, kind="stable")
-        alike = alike[alike != place][:k]
+        rows = self._evidence.vectors
+        [alike], [cosines] = nearest(rows, rows[[place]], k + 1)
+        alike, cosines = alike[alike != place][:k], cosines[alike != place][:k]
         items, counts = self._evidence.transitions.followers.row(place)
         after = np.argsort(-counts, kind="stable")[:k]
         shares = counts[after] / max(1, self._evidence.transitions.totals[place])
         hops = ["alike"] * len(alike) + ["next"] * len(after)
         found = np.concatenate([alike, items[after]]).tolist()
-        return self._table(found, hop=hops, score=[*cosines[alike].tolist(), *shares.tolist()])
+        return self._table(found, hop=hops, score=[*cosines.tolist(), *shares.tolist()])
 
     @cached_property
     def _evidence(self) -> Evidence:

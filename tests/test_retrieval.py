@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamctl.tokenizer.neighbours import nearest, neighbours
+from streamctl.tokenizer.neighbours import nearest, neighbours, unit
 
 
 def test_nearest_agrees_with_a_sort_in_float64():
     rng = np.random.default_rng(0)
-    vectors, queries = rng.normal(size=(300, 12)), rng.normal(size=(40, 12))
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    cosine = queries / np.linalg.norm(queries, axis=1, keepdims=True) @ unit.T
-    found, score = nearest(vectors.astype(np.float32), queries.astype(np.float32), 10)
+    vectors, queries = (unit(rng.normal(size=(rows, 12))) for rows in (300, 40))
+    cosine = queries.astype(np.float64) @ vectors.T
+    found, score = nearest(vectors, queries, 10)
     assert np.array_equal(found, np.argsort(-cosine, axis=1)[:, :10])
     assert np.allclose(score, -np.sort(-cosine, axis=1)[:, :10], atol=1e-6)
 
 
 def test_length_does_not_matter():
     vectors = np.array([[9.0, 0.1], [0.1, 0.1], [1.0, 1.0]], np.float32)
-    assert nearest(vectors, np.array([[1.0, 0.0]], np.float32), 1)[0].tolist() == [[0]]
+    assert neighbours(vectors, 2)[0].tolist() == [[1, 2], [2, 0], [1, 0]]
 
 
 def test_an_item_is_no_neighbour_of_its_own():
@@ -28,7 +27,7 @@ def test_an_item_is_no_neighbour_of_its_own():
     found = neighbours(vectors, 7)[0]
     assert found.shape == (80, 7)
     assert not (found == np.arange(80)[:, None]).any()
-    assert np.array_equal(found, nearest(vectors, vectors, 8)[0][:, 1:])
+    assert np.array_equal(found, nearest(unit(vectors), unit(vectors), 8)[0][:, 1:])
 
 
 def test_copies_of_an_item_are_its_neighbours_but_never_itself():

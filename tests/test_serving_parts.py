@@ -376,6 +376,62 @@ def test_a_replacement_that_cannot_load_is_ended_and_another_tried(run, folder, 
     assert len(asyncio.run(replaced())) == 1
 
 
+@pytest.mark.parametrize("starts", ["while another loads", "after all have loaded"])
+def test_a_model_that_starts_while_others_load_a_method_has_it_too(
+    run, folder, monkeypatch, starts
+):
+    class Fake:
+        def __init__(self, loaded):
+            self.loaded, self.ended, self.may_load = {*loaded}, asyncio.Event(), asyncio.Event()
+
+        async def ask(self, what: str, method: str) -> None:
+            await self.may_load.wait()
+            self.loaded.add(method)
+
+        async def died(self) -> str:
+            await self.ended.wait()
+            return "exit code -9"
+
+        async def answer(self, jobs) -> None:
+            raise AssertionError
+
+    async def main() -> list[set[str]]:
+        served = Served(run.path, Settings(run.path, store=folder), ["a"])
+        served.models = [dies, lives] = [Fake("a"), Fake("a")]
+        may_start, started = asyncio.Event(), []
+
+        async def start(also, **settings) -> Fake:
+            started.append(model := Fake(also))
+            model.may_load.set()
+            await may_start.wait()
+            return model
+
+        async def until(true) -> None:
+            async with asyncio.timeout(10):
+                while not true():
+                    await asyncio.sleep(0)
+
+        monkeypatch.setattr(services.Model, "start", staticmethod(start))
+        keeper = asyncio.create_task(served._keep(dies))
+        loading = asyncio.create_task(served.load("b"))
+        dies.may_load.set()
+        await until(lambda: "b" in dies.loaded)
+        dies.ended.set()
+        await until(lambda: started)
+        if starts == "while another loads":
+            may_start.set()
+            await until(lambda: len(served.models) == 2)
+        lives.may_load.set()
+        await loading
+        may_start.set()
+        await until(lambda: len(served.models) == 2)
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        return [model.loaded for model in served.models]
+
+    assert asyncio.run(main()) == [{"a", "b"}] * 2
+
+
 # What is typed at the server's terminal must not end the compiler: it leads its own session.
 ALONE = "import os; raise SystemExit(os.getsid(0) != os.getpid())"
 

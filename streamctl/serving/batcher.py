@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamctl.serving.metrics import BATCH, EXPIRED, QUEUE, REJECTED, WAIT
+from streamctl.serving.metrics import BATCH, EXPIRED, REJECTED, WAIT
 
 TRIES = 3  # models that may die over a job before it is the job that is at fault
 MARGIN = 1.5  # of the expected wait: a batch may take longer than the latest ones did
@@ -101,7 +101,6 @@ class Batcher:
         loop = asyncio.get_running_loop()
         waiting = [_Waiting(job, deadline, loop.create_future()) for job in jobs]
         self._queue.extend(waiting)
-        QUEUE.set(len(self._queue))
         self._arrived.set()
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
@@ -195,5 +194,4 @@ class Batcher:
             same = not batch or one.job.group == batch[0].job.group
             (batch if same else rest).append(one)
         self._queue.extendleft(reversed(rest))
-        QUEUE.set(len(self._queue))
         return batch

@@ -163,10 +163,9 @@ class LiveCatalog:
         if not self.vectors.shape[1]:
             raise Refused("unknown", "id", "the run has no item vectors: streamctl tokenize")
         most = k + 1 + len(self.removed)
-        found, cosines = nearest(self.vectors, self.vectors[item : item + 1], most)
-        gone = np.isin(found[0], self.removed) | (found[0] == item)
-        pairs = zip(found[0][~gone].tolist(), cosines[0][~gone].tolist(), strict=True)
-        return list(pairs)[:k]
+        [found], [cosines] = nearest(self.vectors, self.vectors[[item]], most)
+        there = ~np.isin(found, [item, *self.removed])
+        return list(zip(found[there].tolist(), cosines[there].tolist(), strict=True))[:k]
 
 
 def _inside(recommender: Recommender) -> Iterator[Any]:

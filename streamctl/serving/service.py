@@ -84,17 +84,22 @@ class Served:
         self.about = models[0].about | {"compiled": compiled}
         self.loaded = set(self.about["loaded"])
         self._tasks = [asyncio.create_task(self._keep(model)) for model in models]
-        metrics.ITEMS.set(self.store.count())
+        metrics.ITEMS.set_function(self.store.count)
+        metrics.MODELS.set_function(lambda: len(self.models))
+        metrics.QUEUE.set_function(lambda: len(self.batcher))
 
     async def _start(self) -> Model:
-        settings = self.settings
+        settings, had = self.settings, set(self.loaded)
         model = await Model.start(
             run=str(self.run.path), store=str(self.folder), method=settings.method,
             device=settings.device, threads=settings.threads, batch=settings.max_batch,
-            also=sorted(self.loaded),  # what the one before it could answer by
+            also=sorted(had),  # what the one before it could answer by
         )  # fmt: skip
+        while late := self.loaded - had:  # what the others have loaded meanwhile
+            had.add(method := late.pop())
+            with contextlib.suppress(StreamctlError, RuntimeError):  # left to whoever asks for it
+                await model.ask("load", method=method)
         self.models.append(model)
-        metrics.MODELS.set(len(self.models))
         return model
 
     async def _keep(self, model: Model) -> None:
@@ -108,7 +113,6 @@ class Served:
                 raise
             serving.cancel(how)
             self.models.remove(model)
-            metrics.MODELS.set(len(self.models))
             await asyncio.gather(serving, return_exceptions=True)
             metrics.DEATHS.inc()
             warn(f"a model's process ended ({how}); another takes its place")
@@ -140,8 +144,10 @@ class Served:
         """
         self._loading += 1
         try:
-            for model in list(self.models):
-                await model.ask("load", method=method)
+            done: set[Model] = set()
+            while lacking := [model for model in self.models if model not in done]:
+                done.add(lacking[0])
+                await lacking[0].ask("load", method=method)
         except Gone as gone:
             told = f"a model's process ended ({gone}) while it loaded {method}"
             raise Problem(503, told, retry_after=5) from None
@@ -297,7 +303,6 @@ class Service:
         served.store.check_new(new.id, new.fields)
         with _insufficient_storage():
             await served.ask("add", id_=new.id, title=new.title, text=text, fields=new.fields)
-        metrics.ITEMS.set(served.store.count())
         return served.store.item(new.id)
 
     async def change(self, method: str, *values: Any) -> None:
@@ -309,7 +314,6 @@ class Service:
         """
         with _insufficient_storage():
             await asyncio.to_thread(getattr(self.served.slow, method), *values)
-        metrics.ITEMS.set(self.served.store.count())
 
     async def take(self, taken: Taken) -> dict[str, Any]:
         """Add what a user took; it counts from the next answer on."""

@@ -83,17 +83,15 @@ def _index(rows: np.ndarray) -> tuple[Any, dict[str, Any]]:
         index.nprobe = min(lists, 2 * index.nprobe)
 
 
-def nearest(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k vectors of highest cosine with each query, exactly; equal ones in index order.
+def nearest(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k rows of highest cosine with each query, exactly; equal ones in index order.
+
+    Args:
+        rows, queries: (N, D) and (Q, D) float32, all of length one.
 
     Returns:
         index (Q, min(k, N)) int64 and cosine (Q, min(k, N)) float32.
     """
-    return _nearest(unit(vectors), unit(queries), k)
-
-
-def _nearest(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same in rows of length one, which are not copied."""
     import faiss
 
     count = min(k, len(rows))
@@ -119,7 +117,7 @@ def earlier_neighbours(vectors: np.ndarray, first: int, k: int) -> np.ndarray:
     out = np.empty((len(vectors) - first, k), np.int64)
     for start in range(first, len(vectors), TOGETHER):
         queries = vectors[start : start + TOGETHER]
-        found, _ = _nearest(vectors[:start], queries, k + SPARE)
+        found, _ = nearest(vectors[:start], queries, k + SPARE)
         for row, query in enumerate(queries):
             candidates = np.append(found[row], np.arange(start, start + row))
             cosine = (vectors[candidates].astype(np.float64) * query).sum(1)
