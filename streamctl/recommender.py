@@ -32,6 +32,7 @@ from streamctl.tokenizer.neighbours import nearest
 
 MOST = 1000  # items of one ranking, pieces of one thought
 BATCH = 512  # users answered together
+SCORES = 1 << 26  # of items, at most, that are held at once for them
 _KINDS = {
     "score": pa.float32(), "weight": pa.float32(), "ranking": pa.list_(pa.string()),
     "items": pa.list_(pa.string()), "scores": pa.list_(pa.float32()),
@@ -155,9 +156,10 @@ class Recommender:
                 found["note"][place] = stranger_note(given[1] if given[0] is None else None)
         asked.sort(key=lambda pair: len(pair[1].history))
         empty = sum(not len(question.history) for _, question in asked)
+        size = max(1, min(BATCH, SCORES // len(self._catalog)))
         for part in (asked[:empty], asked[empty:]):
-            for first in range(0, len(part), BATCH):
-                places, questions = zip(*part[first : first + BATCH], strict=True)
+            for first in range(0, len(part), size):
+                places, questions = zip(*part[first : first + size], strict=True)
                 method, ranking = self._ask(questions, k, think, diversity)
                 for index, place in enumerate(places):
                     items, found["scores"][place] = _listed(ranking, index)

@@ -282,8 +282,12 @@ class Slow:
     """A model that takes 0.3 s to load a method; `most` have done so at the same time."""
 
     loading = most = 0
+    stopped = False
 
     async def ask(self, what: str, **details):
+        if what == "add":
+            await asyncio.sleep(0.3)
+            return self.stopped
         if what == "load":
             Slow.loading += 1
             Slow.most = max(Slow.most, Slow.loading)
@@ -297,7 +301,7 @@ class Slow:
         return await self.ask("answer", jobs=jobs, **jobs[0].group)
 
     async def stop(self) -> None:
-        pass
+        self.stopped = True
 
 
 @pytest.fixture
@@ -336,6 +340,16 @@ def test_who_waits_for_a_method_is_answered_before_its_run_goes(slow):
         return [one["method"] for one in await answer]
 
     assert asyncio.run(asked()) == ["b"]
+
+
+def test_an_item_that_is_being_added_is_in_before_its_run_goes(slow):
+    async def stopped_before_it_was_added() -> bool:
+        adding = asyncio.create_task(slow.served.ask("add"))
+        await asyncio.sleep(0.01)
+        await slow.served.stop()
+        return await adding
+
+    assert asyncio.run(stopped_before_it_was_added()) is False
 
 
 @pytest.mark.parametrize("kind", [StreamctlError, RuntimeError, Gone, OSError])

@@ -65,7 +65,7 @@ class Served:
         )
         self.models: list[Model] = []
         self.about: dict[str, Any] = {}
-        self._loading = 0  # requests for methods that are not loaded yet
+        self._asking = 0  # requests that a model is at, but for batches
         self._tasks: list[asyncio.Task] = []
 
     async def start(self) -> None:
@@ -129,10 +129,20 @@ class Served:
         Raises:
             Problem: 503 while there is none.
         """
-        for model in list(self.models):
-            with contextlib.suppress(Gone):
-                return await model.ask(what, **details)
+        with self._counted():
+            for model in list(self.models):
+                with contextlib.suppress(Gone):
+                    return await model.ask(what, **details)
         raise Problem(503, "the model is loading", retry_after=2)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """What `stop` waits for."""
+        self._asking += 1
+        try:
+            yield
+        finally:
+            self._asking -= 1
 
     async def load(self, method: str) -> None:
         """Have every model load a method, one after another: the others go on answering.
@@ -142,22 +152,20 @@ class Served:
         Raises:
             Problem: 503, a model has died of it.
         """
-        self._loading += 1
-        try:
-            done: set[Model] = set()
+        done: set[Model] = set()
+        with self._counted():
             while lacking := [model for model in self.models if model not in done]:
                 done.add(lacking[0])
-                await lacking[0].ask("load", method=method)
-        except Gone as gone:
-            told = f"a model's process ended ({gone}) while it loaded {method}"
-            raise Problem(503, told, retry_after=5) from None
-        finally:
-            self._loading -= 1
+                try:
+                    await lacking[0].ask("load", method=method)
+                except Gone as gone:
+                    told = f"a model's process ended ({gone}) while it loaded {method}"
+                    raise Problem(503, told, retry_after=5) from None
         self.loaded.add(method)
 
     async def stop(self) -> None:
         """Answer what waits, then end the models."""
-        while self.models and (self.batcher.pending or self._loading):
+        while self.models and (self.batcher.pending or self._asking):
             await asyncio.sleep(0.01)
         for task in self._tasks:
             task.cancel()
