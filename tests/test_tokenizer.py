@@ -232,7 +232,7 @@ def test_the_report_counts_usage_entropy_and_collisions():
 
 def test_tokens_number_pad_bos_think_and_then_each_level_and_code():
     tokens = Tokens((256, 256, 7), dedup=True)
-    assert (tokens.PAD, tokens.BOS, tokens.THINK, tokens.of(0, 0)) == (0, 1, 2, 3)
+    assert (tokens.PAD, tokens.BOS, tokens.THINK, tokens.level_range(0)[0]) == (0, 1, 2, 3)
     assert tokens.item_tokens(np.array([[0, 255, 6]])).tolist() == [[3, 514, 521]]
     assert (tokens.level_range(2), tokens.size) == ((515, 522), 522)
     assert tokens.think_range == (3, 515), "a de-duplication digit is nobody's thought"

@@ -19,10 +19,11 @@ def run(x, codebook):
         bad = ~torch.isfinite(block).all(1)
         if bad.any():
             raise checks.not_finite(start + int(bad.nonzero()[0]))
-        best, which = squared_distances(block, codebook.double()).min(1)
+        found = squared_distances(block, codebook.double())
+        best = found.amin(1)
         # min() may return any of several equal minima on CUDA; the contract is the lowest.
-        which = _lowest_argmin(block, codebook, best) if x.is_cuda else which
-        index[rows], distance[rows] = which, best.float()
+        index[rows] = (found == best[:, None]).int().argmax(1)
+        distance[rows] = best.float()
     return index, distance
 
 
@@ -33,8 +34,3 @@ def squared_distances(x, codebook):
         difference = x[:, d, None] - codebook[None, :, d]
         total += difference * difference
     return total
-
-
-def _lowest_argmin(x, codebook, best):
-    equal = squared_distances(x, codebook.double()) == best[:, None]
-    return equal.int().argmax(1)

@@ -49,10 +49,6 @@ class SemanticIds:
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def n_items(self) -> int:
-        return len(self.codes)
-
-    @property
     def levels(self) -> int:
         """m: codes of an item."""
         return len(self.sizes)

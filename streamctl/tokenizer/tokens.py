@@ -44,10 +44,6 @@ class Tokens:
         """m: tokens of an item."""
         return len(self.sizes)
 
-    def of(self, level: int, code: int) -> int:
-        """Token of one code."""
-        return self._starts[level] + code
-
     def item_tokens(self, codes: np.ndarray) -> np.ndarray:
         """Codes (..., m) -> tokens (..., m) int64."""
         return np.asarray(codes, np.int64) + np.array(self._starts[:-1], np.int64)
