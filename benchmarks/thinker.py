@@ -5,11 +5,14 @@
 
 Rows of methods are those of `reproduce`: means over its seeds, with intervals over users and
 seeds. Rows that change one thing (parts, hops, lengths, orders) are of seed 0 and a sample of
-`--users` test users, with seen items masked.
+`--users` test users, with seen items masked. `--train` also trains policies that know the first
+hops alone, in RUN/hops: a hop that is taken from a policy which learned with it is missed more.
 """
 
 import argparse
+import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -17,9 +20,11 @@ import numpy as np
 import torch
 from peers import provenance
 
+from streamctl import config as configs
 from streamctl.config import EvalConfig
 from streamctl.decode.evidence import FULL, EvidenceRecommender
 from streamctl.evaluation.methods import Models, known_rows
+from streamctl.evaluation.reproduce import MAKERS, copy_stage
 from streamctl.files import read_json
 from streamctl.ranking import evaluate, paired_difference, sample_users
 from streamctl.retrieval.evidence import HOPS
@@ -33,6 +38,22 @@ PARTS = ("weights_alone", "codes_alone")
 NAMES = {"random_evidence": "random"}
 THINKING = {"stream_sft": FULL, "stream_rl": FULL}  # l of a row, where it thinks as it likes
 STAGES = ("tokenizer", "pretrain", "annotate", "sft", "rl")
+
+
+def trained(run, seed, count):
+    """The thinker after SFT of a run like seed 0's, whose policy knows the first hops alone."""
+    job = RunDir(run.path / "hops" / f"first-{count}")
+    for stage in ("data", "tokenizer"):
+        copy_stage(seed, job, stage)
+    for stage in ("pretrain", "annotate", "sft"):
+        manifest = seed.stage(stage).manifest
+        make, cls = MAKERS[stage]
+        config = configs.resolve(cls, base=manifest["config"])
+        if stage == "pretrain":
+            hops = tuple(size * (n < count) for n, size in enumerate(manifest["hops"]))
+            config = dataclasses.replace(config, hops=hops)
+        make(job, config, device="cpu")
+    return Models(job, EvalConfig(), None, "cpu").reasoning("sft")
 
 
 def methods(run):
@@ -94,7 +115,6 @@ class Changes:
         for row in self.rows:
             if row["method"] in ("whole", "length"):
                 row["ms_per_user"] = ms[row["l"]]
-        return self.rows
 
     def milliseconds(self):
         """Of a user, for each length: medians of three rounds over all lengths, 1,000 users."""
@@ -149,19 +169,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="a run that `streamctl reproduce` has gone through")
     parser.add_argument("--users", type=int, default=6000, help="sample for rows of one change")
+    parser.add_argument("--train", action="store_true", help="train with the first hops alone, too")
     parser.add_argument("--save", metavar="NAME", help="results/thinker-NAME.json")
     args = parser.parse_args()
     run = RunDir(args.run)
     table = read_json(run.path / "reproduce" / "table.json")
     seed = RunDir(run.path / "reproduce" / "seed-0")
+    changes = Changes(seed, args.users)
+    changes.all()
+    if args.train:
+        for count in range(1, sum(size > 0 for size in changes.models.material.hops)):
+            changes.add(f"trained with the first {count} hops", trained(run, seed, count))
     rows = [row | {"users": table["users"]} for row in methods(run)]
     receipt = {
         **provenance(f"thinker-{args.save or args.run.name}"),
-        "command": f"python benchmarks/thinker.py RUN --users {args.users}",
+        "command": " ".join(("python benchmarks/thinker.py RUN", *sys.argv[2:])),
         "protocol": "leave-one-out, full catalogue; validation picks epochs and the trust in codes",
         "config": {stage: seed.stage(stage).manifest["config"] for stage in STAGES},
         "data_hash": table["data_hash"],
-        "rows": rows + Changes(seed, args.users).all(),
+        "rows": rows + changes.rows,
     }
     if args.save:
         path = Path(__file__).parent / "results" / f"thinker-{args.save}.json"
