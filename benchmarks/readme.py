@@ -142,6 +142,24 @@ def table(receipt: Mapping[str, Any]) -> str:
     return f"{receipt['users']:,} users of {receipt['data']}\n\n{markdown(head, rows)}"
 
 
+def searched(receipt: Mapping[str, Any]) -> str:
+    """What `search.py` tried of each method, and whether the choice is better than the table's."""
+    rows = []
+    for row in receipt["rows"]:
+        tried = len(row["tried"])
+        figures = (row["table_ndcg@10_masked"], row["ndcg@10_masked"])
+        rows.append(
+            [row["method"], str(tried), settings_said(row["table"]), settings_said(row["chosen"]),
+             *(f"{figure:.4f}" for figure in figures), interval(row["gain"])]
+        )  # fmt: skip
+    head = ["", "trained", "in the table", "chosen instead", "table's", "chosen's", "gain"]
+    return markdown(head, rows)
+
+
+def settings_said(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2g}" for name, value in values.items()) or "-"
+
+
 def commands() -> str:
     """Every command by group."""
     rows = []
@@ -275,6 +293,9 @@ def render() -> dict[str, str]:
     for path in sorted(RESULTS.glob("*.json")):
         receipt = receipts[path.stem] = json.loads(path.read_text())
         if path.stem.startswith("thinker-"):
+            continue
+        if path.stem.startswith("search-"):
+            blocks[path.stem] = searched(receipt)
             continue
         if receipt["name"] in BLOCKS:
             blocks[path.stem] = BLOCKS[receipt["name"]](receipt)
