@@ -221,8 +221,7 @@ class EvidenceRecommender:
         policy, device = self.policy, self.policy.device
         weighed = self.weighed(histories, users)
         items = weighed.items.cpu().numpy()
-        rows = np.broadcast_to(np.arange(len(items))[:, None], items.shape)
-        closed = torch.from_numpy(denied(rows, items, exclude, allow)).to(device)
+        closed = torch.from_numpy(denied(items, exclude, allow)).to(device)
         weighed = Weighed(
             weighed.items, weighed.hops, weighed.logits.masked_fill(closed, -torch.inf)
         )

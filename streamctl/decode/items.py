@@ -52,12 +52,18 @@ def legal_nodes(
 
 
 def denied(
-    rows: np.ndarray,
     items: np.ndarray,
     exclude: Sequence[np.ndarray] | None,
     allow: Sequence[np.ndarray | None] | None,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """bool: which of the pairs (user's row, item), int64 of one shape, must not be shown."""
+    """bool: which of the items, int64, must not be shown to the users of these rows.
+
+    Args:
+        rows: int64 of the shape of the items; by default these are (B, n), a row a user.
+    """
+    if rows is None:
+        rows = np.broadcast_to(np.arange(len(items))[:, None], items.shape)
     pairs, out = _pairs(rows, items), np.zeros(items.shape, bool)
     if exclude is not None:
         out |= np.isin(pairs, _each(exclude))
@@ -109,7 +115,7 @@ def best_items(
     place = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
     item = trie.items[np.repeat(first, count) + place]
     row, value = np.repeat(row, count), np.repeat(value, count)
-    keep = ~denied(row, item, exclude, allow)
+    keep = ~denied(item, exclude, allow, row)
     row, value, item = row[keep], value[keep], item[keep]
     order = np.lexsort((_shuffled(seed, len(trie.leaf))[item], -value, row))
     row, value, item = row[order], value[order], item[order]

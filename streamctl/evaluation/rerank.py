@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from streamctl.baselines.hops import run_evidence
 from streamctl.config import EvalConfig, RerankConfig
 from streamctl.data import Examples, load_data
+from streamctl.decode.items import denied
 from streamctl.device import derive_seed
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import (
@@ -30,7 +31,7 @@ from streamctl.progress import progress_bar, say
 from streamctl.ranking import Recommender, gains, paired_difference, sample_users, target_ranks
 from streamctl.ranking.evaluate import batches_by_length
 from streamctl.ranking.metrics import DEPTH
-from streamctl.rerank.features import Candidates, candidates, feature_names, permitted
+from streamctl.rerank.features import Candidates, candidates, feature_names
 from streamctl.rerank.lambdarank import Groups, LambdaRank
 from streamctl.rerank.reranker import ordered
 from streamctl.retrieval.evidence import Evidence
@@ -157,7 +158,7 @@ def _fit(
     after = np.empty(len(examples), np.int32)
     for number in range(FOLDS):
         mine, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
-        shown = permitted(items[mine], examples.seen(mine), None)
+        shown = np.where(denied(items[mine], examples.seen(mine), None), -1, items[mine])
         top, _ = ordered(shown, fit(rest).scores(shown, features[mine]), DEPTH)
         after[mine] = target_ranks(top, examples.targets[mine])
     return fit(np.arange(len(examples))), before, after

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from streamctl.decode.items import denied
 from streamctl.ranking import Ranking, Recommender
 from streamctl.retrieval.evidence import FEATURES, HOPS, Evidence
 
@@ -58,7 +59,8 @@ def candidates(
     rankings = [method.recommend(histories, depth, **options) for method in methods]
     past = histories.cpu().numpy()
     pieces = evidence.gather(past, users)
-    lists = [permitted(pieces.items.astype(np.int64), exclude, allow)]
+    found = pieces.items.astype(np.int64)
+    lists = [np.where(denied(found, exclude, allow), -1, found)]
     lists += [ranking.items.cpu().numpy() for ranking in rankings]
     items = _union(lists)
     columns = [_looked_up(items, lists[0], pieces.features()[..., :OF_HOPS])]
@@ -66,20 +68,6 @@ def candidates(
         columns.append(_looked_up(items, listed, _of_method(ranking)))
     columns.append(_of_items(items, past, evidence))
     return Candidates(items, np.concatenate(columns, 2, dtype=np.float32), rankings)
-
-
-def permitted(
-    items: np.ndarray,
-    exclude: Sequence[np.ndarray] | None,
-    allow: Sequence[np.ndarray | None] | None,
-) -> np.ndarray:
-    """The items with -1 in place of those that must not be shown."""
-    for row in range(len(items)):
-        if exclude is not None:
-            items[row, np.isin(items[row], exclude[row])] = -1
-        if allow is not None and allow[row] is not None:
-            items[row, ~np.isin(items[row], allow[row])] = -1
-    return items
 
 
 def _union(lists: Sequence[np.ndarray]) -> np.ndarray:
