@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,7 @@ def recommend_files(
     joined = None if folder else job.made_from(source, 0, parts[-1].end)
     counts, complete = Counter[str](), joined is not None and _made_from(output) == joined
     if not complete:
-        answer = partial(Job.answer, job)
-        counts, complete = _make(answer, parts, "recommend", on_ray, gpu=device != "cpu")
+        counts, complete = _make(job.answer, parts, "recommend", on_ray, gpu=device != "cpu")
     if is_main() and joined is not None and _made_from(output) != joined:
         _join(parts, output, joined)
     seconds = time.monotonic() - began

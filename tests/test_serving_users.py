@@ -254,7 +254,7 @@ def test_a_diverse_list_begins_with_the_best_and_is_less_alike(engine, run):
     from streamctl.ranking.metrics import ItemFacts, beyond_accuracy
     from streamctl.tokenizer import vectors
 
-    facts = ItemFacts(engine._split.popularity(), vectors(run))
+    facts = ItemFacts(load_data(run)[1].popularity(), vectors(run))
     lists = []
     for diversity in (0.0, 0.7):
         job = as_job(Query(user_id=OLD, k=5, diversity=diversity), engine.store, engine.about())

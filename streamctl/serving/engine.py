@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from streamctl.data import POPULAR, load_data
+from streamctl.data import POPULAR
 from streamctl.decode.explain import explained, pairs_of
 from streamctl.evaluation.methods import answering, known_rows, load_best, load_method, method_names
 from streamctl.kernels import compiled
@@ -45,8 +45,8 @@ class Engine:
         self.run, self.store, self.device, self.batch = run, store, device, batch
         self.methods = method_names(run)
         self.method, recommender = load_best(run, device, method=method)
-        self._split = load_data(run)[1]
-        self.live = LiveCatalog(run, store, self._split)
+        self._history = run.require("data").manifest["config"]["history"]
+        self.live = LiveCatalog(run, store)
         self._loaded: dict[str, Recommender] = {}
         self._models: dict[str, dict[str, str]] = {}
         self._join(self.method, recommender)
@@ -82,7 +82,7 @@ class Engine:
             "method": self.method,
             "methods": self.methods,
             "loaded": [*self._loaded],
-            "history": self._split.history,
+            "history": self._history,
             "compiled": compiled.ready(),
         }
 
@@ -90,7 +90,7 @@ class Engine:
         """Run the paths that queries take, so that the first ones find everything compiled, and
         measured where there are two ways (`model.frozen`), by batches of three sizes."""
         method = method or self.method
-        size, length = self.store.base, self._split.history
+        size, length = self.store.base, self._history
         rows = (np.arange(self.batch * length) % size).reshape(self.batch, length).tolist()
         jobs = [
             {"history": row, "user_id": None, "exclude": [], "allow": None, "note": None}
@@ -130,7 +130,7 @@ class Engine:
         known = self.live.known(self._loaded[method])
         histories, places = [], {method: [], POPULAR: []}
         for place, job in enumerate(jobs):
-            history = [item for item in job["history"] if item < known][-self._split.history :]
+            history = [item for item in job["history"] if item < known][-self._history :]
             histories.append(history)
             places[method if history else POPULAR].append(place)
         answers: dict[int, dict[str, Any]] = {}

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from streamctl.baselines.popularity import Popularity
-from streamctl.data import Split
 from streamctl.ranking import Recommender
 from streamctl.runs import RunDir
 from streamctl.serving.store import Changes, Refused, Store
@@ -30,11 +29,10 @@ class LiveCatalog:
         vectors: float32 (N, D), of all items, in rows of length one; D = 0 without a tokenizer.
     """
 
-    def __init__(self, run: RunDir, store: Store, split: Split):
+    def __init__(self, run: RunDir, store: Store):
         self.run, self.store = run, store
         self.removed = np.empty(0, np.int64)
         self.size = store.base  # items there ever were
-        self._log = split.log
         self._numbers: dict[str, int] = {}  # of users who took something or were forgotten
         self._newcomers = 0
         self._parts: list[Any] = []  # methods, and those inside them
@@ -136,7 +134,7 @@ class LiveCatalog:
         """Under which number a user's interactions are counted from now on."""
         number = self.owner(user)
         if number < 0:
-            number, self._newcomers = self._log.n_users + self._newcomers, self._newcomers + 1
+            number, self._newcomers = self.store.log_users + self._newcomers, self._newcomers + 1
         self._numbers[user] = number
         return number
 

@@ -174,7 +174,7 @@ class Store:
     `base + number - 1`, gone or not.
 
     Attributes:
-        base: how many items the run has.
+        base, log_users: how many items and users the run has.
         tokenizer, data: hashes of the run's stages; codes and interactions belong to them.
     """
 
@@ -207,6 +207,7 @@ class Store:
             # Nobody writes to it; with locks on it who reads would keep writers of LIVE waiting.
             self._db.execute("ATTACH ? AS base", [f"{catalog.resolve().as_uri()}?immutable=1"])
             self.base = self._one("SELECT count(*) FROM base.items")
+            self.log_users = self._one("SELECT count(*) FROM base.users")
             self._db.executescript(_VIEWS.format(last=self.base - 1, tokenizer=self.tokenizer))
         except (OSError, sqlite3.Error) as error:
             raise StreamctlError(
