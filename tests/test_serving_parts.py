@@ -352,6 +352,22 @@ def test_an_item_that_is_being_added_is_in_before_its_run_goes(slow):
     assert asyncio.run(stopped_before_it_was_added()) is False
 
 
+def test_what_a_user_took_is_stored_before_its_run_goes(slow, run, folder):
+    beside = Store(run, folder)
+    item = beside.names([0])[0]["id"]
+
+    async def main() -> None:
+        with beside.writing():  # who writes now waits
+            taking = asyncio.create_task(slow.change("take", "somebody", [item]))
+            await asyncio.sleep(0.1)
+            stopping = asyncio.create_task(slow.served.stop())
+            await asyncio.sleep(0.1)
+        await asyncio.gather(taking, stopping)
+
+    asyncio.run(main())
+    assert beside.user("somebody") == [0]
+
+
 @pytest.mark.parametrize("kind", [StreamctlError, RuntimeError, Gone, OSError])
 def test_a_replacement_that_cannot_load_is_ended_and_another_tried(run, folder, monkeypatch, kind):
     errors = [kind("not this one")]
@@ -444,6 +460,33 @@ def test_a_model_that_starts_while_others_load_a_method_has_it_too(
         return [model.loaded for model in served.models]
 
     assert asyncio.run(main()) == [{"a", "b"}] * 2
+
+
+def test_a_model_that_loads_what_others_have_is_ended_with_its_server(run, folder, monkeypatch):
+    class Fake:
+        killed = False
+
+        async def ask(self, what: str, method: str) -> None:
+            await asyncio.Event().wait()
+
+        def kill(self) -> None:
+            self.killed = True
+
+    async def main() -> bool:
+        served = Served(run.path, Settings(run.path, store=folder))
+
+        async def start(**settings) -> Fake:
+            served.loaded.add("b")  # meanwhile
+            return model
+
+        model = Fake()
+        monkeypatch.setattr(services.Model, "start", staticmethod(start))
+        served._tasks = [asyncio.create_task(served._start())]
+        await asyncio.sleep(0.01)
+        await served.stop()
+        return model.killed
+
+    assert asyncio.run(main())
 
 
 # What is typed at the server's terminal must not end the compiler: it leads its own session.

@@ -65,7 +65,7 @@ class Served:
         )
         self.models: list[Model] = []
         self.about: dict[str, Any] = {}
-        self._asking = 0  # requests that a model is at, but for batches
+        self._asking = 0  # changes, and what models are asked beside batches
         self._tasks: list[asyncio.Task] = []
 
     async def start(self) -> None:
@@ -95,10 +95,14 @@ class Served:
             device=settings.device, threads=settings.threads, batch=settings.max_batch,
             also=sorted(had),  # what the one before it could answer by
         )  # fmt: skip
-        while late := self.loaded - had:  # what the others have loaded meanwhile
-            had.add(method := late.pop())
-            with contextlib.suppress(StreamctlError, RuntimeError):  # left to whoever asks for it
-                await model.ask("load", method=method)
+        try:
+            while late := self.loaded - had:  # what the others have loaded meanwhile
+                had.add(method := late.pop())
+                with contextlib.suppress(StreamctlError, RuntimeError):  # left to who asks for it
+                    await model.ask("load", method=method)
+        except BaseException:
+            model.kill()
+            raise
         self.models.append(model)
         return model
 
@@ -135,6 +139,11 @@ class Served:
                     return await model.ask(what, **details)
         raise Problem(503, "the model is loading", retry_after=2)
 
+    async def change(self, method: str, *values: Any) -> None:
+        """Have the store remove an item, take items or forget a user."""
+        with self._counted():
+            await asyncio.to_thread(getattr(self.slow, method), *values)
+
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
         """What `stop` waits for."""
@@ -165,7 +174,7 @@ class Served:
 
     async def stop(self) -> None:
         """Answer what waits, then end the models."""
-        while self.models and (self.batcher.pending or self._asking):
+        while self._asking or (self.models and self.batcher.pending):
             await asyncio.sleep(0.01)
         for task in self._tasks:
             task.cancel()
@@ -321,7 +330,7 @@ class Service:
             Problem: 507 if the disk refuses.
         """
         with _insufficient_storage():
-            await asyncio.to_thread(getattr(self.served.slow, method), *values)
+            await self.served.change(method, *values)
 
     async def take(self, taken: Taken) -> dict[str, Any]:
         """Add what a user took; it counts from the next answer on."""
