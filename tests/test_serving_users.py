@@ -212,6 +212,17 @@ def test_what_others_write_while_it_looks_is_not_missed(run, folder, engine):
     assert ask(engine, **popular) == ask(beside, **popular)
 
 
+def test_popular_items_do_not_count_who_is_forgotten(run, folder, engine):
+    def best(engine: Engine) -> list[str]:
+        return ids(engine, user_id="nobody", k=200)
+
+    before = best(engine)
+    engine.store.take(NEW, [before[-1]] * 500)
+    assert best(engine) == [before[-1], *before[:-1]]
+    engine.store.forget(NEW)
+    assert best(engine) == before == best(Engine(run, engine.store, device="cpu"))
+
+
 def test_items_with_equal_texts_get_codes_of_their_own_in_whichever_process(run, folder, engine):
     engines = engine, Engine(run, Store(run, folder), device="cpu")
     made = []

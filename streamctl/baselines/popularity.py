@@ -28,6 +28,7 @@ class Popularity(Baseline):
         places = np.argsort(np.argsort(-counts, kind="stable"))
         # The count decides and the place, below 1, breaks ties; exact in float64.
         self.register_buffer("scores", torch.from_numpy(counts - places / len(counts)))
+        self._since: dict[int, list[int]] = {}  # what users took since
 
     def score(self, history: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         return self.scores.expand(len(history), -1)
@@ -37,7 +38,17 @@ class Popularity(Baseline):
         self.scores = torch.cat([self.scores, self.scores.new_full((len(vectors),), -1)])
         self.n_items += len(vectors)
 
-    def append(self, items: Sequence[int]) -> None:
-        """Count interactions that came since; items may repeat."""
+    def append_all(self, taken: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Count what users took since: (user, items), as `Evidence` does."""
+        for user, items in taken:
+            self._since.setdefault(user, []).extend(items)
+        self._count([item for _, items in taken for item in items], 1)
+
+    def forget(self, user: int) -> None:
+        """Count no longer what came of a user since."""
+        self._count(self._since.pop(user, []), -1)
+
+    def _count(self, items: Sequence[int], times: int) -> None:
         places = torch.tensor(items, dtype=torch.int64, device=self.scores.device)
-        self.scores.index_add_(0, places, torch.ones_like(places, dtype=self.scores.dtype))
+        ones = torch.ones_like(places, dtype=self.scores.dtype)
+        self.scores.index_add_(0, places, ones, alpha=times)

@@ -123,9 +123,6 @@ class LiveCatalog:
                 part.trie.add(base + live, tokens[live])
 
     def _learn(self, counting: Evidence | Popularity, news: Changes) -> None:
-        if isinstance(counting, Popularity):
-            counting.append([item for _, items in news.taken for item in items])
-            return
         for user in news.forgotten:
             counting.forget(self._number(user))
         counting.append_all([(self._number(user), items) for user, items in news.taken])
