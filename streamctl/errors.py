@@ -50,17 +50,18 @@ class UsageError(StreamctlError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean NAME?` with the known words nearest to `word`; "" if none is near.
 
-    A number that is known with other leading zeros is the nearest.
+    One that differs in case or leading zeros alone is the nearest.
     """
     known = sorted(known)
-    near = same_number(word, known) or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    near = same_spelling(word, known) or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return "did you mean " + " or ".join(near) + "?" if near else ""
 
 
-def same_number(word: str, known: Iterable[str]) -> list[str]:
-    """Up to three known words that are the same number with other leading zeros."""
-    bare = word.lstrip("0")
-    return [name for name in known if name.lstrip("0") == bare][:3] if word.isdigit() else []
+def same_spelling(word: str, known: Iterable[str]) -> list[str]:
+    """Up to three known words that differ in case or, of numbers, in leading zeros alone."""
+    plain = (lambda text: text.lstrip("0")) if word.isdigit() else str.casefold
+    bare = plain(word)
+    return [name for name in known if plain(name) == bare][:3]
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:

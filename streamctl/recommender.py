@@ -21,7 +21,7 @@ from streamctl.data.tables import read_table
 from streamctl.decode.explain import SHOWN, explained, grounds
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation.methods import answering, load_best, load_method, method_names
-from streamctl.progress import say
+from streamctl.progress import warn
 from streamctl.ranking import Ranking
 from streamctl.ranking import Recommender as Method
 from streamctl.ranking.mmr import Diverse
@@ -112,7 +112,7 @@ class Recommender:
         told = {"method": method}
         if not len(asked.history):
             told["note"] = stranger_note(user if history is None else None, self.users)
-            say(told["note"])
+            warn(told["note"])
         items, scores = _listed(ranking, 0)
         return self._table(items, score=scores).replace_schema_metadata(told)
 
@@ -171,14 +171,14 @@ class Recommender:
 
     def explain(
         self, history: Iterable[Any] | None = None, k: int = 8, *, user: Any = None,
-        think: int | None = None,
+        think: int | None = None, shorten: int | None = None,
     ) -> pa.Table:  # fmt: skip
         """The thought in words, its k heaviest pieces one by one: item_id, title, hop, weight,
         reason, and `ranking`, the ids that would be best had the thought ended there.
 
         Of a method that does not think: those of its k best items for which other users or texts
         speak, and why; weight and ranking are null then. Nothing in a run without a tokenizer.
-        The arguments are those of `recommend`.
+        The arguments are those of `recommend`, and `shorten`: characters of a title in a reason.
         """
         asked = self._question(history, user, (), None, False)
         _check(k)
@@ -195,7 +195,11 @@ class Recommender:
             steps = []
         titles, ids = self._catalog.titles, self._catalog.ids
         for step in steps:
-            names = {name: titles[step[name]] for name in ("item", "via") if step[name] is not None}
+            names = {
+                name: shortened(titles[step[name]], shorten)
+                for name in ("item", "via")
+                if step[name] is not None
+            }
             step["reason"] = step["text"].format(**names)
             if step["ranking"] is not None:
                 step["ranking"] = [ids[item] for item, _ in step["ranking"]]
@@ -300,6 +304,11 @@ class Recommender:
             for name, texts in names.items()
         } | columns
         return pa.table({name: _array(name, values) for name, values in columns.items()})
+
+
+def shortened(title: str, most: int | None) -> str:
+    """A title of at most so many characters, the last of them … if some are cut."""
+    return title if most is None or len(title) <= most else f"{title[: most - 1].rstrip()}…"
 
 
 def _holds_lists(kind: pa.DataType) -> bool:

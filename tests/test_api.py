@@ -20,10 +20,12 @@ from typer.testing import CliRunner
 import streamctl as sc
 from streamctl import cli
 from streamctl.baselines.train import train_baseline
+from streamctl.commands.recommend import show
 from streamctl.config import BaselineConfig
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import load_method
+from streamctl.recommender import shortened
 from streamctl.retrieval.transitions import pair_weights
 from streamctl.runs import RunDir
 from streamctl.serving.question import as_job
@@ -382,6 +384,30 @@ def test_an_id_with_other_leading_zeros_is_told(tmp_path):
     assert note == "popular items: nothing is known of user '4'; did you mean 004?"
     with pytest.raises(Refused, match=r"no such item: 4; did you mean 004[?]"):
         Store(RunDir(data.path), tmp_path).known(["4"], "")
+
+
+def test_a_user_in_the_wrong_case_gets_the_note_and_no_empty_history(run, rec):
+    asked = ["recommend", "--run", str(run.path), "--user", rec.users[3].upper()]
+    told = CliRunner().invoke(cli.build_app(), asked)
+    assert f"did you mean {rec.users[3]}?" in told.stderr
+    title, *table = told.stdout.splitlines()
+    assert title.strip() == "Recommended (popularity of run)"
+    assert not {"History", "thought"} & set(told.stdout.split())
+    counts = [line.split()[-2] for line in table if line.startswith("│")]
+    assert len(counts) == 10 and all(count.isdigit() for count in counts)
+
+
+def test_a_thought_in_the_terminal_has_every_weight_and_short_titles(capsys):
+    step = {"reason": "a", "first": "t", "ranking": ["i1", "i2"]}
+    show({
+        "run": "r", "method": "m", "note": None, "before": [{"item_id": "i2"}],
+        "history": [{"item_id": "i0", "title": "t"}], "items": [],
+        "thought": [step | {"weight": 0.046}, step | {"weight": 0.002}, step | {"weight": None}],
+    })  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:9:2] == ["  1. a (5%)", "  2. a (<1%)", "  3. a"]
+    assert lines[4].strip() == "top item now: t; 1 item entered the top 2"
+    assert shortened("t" * 51, 50) == "t" * 49 + "…" and shortened("t" * 50, 50) == "t" * 50
 
 
 def test_an_unknown_user_is_told_alike_by_every_door(counted, tmp_path):

@@ -178,6 +178,16 @@ class TestPopularity(BaselineContract):
         items = model.recommend(torch.tensor([[1]]), N_ITEMS).items[0].numpy()
         assert (np.diff(split.popularity()[items]) <= 0).all()
 
+    def test_scores_are_counts_of_new_items_too(self, run, config, split):
+        model = baseline_class(self.name)(config, split)
+        model.add_items(np.zeros((2, 1)))
+        model.append([N_ITEMS + 1])
+        found = model.recommend(torch.tensor([[1]]), N_ITEMS + 3, exclude=[np.array([0])])
+        items, scores = found.items[0].numpy(), found.scores[0].numpy()
+        counts = np.append(split.popularity(), [0, 1])
+        assert (scores[:-2] == counts[items[:-2]]).all() and items[-3] == N_ITEMS
+        assert items[-2:].tolist() == [-1, -1] and np.isneginf(scores[-2:]).all()
+
 
 class TestTransitions(BaselineContract):
     name = "transitions"

@@ -146,6 +146,17 @@ def test_a_wrong_request_names_the_field_at_fault(server, body, field):
     assert problem["detail"]
 
 
+def test_a_wrong_path_or_method_is_told_where_the_api_is_described(server):
+    for method, path, status in (("GET", "/v2/x", 404), ("PUT", "/v1/recommend", 405)):
+        answer = server.client.request(method, path)
+        assert answer.status_code == status
+        assert answer.json()["detail"].endswith(f": {method} {path}; /docs describes the API")
+
+
+def test_the_address_is_told_when_it_is_ready(server):
+    assert f"ready at {server.url}: first (stream_sft: " in server.errors
+
+
 def test_a_close_id_is_suggested(server):
     item = server.client.get("/v1/items", params={"limit": 1}).json()["items"][0]["id"]
     answer = server.client.post("/v1/recommend", json={"history": [item + "0"]})

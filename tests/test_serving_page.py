@@ -159,7 +159,7 @@ def test_the_thought_is_walked_with_the_arrow_keys_and_each_step_says_why_and_ha
         said.add(page.locator("#step .reason").inner_text())
         rankings.add(tuple(page.locator("#step li[data-id]").evaluate_all(ids)))
     assert len(said) == 8 and len(rankings) > 3
-    words = "took|alike to|came|you had|follows"
+    words = "took|similar to|came|you had|follows"
     assert all(re.search(words, one) for one in said), said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from streamctl.baselines.base import Baseline
 from streamctl.config import BaselineConfig
 from streamctl.data import Split
+from streamctl.ranking import Ranking
 
 
 class Popularity(Baseline):
@@ -33,10 +35,17 @@ class Popularity(Baseline):
     def score(self, history: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         return self.scores.expand(len(history), -1)
 
+    def recommend(self, *args: Any, **options: Any) -> Ranking:
+        """The k items taken most often; their scores are counts."""
+        ranking = super().recommend(*args, **options)
+        counts = self.scores.ceil().abs()[ranking.items].float()  # abs: -0 is 0
+        return replace(ranking, scores=counts.where(ranking.items >= 0, ranking.scores))
+
     def add_items(self, vectors: np.ndarray) -> None:
         """New items (A, D) at the end of the catalogue: nobody took them yet."""
-        self.scores = torch.cat([self.scores, self.scores.new_full((len(vectors),), -1)])
         self.n_items += len(vectors)
+        last = -1 + 0.5 / self.n_items  # behind all others that nobody took
+        self.scores = torch.cat([self.scores, self.scores.new_full((len(vectors),), last)])
 
     def append_all(self, taken: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Count what users took since: (user, items), as `Evidence` does."""

@@ -27,7 +27,7 @@ def command(
     """Rank the whole catalogue by every method and control in the run, and compare them.
 
     recall@k is also known as HR@k: each target counts alone. Figures are given with seen items
-    left in and masked. It is made again by itself when a stage that it reads has changed.
+    left in and masked. It is recomputed when a stage that it reads has changed.
 
     `--decode exact` instead compares beams of 20 and 50 with an exact search of the whole
     catalogue, and `--think-curve` measures thoughts of 0, 1, 2, 4, ... and their

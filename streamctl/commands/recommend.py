@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from streamctl.recommender import Recommender
 
 SHOWN = 20  # latest items of a history
+TITLE = 50  # characters of a title in the lines of a thought
 COMMAS = (
     "if an id holds a comma, give --history once for each id, or --history @FILE with an id a line"
 )
@@ -89,7 +90,7 @@ def command(
     recommender = load(run, method, device=device)
     options = {"k": k, "think": think, "diversity": diversity, "keep_seen": keep_seen}
     try:
-        answer = ask(recommender, ids, user, **options)
+        answer = ask(recommender, ids, user, shorten=None if json_ else TITLE, **options)
     except StreamctlError as error:
         if ids and ids[0] != history[0] and "," in history[0] and "catalogue" in error.what:
             raise StreamctlError(error.what, run=COMMAS) from error
@@ -122,9 +123,16 @@ def history_ids(values: list[str]) -> list[str]:
 
 
 def ask(
-    recommender: Recommender, history: list[str] | None, user: str | None, **options: Any
-) -> dict[str, Any]:
-    """History, thought and answer; `before` is the answer without a thought."""
+    recommender: Recommender, history: list[str] | None, user: str | None, *,
+    shorten: int | None = None, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """History, thought and answer; `before` is the answer without a thought.
+
+    Args:
+        shorten: characters of a title in the thought's lines; None: all.
+    """
+    from streamctl.recommender import shortened
+
     think = options.get("think")
     read = recommender.history(user) if history is None else recommender.named(history)
     items = before = recommender.recommend(history, user=user, **options)
@@ -132,12 +140,12 @@ def ask(
     if "note" not in told:
         without = options | {"think": 0, "k": 10}
         before = recommender.recommend(history, user=user, **without)
-    thought = recommender.explain(history, user=user, think=think)
+    thought = recommender.explain(history, user=user, think=think, shorten=shorten)
     tables = {"history": read, "items": items, "before": before, "thought": thought}
     lists = {name: table.to_pylist() for name, table in tables.items()}
     for step in lists["thought"]:  # the title of what would be first if it ended there
         best = recommender.named((step["ranking"] or [])[:1])["title"].to_pylist()
-        step["first"] = best[0] if best else None
+        step["first"] = shortened(best[0], shorten) if best else None
     return {"run": recommender.run.resolve().name, "note": None, **told, **lists}
 
 
@@ -145,31 +153,46 @@ def show(answer: dict[str, Any]) -> None:
     """Print history, thought and ranking."""
     from rich.table import Table
 
+    from streamctl.data import POPULAR
     from streamctl.progress import plain_console
 
     console = plain_console()
-    console.print(f"History ({answer['method']} of {answer['run']})", style="bold")
+    by = f"({answer['method']} of {answer['run']})"
+    if answer["history"]:
+        console.print(f"History {by}", style="bold")
     for item in answer["history"][-SHOWN:]:
         console.print(f"  {item['title']}  ({item['item_id']})")
     thought = answer["thought"]
-    thinks = any(step["ranking"] for step in thought)
-    aside = f"What the log says of these items ({answer['method']} itself does not think)"
-    title = "Thought" if thinks else aside if thought else "No thought"
-    console.print(title, style="bold")
+    if answer["history"]:
+        thinks = any(step["ranking"] for step in thought)
+        aside = f"What the log says of these items ({answer['method']} itself does not think)"
+        title = "Thought" if thinks else aside if thought else "No thought"
+        console.print(title, style="bold")
     before = [item["item_id"] for item in answer["before"]]
     for number, step in enumerate(thought, 1):
-        console.print(f"  {number}. {step['reason']}")
+        console.print(f"  {number}. {step['reason']}{share(step['weight'])}")
         if ranking := step["ranking"]:
             new = sum(item not in before for item in ranking)
-            told = f"        now first: {step['first']}; {new} new among {len(ranking)}"
-            console.print(told, style="dim")
+            items = "item" if new == 1 else "items"
+            told = f"{new} {items} entered the top {len(ranking)}"
+            console.print(f"        top item now: {step['first']}; {told}", style="dim")
             before = ranking
-    table = Table(title="Recommended", title_justify="left")
+    title = "Recommended" if answer["history"] else f"Recommended {by}"
+    table = Table(title=title, title_justify="left")
     for name in ("", "item", "title", "score"):
         table.add_column(name, justify="right" if name in ("", "score") else "left")
+    counts = answer["method"] == POPULAR
     for place, item in enumerate(answer["items"], 1):
-        table.add_row(str(place), item["item_id"], item["title"], f"{item['score']:.3f}")
+        score = f"{item['score']:.{0 if counts else 3}f}"
+        table.add_row(str(place), item["item_id"], item["title"], score)
     console.print(table)
+
+
+def share(weight: float | None) -> str:
+    """` (23%)`, ` (<1%)`; nothing of a step without a weight."""
+    if weight is None:
+        return ""
+    return " (<1%)" if weight < 0.01 else f" ({weight:.0%})"
 
 
 def show_first_user(run: Path, *, device: str) -> None:
@@ -177,4 +200,4 @@ def show_first_user(run: Path, *, device: str) -> None:
     from streamctl.api import load
 
     recommender = load(run, device=device)
-    show(ask(recommender, None, recommender.users[0]))
+    show(ask(recommender, None, recommender.users[0], shorten=TITLE))

@@ -39,7 +39,7 @@ def command(
     Writes: RUN/serving, the items and interactions that arrive while it serves.
     Example: `streamctl serve --run runs/mine --workers 2`.
     Next: `curl -X POST localhost:8000/v1/recommend -H 'content-type: application/json'
-    -d '{"user_id": "u0017"}'`, or open http://localhost:8000/.
+    -d '{"user_id": "USER"}'`, or open http://localhost:8000/.
     """
     from streamctl.serving.server import serve
     from streamctl.serving.service import Settings

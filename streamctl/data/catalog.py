@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from streamctl.data.sources.items import as_number
-from streamctl.errors import StreamctlError, count_of, did_you_mean, same_number
+from streamctl.errors import StreamctlError, count_of, did_you_mean, same_spelling
 from streamctl.runs import Stage, StageWriter
 
 _OWN = ("item_id", "title", "text")
@@ -29,7 +29,7 @@ def stranger_note(user: object = None, users: Iterable[str] = ()) -> str:
     """
     if user is None:
         return "popular items: the history is empty"
-    near = " or ".join(same_number(str(user), users))
+    near = " or ".join(same_spelling(str(user), users))
     hint = f"; did you mean {near}?" if near else ""
     return f"popular items: nothing is known of user {str(user)!r}{hint}"
 

@@ -60,8 +60,8 @@ def _one(
         cosines = evidence.vectors[recent[:LAST]] @ evidence.vectors[item]
         via = int(recent[np.argmax(cosines)])
         if via == recent[0]:
-            return Reason("{item} is alike to your last item, {via}", via)
-        return Reason("{item} is alike to {via}, which you had", via)
+            return Reason("{item} is similar to your last item, {via}", via)
+        return Reason("{item} is similar to {via}, which you had before", via)
     if hop in (NEXT_NEXT, NEXT_ALIKE):
         first = strengths[:, NEXT if hop == NEXT_NEXT else ALIKE]
         start = np.argsort(-first, kind="stable")[:SPREAD]
@@ -71,7 +71,7 @@ def _one(
         if not flow.any():
             return Reason("{item} follows what others took after your items")
         via = int(pieces[start[np.argmax(flow)]])
-        what = "others took" if hop == NEXT_NEXT else "is alike to what you had"
+        what = "others took" if hop == NEXT_NEXT else "is similar to what you had"
         return Reason(f"after {{via}}, which {what}, came {{item}}", via)
     if hop == OTHERS:
         users = _users(evidence, recent[:WIDTH], item, user)

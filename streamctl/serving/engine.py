@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from streamctl.data import POPULAR
 from streamctl.decode.explain import explained, pairs_of
-from streamctl.evaluation.methods import answering, known_rows, load_best, load_method, method_names
+from streamctl.evaluation.methods import answering, known_rows, load_method, method_names
 from streamctl.kernels import compiled
 from streamctl.ranking import Recommender
 from streamctl.ranking.mmr import Diverse
@@ -44,7 +44,8 @@ class Engine:
         """
         self.run, self.store, self.device, self.batch = run, store, device, batch
         self.methods = method_names(run)
-        self.method, recommender = load_best(run, device, method=method)
+        source, self.method, self._why = answering(run, method)
+        recommender = load_method(source, self.method, device)
         self._history = run.require("data").manifest["config"]["history"]
         self.live = LiveCatalog(run, store)
         self._loaded: dict[str, Recommender] = {}
@@ -80,6 +81,7 @@ class Engine:
         return {
             "model": self._models[self.method],
             "method": self.method,
+            "why": self._why,
             "methods": self.methods,
             "loaded": [*self._loaded],
             "history": self._history,

@@ -91,8 +91,11 @@ def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def install(app: FastAPI) -> None:
     """Answer every error of the application with problem+json."""
 
-    async def answer(_: Request, error: Exception) -> Response:
-        return _as_problem(error).response()
+    async def answer(request: Request, error: Exception) -> Response:
+        problem = _as_problem(error)
+        if problem.status in (404, 405) and problem.detail == HTTPStatus(problem.status).phrase:
+            problem.detail += f": {request.method} {request.url.path}; /docs describes the API"
+        return problem.response()
 
     kinds = Problem, Refused, StreamctlError, RequestValidationError, HTTPException, Exception
     for kind in kinds:

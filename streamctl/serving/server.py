@@ -59,7 +59,8 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
     )
-    say(f"loading {settings.run} for {_address(settings.host, listening)}")
+    service.url = _address(settings.host, listening)
+    say(f"loading {settings.run} for {service.url}")
     # uvicorn raises the signal again when it has stopped: by then there is nothing to end.
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamctl.errors import StreamctlError, close_matches
+from streamctl.errors import StreamctlError, close_matches, count_of
 from streamctl.progress import say, warn
 from streamctl.runs import RunDir
 from streamctl.serving import metrics
@@ -194,6 +194,7 @@ class Service:
         self.closing = False  # connections end with their next answer
         self.failure: Exception | None = None
         self.failed: Callable[[], None] = lambda: None
+        self.url = ""
         self._served: Served | None = None
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task] = set()
@@ -232,7 +233,8 @@ class Service:
             self.failed()
             return
         about = served.about
-        say(f"ready: {about['model']['run']} ({about['method']}), {served.store.count():,} items")
+        run, items = about["model"]["run"], count_of(served.store.count(), "item")
+        say(f"ready at {self.url}: {run} ({about['method']}: {about['why']}), {items}")
         if not about["compiled"]:
             await self._compile()
 

@@ -73,7 +73,7 @@ function choose(index) {
 }
 
 function meaning(step) {
-  const share = step.weight === null ? null : `${(100 * step.weight).toFixed(0)}% of the thought's weight.`;
+  const share = step.weight === null ? null : `${step.weight < 0.01 ? "<1" : (100 * step.weight).toFixed(0)}% of the thought's weight.`;
   return [
     make("h3", {}, step.item?.title ?? "Thought"),
     make("p", { class: "reason" }, `${step.text[0].toUpperCase()}${step.text.slice(1)}.`),
