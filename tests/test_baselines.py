@@ -181,7 +181,7 @@ class TestPopularity(BaselineContract):
     def test_scores_are_counts_of_new_items_too(self, run, config, split):
         model = baseline_class(self.name)(config, split)
         model.add_items(np.zeros((2, 1)))
-        model.append([N_ITEMS + 1])
+        model.append_all([(0, [N_ITEMS + 1])])
         found = model.recommend(torch.tensor([[1]]), N_ITEMS + 3, exclude=[np.array([0])])
         items, scores = found.items[0].numpy(), found.scores[0].numpy()
         counts = np.append(split.popularity(), [0, 1])
