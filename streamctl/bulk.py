@@ -380,6 +380,8 @@ def _open(path: Path) -> pq.ParquetFile:
     Raises:
         StreamctlError: it is none, or has no column of users.
     """
+    if not path.exists():
+        raise StreamctlError("no such file", where=path, run="--input with the path of a file")
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:

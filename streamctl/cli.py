@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from importlib.metadata import version
 from typing import Any
@@ -103,6 +104,8 @@ def main() -> None:
         os.environ.setdefault("STREAMCTL_COMPILE", "cached")
     elif sys.argv[1:2] == ["recommend"] and not any(w.startswith("--input") for w in sys.argv):
         os.environ.setdefault("STREAMCTL_COMPILE", "never")
+    # An end that is asked for is an interruption: cleaned up after, and told of in one line.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         build_app()()
     except SystemExit as error:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from streamctl.errors import StreamctlError, UsageError, close_matches
+from streamctl.errors import TYPED, StreamctlError, UsageError, close_matches
 
 Size = Literal["tiny", "small", "paper"]
+OPTIONS = "options"  # where a value given as an option, or by a Python caller, comes from
 # Prefixes that a search keeps where a method answers, or k if that is more; `eval` has a setting.
 BEAM = 20
 # Of the pretrain stage and of TIGER, by size. At tiny, 3e-3 reached a fifth more validation ndcg@10
@@ -333,19 +334,19 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-def _check_range(name: str, value: Any, where: str) -> None:
-    """Refuse a number outside of its setting's bounds."""
+def _check_range(setting: str, name: str, value: Any, where: str | None) -> None:
+    """Refuse a number outside of its setting's bounds; `name` is what the user calls it."""
     if isinstance(value, tuple):
         for part in value:
-            _check_range(name, part, where)
+            _check_range(setting, name, part, where)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    least, most = BOUNDS[name.rpartition(".")[2]]
+    least, most = BOUNDS[setting]
     if not least <= value <= most:
         raise UsageError(f"{name} is {value}; it must be {least} to {most}", where=where)
 
 
-def _convert(name: str, value: Any, kind: Any, where: str) -> Any:
+def _convert(name: str, value: Any, kind: Any, where: str | None) -> Any:
     """`value` as the field's type; text (from --set) is parsed, TOML values are checked."""
     origin = typing.get_origin(kind)
     try:
@@ -353,7 +354,11 @@ def _convert(name: str, value: Any, kind: Any, where: str) -> Any:
             if value in typing.get_args(kind):
                 return value
             choices = ", ".join(str(choice) for choice in typing.get_args(kind))
-            raise UsageError(f"{name} is {value!r}; it takes one of {choices}", where=where)
+            raise UsageError(
+                f"{name} is {value!r}; it takes one of {choices}",
+                where=where,
+                run=f"{name} with one of them",
+            )
         if origin in (types.UnionType, typing.Union):
             inner = [part for part in typing.get_args(kind) if part is not type(None)]
             none = value is None or value == "none"
@@ -394,9 +399,12 @@ def _apply(cls: type, values: dict[str, Any], new: Mapping[str, Any], where: str
                 f"unknown key {name!r} of [{cls.section}]; {close_matches(name, names)}",
                 where=where,
             )
-        full = f"{cls.section}.{name}"
-        values[name] = _convert(full, value, hints[name], where)
-        _check_range(full, values[name], where)
+        full, place = f"{cls.section}.{name}", where
+        option = f"--{name.replace('_', '-')}"
+        if where == OPTIONS and any(word.partition("=")[0] == option for word in TYPED.get()):
+            full, place = option, None
+        values[name] = _convert(full, value, hints[name], place)
+        _check_range(name, full, values[name], place)
 
 
 def resolve(
@@ -443,11 +451,16 @@ def resolve(
                 raise UsageError(
                     f"unknown table [{table}]; {close_matches(table, sections)}", where=file
                 )
+        for stage in STAGES:  # a typing mistake in any table is refused by every command
+            _apply(stage, {}, tables.get(stage.section, {}), str(file))
         _apply(cls, values, tables.get(cls.section, {}), str(file))
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"--set takes key=value, not {text!r}")
+            raise UsageError(
+                f"--set takes key=value, not {text!r}",
+                run=f"--set {text}=VALUE; docs/config.md lists the keys and their values",
+            )
         section, dot, name = key.strip().rpartition(".")
         if dot and section not in sections:
             raise UsageError(
@@ -456,7 +469,7 @@ def resolve(
         if not dot or section == cls.section:
             _apply(cls, values, {name if dot else key.strip(): value.strip()}, f"--set {text}")
     given = {name: value for name, value in flags.items() if value is not None}
-    _apply(cls, values, given, "options")
+    _apply(cls, values, given, OPTIONS)
     return cls(**values)
 
 

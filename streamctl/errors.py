@@ -36,6 +36,7 @@ class StreamctlError(Exception):
         self.run = run
         parts = [f"{self.where}: {what}" if self.where else what]
         if run:
+            parts[0] = parts[0].removesuffix(".")
             parts.append(f"Next: {run}")
         # What a file says may hold line breaks; an error is one line.
         super().__init__(" ".join(". ".join(parts).replace("?. Next:", "? Next:").splitlines()))

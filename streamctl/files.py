@@ -69,7 +69,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise StreamctlError(
             f"cannot be written: {reason}",
             where=path,
-            run="the same command when there is room, and the right to write",
+            run="free some space or make the folder writable, then run it again",
         ) from error
 
 

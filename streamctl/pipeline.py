@@ -75,9 +75,8 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
     if chosen["pretrain"].thoughts == "evidence":
         del chosen[TWIN]
     for number, (name, config) in enumerate(chosen.items(), 1):
-        stage = run.stage(name)
-        outdated = stage.outdated
-        state = "redone, its parents changed" if outdated else "complete" if stage.complete else ""
+        outdated = run.stage(name).outdated
+        state = "redone, its parents changed" if outdated else ""
         say(f"[{number}/{len(chosen)}] {name} {state}".rstrip())
         make = evaluate_run if name == "eval" else maker(name)[0]
         make(run, config, device=device, force=outdated)

@@ -171,6 +171,8 @@ def test_a_complete_job_is_left_alone_and_another_question_is_a_new_job(run, use
     assert {row["method"] for row in rows_of(output)} == {"popularity"}
     with pytest.raises(UsageError, match="unknown method 'popular'; did you mean popularity"):
         recommend_files(run, users, output, method="popular", device="cpu")
+    with pytest.raises(StreamctlError, match=r"none\.parquet: no such file\. Next: --input"):
+        recommend_files(run, tmp_path / "none.parquet", output, **QUESTION)
 
 
 def test_a_folder_is_answered_file_by_file_and_only_what_is_new(run, users, whole, tmp_path):

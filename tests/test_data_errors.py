@@ -244,7 +244,11 @@ STRANGERS = {
         f"customer;product;bought\n{LINES}",
         r"no column user_id, item_id, .* Next: --columns user=NAME,item=NAME,time=NAME, or",
     ),
-    "no header": ("log.csv", LINES, r"columns: 'c0', 'p0', '0'.* first line that names the col"),
+    "no header": (
+        "log.csv",
+        LINES,
+        r"log.csv:1: the header is missing.*'c0', 'p0', '0'.* Next: put a first line",
+    ),
     "no times": (
         "log.csv",
         "user_id,item_id\nu,i\n",

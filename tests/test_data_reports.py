@@ -589,15 +589,37 @@ def test_all_options_together_on_the_command_line(tmp_path, monkeypatch, capsys)
         assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--one-per-item", "drop"], "'drop'; it takes first or last. Next: --drop-repeats"),
+        (["--one-per-item", "middle"], "'middle'; it takes first or last. Next: --one-per-item"),
+        (["--ties=now"], "error: --ties is 'now'; it takes one of keep, shuffle, runs. Next: "),
+        (["--min-item", "-2"], "error: --min-item is -2; it must be 0 to"),
+        (["--set", "ties"], "Next: --set ties=VALUE"),
+        (["--columns", "usr=a"], "Next: --columns user=NAME"),
+    ],
+)
+def test_a_wrong_option_is_named_as_it_was_typed(words, told, tmp_path, monkeypatch, capsys):
+    log = rated_log(tmp_path)
+    run = str(tmp_path / "run")
+    monkeypatch.setattr(
+        "sys.argv", ["streamctl", "data", "prepare", str(log), "--run", run, *words]
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
 def test_a_remedy_is_not_what_is_in_use_already():
-    rows = [(f"u{n}", f"i{n}", n) for n in range(9)]
-    raw = RawLog.of(*zip(*rows, strict=True))
+    rows = [(f"u{n // 3}", f"i{n}", n) for n in range(9)]
     with pytest.raises(StreamctlError, match="Next: --min-user 3 --min-item 1"):
-        build(raw, DataConfig())
-    raw = RawLog.of(*zip(*rows, strict=True))
-    with pytest.raises(StreamctlError, match="Next: a log in which users took 3 items") as caught:
-        build(raw, DataConfig(min_user=3, min_item=1))
-    assert "--min-user" not in str(caught.value)
+        build(RawLog.of(*zip(*rows, strict=True)), DataConfig())
+    for config in (DataConfig(), DataConfig(min_user=3, min_item=1)):
+        raw = RawLog.of(*zip(*rows[:2], strict=True))
+        with pytest.raises(StreamctlError, match=r"Next: more data: .* took 3 items") as caught:
+            build(raw, config)
+        assert "--min-user" not in str(caught.value)
     raw = RawLog.of(*zip(*rows, strict=True))
     with pytest.raises(StreamctlError, match="Next: --min-user 3 --min-item 1"):
         build(raw, DataConfig(min_user=2))

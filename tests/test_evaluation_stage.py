@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from test_baselines import N_ITEMS, N_USERS, tokenized_cycle, write_cycle
 
+from streamctl import cli
 from streamctl.config import (
     AnnotateConfig,
     BaselineConfig,
@@ -402,3 +403,16 @@ def test_a_policy_that_thinks_with_evidence_goes_through_all_stages_and_has_its_
     assert len(set(figures.values())) == 4, "each control is another recommender"
     with pytest.raises(UsageError, match="l = 0 twin in the same policy"):
         sft(copy, SftConfig(), device="cpu", twin=True)
+
+
+def test_before_any_training_the_next_step_is_to_train(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    write_cycle(folder)
+    monkeypatch.setattr("sys.argv", ["streamctl", "eval", "--run", str(folder), "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    out, err = capsys.readouterr()
+    assert "Popularity" in out and "TIGER" not in out
+    assert f"Next: streamctl run --run {folder}, " in out and "not in this run" not in err
+    with pytest.raises(UsageError, match=r"unknown method 'foo'; this run has popularity\. Next: "):
+        choose_rows(RunDir(folder), ("foo",))

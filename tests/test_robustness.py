@@ -17,8 +17,8 @@ from conftest import ROOT
 
 from streamctl import files, progress
 from streamctl.commands.options import print_json, print_table
-from streamctl.config import DataConfig
-from streamctl.errors import StreamctlError
+from streamctl.config import DataConfig, TokenizeConfig, resolve
+from streamctl.errors import StreamctlError, UsageError
 from streamctl.runs import RunDir
 
 TITLES = ["杭州特级绿茶", "ชาเขียว", "café [draft] [/b]", "🍵 :tea:", "чай", "naïve"]
@@ -240,3 +240,24 @@ def test_progress_names_the_pace_of_slow_and_of_fast_steps(
         bar.started -= seconds
         bar.advance(done)
     assert pace in capsys.readouterr().err
+
+
+def test_a_command_that_is_asked_to_end_says_that_it_can_go_on():
+    program = (
+        "import os, signal, time; from streamctl import cli\n"
+        "cli.build_app = lambda: lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))\n"
+        "cli.main()"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.returncode == 130
+    assert answer.stderr == "interrupted: the same command continues\n"
+
+
+def test_an_error_ends_with_one_period():
+    assert str(StreamctlError("it said no.", run="again")) == "it said no. Next: again"
+
+
+def test_a_table_of_another_stage_is_read_for_mistakes_too(tmp_path):
+    (tmp_path / "typo.toml").write_text("[pretrain]\nepocs = 2\n")
+    with pytest.raises(UsageError, match=r"unknown key 'epocs' of \[pretrain\].* epochs"):
+        resolve(TokenizeConfig, file=tmp_path / "typo.toml")

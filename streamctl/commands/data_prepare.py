@@ -72,6 +72,11 @@ def command(
 
     if drop_repeats and one_per_item:
         raise UsageError("--one-per-item also drops what --drop-repeats does; give one of them")
+    if one_per_item not in (None, "first", "last"):
+        raise UsageError(
+            f"--one-per-item is {one_per_item!r}; it takes first or last",
+            run="--one-per-item first" if one_per_item != "drop" else "--drop-repeats",
+        )
     if split and split_at:
         raise UsageError(
             "give --split or --split-at, not both", run="--split-at alone for moments, else --split"

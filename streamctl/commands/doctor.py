@@ -92,7 +92,7 @@ def _gpu() -> dict[str, str]:
     import torch
 
     if not torch.cuda.is_available():
-        return _row("GPU", f"none that torch {torch.__version__} sees; work goes on on the CPU")
+        return _row("GPU", "none found; the CPU is used")
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return _row("GPU", f"{', '.join(names)} (CUDA {torch.version.cuda})")
 

@@ -23,7 +23,7 @@ def command(
     decode: str = option("beam, or exact: what beams lose to the true top-k.", default="beam"),
     think_curve: bool = switch("ndcg@10 by milliseconds, thought and beam.", "--think-curve"),
     strict: bool = switch("Exit with 1 if the think labels have collapsed.", "--strict"),
-) -> None:
+) -> str | None:
     """Rank the whole catalogue by every method and control in the run, and compare them.
 
     recall@k is also known as HR@k: each target counts alone. Figures are given with seen items
@@ -40,6 +40,7 @@ def command(
     """
     from streamctl.config import EvalConfig
     from streamctl.errors import UsageError
+    from streamctl.evaluation.methods import method_names
     from streamctl.evaluation.stage import evaluate_run
 
     settings = job.settings(EvalConfig, split=split, methods=methods, beam=beam, users=users)
@@ -49,6 +50,9 @@ def command(
         _measure(job, settings, think_curve)
     else:
         render(job.make(evaluate_run, settings), job.json, strict=strict)
+        if method_names(job.folder) == ["popularity"]:
+            return f"{job.folder.command('run')}, which trains every stage"
+    return None
 
 
 def _measure(job: Job, settings: EvalConfig, curve: bool) -> None:

@@ -102,15 +102,17 @@ _SHARED = {
 }
 
 
-def stage_command(*absent: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def stage_command(*absent: str) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Give a command the options of `Job`, which it gets as its first argument.
+
+    What it returns, if anything, is the next step in the place of the one that its help names.
 
     Args:
         absent: fields of `Job` that this command has no option for.
     """
     shared = [(field, *option) for field, option in _SHARED.items() if field not in absent]
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
         hints = typing.get_type_hints(function, include_extras=True)
         own = list(inspect.signature(function).parameters.values())[1:]
         parameters = [one.replace(annotation=hints[one.name]) for one in own]
@@ -125,8 +127,10 @@ def stage_command(*absent: str) -> Callable[[Callable[..., None]], Callable[...,
         def command(**given: Any) -> None:
             told = {field: given.pop(name) for field, name, _, _ in shared}
             job = Job(**told | {"sets": tuple(told.get("sets") or ())})
-            function(job, **given)
-            if "run" in told and not job.json:
+            step = function(job, **given)
+            if step and not job.json:
+                typer.echo(f"Next: {step}")
+            elif "run" in told and not job.json:
                 print_next(function, RUN=job.run)
 
         command.__signature__ = inspect.Signature(parameters)

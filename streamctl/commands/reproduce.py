@@ -58,7 +58,9 @@ def command(
     from streamctl.runs import RunDir
 
     if size not in ("tiny", "small", "paper"):
-        raise UsageError(f"--size is {size!r}; it takes one of tiny, small, paper")
+        raise UsageError(
+            f"--size is {size!r}; it takes one of tiny, small, paper", run="--size with one of them"
+        )
     for text in set_ or ():
         if "." not in text.partition("=")[0]:
             raise UsageError(

@@ -207,6 +207,9 @@ def find_core(raw: RawLog, min_user: int, min_item: int) -> dict[str, int]:
     removed |= {key: 0 for *_, kind in steps for key in (kind, f"interactions_of_{kind}")}
     distinct = "SELECT count(DISTINCT u), count(DISTINCT i), count(*) FROM log"
     *before, total = raw.ask(distinct)[0]
+    [[longest]] = raw.ask(
+        "SELECT coalesce(max(n), 0) FROM (SELECT count(*) AS n FROM log GROUP BY u)"
+    )
     count = 1
     while count:
         removed["rounds"] += 1
@@ -229,8 +232,8 @@ def find_core(raw: RawLog, min_user: int, min_item: int) -> dict[str, int]:
             where=raw.files[0] if raw.files else None,
             run=f"--min-user {LEAVE_ONE_OUT} --min-item 1 (a user needs {LEAVE_ONE_OUT} "
             "interactions: history, valid, test)"
-            if min_user > LEAVE_ONE_OUT or min_item > 1
-            else f"a log in which users took {LEAVE_ONE_OUT} items or more: are the columns of "
-            "users and items the right ones (--columns user=NAME,item=NAME)?",
+            if longest >= LEAVE_ONE_OUT and (min_user > LEAVE_ONE_OUT or min_item > 1)
+            else f"more data: a log in which users took {LEAVE_ONE_OUT} items or more; are the "
+            "columns of users and items the right ones (--columns user=NAME,item=NAME)?",
         )
     return removed

@@ -19,7 +19,7 @@ from streamctl.decode.evidence import EvidenceRecommender
 from streamctl.decode.recommender import PolicyRecommender, random_thoughts
 from streamctl.decode.retrieved import retrieved_codes
 from streamctl.device import resolve_device
-from streamctl.errors import StreamctlError, UsageError, close_matches
+from streamctl.errors import StreamctlError, UsageError, did_you_mean
 from streamctl.model.policy import Policy
 from streamctl.progress import say
 from streamctl.ranking import Recommender
@@ -242,7 +242,7 @@ def reranked_stages(run: RunDir, names: Sequence[str]) -> list[str]:
         UsageError: an unknown method.
     """
     rows = known_rows(run)
-    own = [stage for name in names for stage in _row(rows, name).stages]
+    own = [stage for name in names for stage in _row(run, rows, name).stages]
     return list(dict.fromkeys(["data", "tokenizer", *own]))
 
 
@@ -273,7 +273,7 @@ def choose_rows(run: RunDir, names: tuple[str, ...]) -> tuple[list[Row], list[st
     """
     rows = known_rows(run)
     if names:
-        wanted = {_row(rows, name).name for name in names}
+        wanted = {_row(run, rows, name).name for name in names}
         chosen = [row for row in rows.values() if row.name in wanted]
         for stage in dict.fromkeys(stage for row in chosen for stage in row.stages):
             run.require(stage)
@@ -282,9 +282,10 @@ def choose_rows(run: RunDir, names: tuple[str, ...]) -> tuple[list[Row], list[st
     return chosen, [name for name, row in rows.items() if row not in chosen]
 
 
-def _row(rows: Mapping[str, Row], name: str) -> Row:
+def _row(run: RunDir, rows: Mapping[str, Row], name: str) -> Row:
     if name not in rows:
-        raise UsageError(f"unknown method {name!r}; {close_matches(name, rows)}")
+        hint = did_you_mean(name, rows) or f"this run has {', '.join(method_names(run))}"
+        raise UsageError(f"unknown method {name!r}; {hint}", run="one of these names")
     return rows[name]
 
 

@@ -39,6 +39,7 @@ _INK, _MUTED, _BLUE, _GREY = "#1f2933", "#52606d", "#2f6fb0", "#9aa5b1"
 
 def table(result: Mapping[str, Any]) -> Table:
     """Methods above controls, one row each; the interval is of the difference to TIGER."""
+    over_tiger = any("tiger" in others for others in result["comparisons"].values())
     several = result["targets"] > result["users"]
     targets = f" with {result['targets']:,} targets" if several else ""
     shown = Table(
@@ -46,7 +47,9 @@ def table(result: Mapping[str, Any]) -> Table:
         f"{result['items']:,} items, ties {result['ties']}",
         title_justify="left",
         caption="over TIGER: paired 95% interval, over users, of the difference of ndcg@10.\n"
-        f"masked: items that the user already had are left out of the ranking. {SAME}",
+        * over_tiger
+        + "masked: items that the user already had are left out of the ranking. "
+        + SAME,
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -56,7 +59,7 @@ def table(result: Mapping[str, Any]) -> Table:
         for name in _COLUMNS:
             header = name.replace("@", "\n@") + mask
             shown.add_column(header, justify="right", no_wrap=True)
-        if not mask:
+        if over_tiger and not mask:
             shown.add_column("over TIGER", justify="right", no_wrap=True)
     shown.add_column("ms a\nuser", justify="right", no_wrap=True)
     for group in ("methods", "controls"):
@@ -65,7 +68,7 @@ def table(result: Mapping[str, Any]) -> Table:
             shown.add_row(
                 TITLES.get(name, name),
                 *(f"{row[column]:.4f}" for column in _COLUMNS),
-                _interval(difference),
+                *([_interval(difference)] if over_tiger else []),
                 *(f"{row['masked'][column]:.4f}" for column in _COLUMNS),
                 f"{row['ms_per_user']:.2f}",
                 style=None if group == "methods" else "dim",

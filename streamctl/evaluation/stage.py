@@ -73,7 +73,9 @@ def evaluate_run(
         )
     rows, absent = choose_rows(run, config.methods)
     parents = list(dict.fromkeys(["data", *(stage for row in rows for stage in row.stages)]))
-    if absent:
+    if absent and len(rows) == 1:
+        say("nothing is trained yet: popularity is evaluated alone")
+    elif absent:
         say(f"not in this run: {', '.join(absent)}")
     known = {} if force else _unchanged(run, config, rows)
     force = force or _outdated(run, config, parents)

@@ -112,7 +112,8 @@ def parse_columns(named: Sequence[str]) -> dict[str, str]:
         if not equals or not name or role not in table.ROLES:
             raise UsageError(
                 "--columns takes user=NAME,item=NAME,time=NAME,rating=NAME,event=NAME, "
-                f"not {part!r}"
+                f"not {part!r}",
+                run="--columns user=NAME, with the name of that column in the file",
             )
         columns[role] = name
     return columns

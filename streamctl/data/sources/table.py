@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ _USUAL = (USER_NAMES, ITEM_NAMES, TIME_NAMES + POSITION_NAMES, RATING_NAMES, EVE
 _KINDS = ("csv", "tsv", "parquet", "jsonl")
 _LONGEST_LINE = 2_000_000
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_VALUE = re.compile(r"\d[\d.,:/TZ +-]*").fullmatch  # a number or a time, which no column is called
 _TIME_HELP = (
     "write 2024-01-31, 2024-01-31 18:30:00 or a number, or name another column with "
     "--columns time=NAME"
@@ -138,6 +140,14 @@ def find_roles(found: Sequence[str], columns: Mapping[str, str], path: Path) -> 
             missing[role] = wanted or {"time": "timestamp or position"}.get(role, f"{role}_id")
             near = did_you_mean(wanted or usual[role][0], [name[:80] for name in found[:100]])
             hints += [near] if near else []
+    text = not plain_name(path).endswith((".parquet", ".jsonl", ".json"))
+    if text and len(missing) == len(NEEDED) and not columns and any(map(_VALUE, found)):
+        raise StreamctlError(
+            f"the header is missing: the first line looks like data: {_listed(found)}",
+            where=path,
+            line=1,
+            run="put a first line that names the columns above it: user_id,item_id,timestamp",
+        )
     if missing:
         named = ",".join(f"{role}=NAME" for role in missing)
         other = ""
