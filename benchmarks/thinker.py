@@ -40,6 +40,10 @@ THINKING = {"stream_sft": FULL, "stream_rl": FULL}  # l of a row, where it think
 STAGES = ("tokenizer", "pretrain", "annotate", "sft", "rl")
 
 
+def first_hops(count):
+    return "first hop" if count == 1 else f"first {count} hops"
+
+
 def trained(run, seed, count):
     """The thinker after SFT of a run like seed 0's, whose policy knows the first hops alone."""
     job = RunDir(run.path / "hops" / f"first-{count}")
@@ -106,7 +110,7 @@ class Changes:
                 self.add(f"without {hop}", self.with_hops({**dict(enumerate(sizes)), number: 0}))
         for count in range(1, sum(size > 0 for size in sizes)):
             first = {place: size * (place < count) for place, size in enumerate(sizes)}
-            self.add(f"first {count} hops", self.with_hops(first))
+            self.add(first_hops(count), self.with_hops(first))
         for pairs in KEPT:
             kept = f"{pairs:,} pairs" if pairs else "all pairs"
             self.add(f"{kept} and rows of an item", self.with_bounds(pairs))
@@ -179,11 +183,11 @@ def main():
     changes.all()
     if args.train:
         for count in range(1, sum(size > 0 for size in changes.models.material.hops)):
-            changes.add(f"trained with the first {count} hops", trained(run, seed, count))
+            changes.add(f"trained with the {first_hops(count)}", trained(run, seed, count))
     rows = [row | {"users": table["users"]} for row in methods(run)]
     receipt = {
         **provenance(f"thinker-{args.save or args.run.name}"),
-        "command": " ".join(("python benchmarks/thinker.py RUN", *sys.argv[2:])),
+        "command": " ".join(("python benchmarks/thinker.py", *sys.argv[1:])),
         "protocol": "leave-one-out, full catalogue; validation picks epochs and the trust in codes",
         "config": {stage: seed.stage(stage).manifest["config"] for stage in STAGES},
         "data_hash": table["data_hash"],
