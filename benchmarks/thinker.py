@@ -185,9 +185,10 @@ def main():
         for count in range(1, sum(size > 0 for size in changes.models.material.hops)):
             changes.add(f"trained with the {first_hops(count)}", trained(run, seed, count))
     rows = [row | {"users": table["users"]} for row in methods(run)]
+    words = ["RUN" if word == str(args.run) else word for word in sys.argv[1:]]
     receipt = {
         **provenance(f"thinker-{args.save or args.run.name}"),
-        "command": " ".join(("python benchmarks/thinker.py", *sys.argv[1:])),
+        "command": " ".join(("python benchmarks/thinker.py", *words)),
         "protocol": "leave-one-out, full catalogue; validation picks epochs and the trust in codes",
         "config": {stage: seed.stage(stage).manifest["config"] for stage in STAGES},
         "data_hash": table["data_hash"],
