@@ -157,7 +157,7 @@ def searched(receipt: Mapping[str, Any]) -> str:
 
 
 def settings_said(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2g}" for name, value in values.items()) or "-"
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.items()) or "-"
 
 
 def commands() -> str:

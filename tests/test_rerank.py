@@ -114,6 +114,23 @@ def test_nobody_judges_a_ranker_that_they_taught(run, reranked):
     assert abs(evaluate(method, split.test, **options).metrics["ndcg@10"] - by_folds) < 0.06
 
 
+def test_a_ranker_is_judged_by_those_who_choose_however_many_more_taught_it(
+    run, reranked, tmp_path, monkeypatch, capsys
+):
+    """Where 40 validation users choose, one that 100 or all taught may win, one of 20 may not."""
+    monkeypatch.setattr("streamctl.evaluation.rerank.DECIDERS", 40)
+    other = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    shutil.rmtree(other.stage("rerank/transitions+knn").path)
+    shutil.rmtree(other.stage("eval").path, ignore_errors=True)
+    for users, judged in ((100, True), (0, True), (20, False)):
+        config = RerankConfig(methods=("popularity",), trees=60, users=users)
+        rerank(other, config, device="cpu", force=True)
+        methods = ("popularity", "popularity+rerank")
+        found = evaluate_run(other, EvalConfig(methods=methods, bootstrap=100), device="cpu")
+        assert (found.manifest["winner"]["next"] is not None) == judged
+        assert ("learned from fewer" in capsys.readouterr().err) != judged
+
+
 def test_a_user_with_several_targets_is_in_one_fold():
     users = np.random.default_rng(0).integers(0, 50, 300)
     found = folds(users, seed=1)

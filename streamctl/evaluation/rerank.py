@@ -39,6 +39,7 @@ from streamctl.runs import RunDir, Stage
 
 TREES, RANKS = "trees.txt", "ranks.safetensors"
 FOLDS = 5
+DECIDERS = 5000  # validation users who choose between methods
 BATCH = 256
 # Trees for the few thousand validation users there are. On amazon-2018-scientific, by folds, they
 # took SASRec's validation ndcg@10 to .099; PARAMETERS' larger ones, with a fold that said when to
@@ -81,7 +82,7 @@ def _rerank(
             return run.stage(name)
         models, rows = Models(run, EvalConfig(), None, device), known_rows(run)
         methods = [rows[one].make(models) for one in names]
-        examples = sample_users(load_data(run)[1].valid, config.users, 0)
+        examples = _teachers(load_data(run)[1].valid, config.users)
         with torch.inference_mode():
             ranker, before, after = _fit(methods, run_evidence(run), examples, config)
         gain = paired_difference(after, before, users=examples.users, seed=config.seed)
@@ -103,7 +104,7 @@ def _rerank(
         }
         with stage.writing(TREES) as path:
             ranker.save(path)
-        ranks = {"before": before, "after": after, "users": examples.users.copy()}
+        ranks = {"before": before, "after": after, "ends": examples.end.copy()}
         stage.save_tensors(RANKS, {key: torch.from_numpy(value) for key, value in ranks.items()})
         stage.save_json("report.json", report)
         stage.publish(kept=kept)
@@ -113,6 +114,22 @@ def _rerank(
             + ("it surely helps" if kept else "it does not surely help: never the winner")
         )
     return run.stage(name)
+
+
+def deciders(valid: Examples) -> Examples:
+    """The validation users who choose between the methods of a run."""
+    return sample_users(valid, DECIDERS, 0)
+
+
+def _teachers(valid: Examples, count: int) -> Examples:
+    """The validation users who teach a re-ranker: where they are more than choose between
+    methods, all of these are among them, so that it may win."""
+    if not DECIDERS < count < len(valid):
+        return sample_users(valid, count, 0)
+    chosen = np.isin(valid.end, deciders(valid).end)
+    others = np.random.default_rng(derive_seed(0, "teachers")).permutation(np.flatnonzero(~chosen))
+    rows = np.concatenate([np.flatnonzero(chosen), others[: count - DECIDERS]])
+    return valid.subset(np.sort(rows))
 
 
 def folds(users: np.ndarray, seed: int) -> np.ndarray:
@@ -165,5 +182,6 @@ def _fit(
 
 
 def ranks_by_folds(stage: Stage) -> dict[str, torch.Tensor]:
-    """`after`, masked ranks of `users` by rankers that did not see them; `before` without one."""
+    """`after`, masked ranks by rankers that did not see these users; `before` without one; `ends`,
+    int64, where in the log their targets are."""
     return load_file(stage.file(RANKS))

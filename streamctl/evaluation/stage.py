@@ -16,7 +16,7 @@ from streamctl.data import Examples, load_data
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import RERANKED, Models, Row, choose_rows
 from streamctl.evaluation.report import plot
-from streamctl.evaluation.rerank import ranks_by_folds
+from streamctl.evaluation.rerank import DECIDERS, deciders, ranks_by_folds
 from streamctl.progress import say
 from streamctl.ranking import (
     Recommender,
@@ -32,7 +32,6 @@ from streamctl.tokenizer import vectors as item_vectors
 
 METRICS, RANKS = "metrics.json", "ranks.safetensors"
 CHOICE = "choice/"  # ranks of the validation users who choose
-DECIDERS = 5000
 TIES = {"keep": "kept", "shuffle": "shuffled", "runs": "shuffled, all runs of ascending ids"}
 # What each row is compared with, besides TIGER: the strongest baseline, and its own controls.
 _CONTROLS = (
@@ -88,8 +87,7 @@ def evaluate_run(
         examples = sample_users(getattr(split, config.split), config.users, 0)
         tokenized = run.stage("tokenizer").complete
         facts = ItemFacts(split.popularity(), item_vectors(run) if tokenized else None)
-        deciders = sample_users(split.valid, DECIDERS, 0)
-        table = _Table(stage, config, examples, deciders, split.n_items, facts)
+        table = _Table(stage, config, examples, deciders(split.valid), split.n_items, facts)
         models = Models(run, config, examples, device)
         for name, row_before in known.items():
             table.keep(name, *row_before)
@@ -235,8 +233,16 @@ def _judge_reranked(run: RunDir, rows: list[Row], table: _Table) -> None:
     for row in rows:
         if row.eligible and row.name.endswith(RERANKED):
             found = ranks_by_folds(run.stage(row.stages[-1]))
-            if np.array_equal(found["users"].numpy(), table.deciders.users):
-                table.ranks[CHOICE + row.name] = found["after"].numpy()
+            ends, wanted = found["ends"].numpy(), table.deciders.end
+            if np.isin(wanted, ends).all():
+                table.ranks[CHOICE + row.name] = found["after"].numpy()[
+                    np.searchsorted(ends, wanted)
+                ]
+            else:
+                say(
+                    f"{row.name} learned from fewer validation users than choose, so it cannot "
+                    f"win: rerank.users={DECIDERS} or more"
+                )
 
 
 def _publish(
