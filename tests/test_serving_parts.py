@@ -505,7 +505,8 @@ def test_models_in_plain_pytorch_make_room_when_the_compiler_is_done(
         def __init__(self, path, settings, loaded=()):
             assert loaded == ({"b"} if made else ())
             self.run, self.store, self.stopped = RunDir(path), self, False
-            self.about = {"model": {"run": "run"}, "method": "a", "compiled": bool(made)}
+            model = {"model": {"run": "run"}, "compiled": bool(made)}
+            self.about = model | {"method": "a", "why": "you chose it"}
             made.append(self)
 
         async def start(self) -> None:

@@ -343,7 +343,7 @@ def test_large_catalogues_are_searched_by_an_inverted_file_of_stated_recall(monk
     exact = np.argsort(-(unit(rows) @ unit(rows).T), axis=1)[:, 1:6]
     assert not (near == np.arange(3000)[:, None]).any() and (near >= 0).all()
     assert np.mean([len(set(a) & set(b)) for a, b in zip(near, exact, strict=True)]) > 4.5
-    assert np.array_equal(module.nearest(rows, rows[:3], 6)[0][:, 1:], exact[:3])
+    assert np.array_equal(module.nearest(unit(rows), unit(rows[:3]), 6)[0][:, 1:], exact[:3])
     assert module.neighbours(rows[:900], 5)[1] == {"index": "flat", "recall": 1.0}
 
 
