@@ -94,6 +94,8 @@ def thinking(tables: Mapping[str, Mapping[str, Any]]) -> str:
         for receipt in tables.values():
             rows = {row["method"]: row for row in receipt["rows"]}
             row = best(receipt) if method is None else rows.get(method, {})
+            if method is None and key not in row:  # RL is re-ranked, and SFT not everywhere
+                row = rows["stream_rl"]
             cells.append(interval(row.get(key)))
         if any(cells):
             lines.append([words, *cells])
