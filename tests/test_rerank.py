@@ -14,7 +14,7 @@ from streamctl.data import load_data, synthesize
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import answering, best_method, load_best, load_method
 from streamctl.evaluation.refit import refit
-from streamctl.evaluation.rerank import FOLDS, folds, ranks_by_folds, rerank
+from streamctl.evaluation.rerank import FOLDS, deciders, folds, ranks_by_folds, rerank
 from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.ranking import evaluate, gains
 from streamctl.rerank import features
@@ -127,7 +127,14 @@ def test_a_ranker_is_judged_by_those_who_choose_however_many_more_taught_it(
         rerank(other, config, device="cpu", force=True)
         methods = ("popularity", "popularity+rerank")
         found = evaluate_run(other, EvalConfig(methods=methods, bootstrap=100), device="cpu")
-        assert (found.manifest["winner"]["next"] is not None) == judged
+        winner = found.manifest["winner"]
+        assert (winner["next"] is not None) == judged
+        if judged:  # by their own ranks, not by those of the first or of all who taught
+            ranks = ranks_by_folds(other.stage("rerank/popularity"))
+            chose = np.isin(ranks["ends"].numpy(), deciders(load_data(other)[1].valid).end)
+            expected = gains(ranks["after"].numpy()[chose], 10).mean()
+            assert winner["method"] == "popularity+rerank"
+            assert winner["ndcg@10"] == pytest.approx(expected)
         assert ("learned from fewer" in capsys.readouterr().err) != judged
 
 

@@ -36,7 +36,8 @@ class Popularity(Baseline):
         return self.scores.expand(len(history), -1)
 
     def recommend(self, *args: Any, **options: Any) -> Ranking:
-        """The k items taken most often; their scores are counts."""
+        """The k items taken most often; their scores are counts, where events have weights the
+        sums of these rounded up."""
         ranking = super().recommend(*args, **options)
         counts = self.scores.ceil().abs()[ranking.items].float()  # abs: -0 is 0
         return replace(ranking, scores=counts.where(ranking.items >= 0, ranking.scores))

@@ -11,14 +11,12 @@ from streamctl.errors import StreamctlError, count_of, did_you_mean, same_spelli
 from streamctl.runs import Stage, StageWriter
 
 _OWN = ("item_id", "title", "text")
+POPULAR = "popularity"  # the method that answers where nothing is known of a user
 
 
 def id_reader(stage: Stage) -> Callable[[str], str]:
     """How ids that a data stage is asked about are read: as its log's own were (`--ids`)."""
     return as_number if stage.manifest["config"]["ids"] == "number" else str
-
-
-POPULAR = "popularity"  # the method that answers where nothing is known of a user
 
 
 def stranger_note(user: object = None, users: Iterable[str] = ()) -> str:

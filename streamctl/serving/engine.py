@@ -44,19 +44,18 @@ class Engine:
         """
         self.run, self.store, self.device, self.batch = run, store, device, batch
         self.methods = method_names(run)
-        source, self.method, self._why = answering(run, method)
-        recommender = load_method(source, self.method, device)
+        _, self.method, self._why = answering(run, method)
         self._history = run.require("data").manifest["config"]["history"]
         self.live = LiveCatalog(run, store)
         self._loaded: dict[str, Recommender] = {}
         self._models: dict[str, dict[str, str]] = {}
-        self._join(self.method, recommender)
+        self._join(self.method)
         self._join(POPULAR)
 
-    def _join(self, name: str, recommender: Recommender | None = None) -> None:
+    def _join(self, name: str) -> None:
         if name not in self._loaded:
             source = answering(self.run, name)[0]
-            recommender = recommender or load_method(source, name, self.device)
+            recommender = load_method(source, name, self.device)
             self.live.serve(recommender)
             self._loaded[name], self._models[name] = recommender, self._model(name, source)
 
