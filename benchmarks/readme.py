@@ -25,12 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("results", "speed", "scale", "config", "tutorial")),
+    *(
+        f"docs/{name}.md"
+        for name in ("results", "ablations", "speed", "scale", "config", "tutorial")
+    ),
 )
 BRIEF = (
     "popularity", "transitions", "knn", "ranker", "sasrec_ce", "tiger", "stream_pt", "stream_sft",
     "stream_rl", "l0", "random",
 )  # fmt: skip
+MAIN = ("beauty", "scientific", "instruments")  # the sets of the main table, in this order
 NONE = "No receipt is here yet: `streamctl reproduce` and `benchmarks/thinker.py` make them."
 
 
@@ -77,6 +81,7 @@ QUESTIONS = (
     ("over no thought (l = 0)", None, "vs_l0"), ("over counts of what followed", None,
     "vs_transitions"), ("over kNN", None, "vs_knn"), ("over TIGER", None, "vs_tiger"),
     ("over SASRec (CE)", None, "vs_sasrec_ce"), ("over the ranker", None, "vs_ranker"),
+    ("over the paper's letter", None, "vs_letter_stream_rl"),
     ("both re-ranked: over TIGER", None, "rerank_vs_tiger+rerank"),
     ("both re-ranked: over SASRec (CE)", None, "rerank_vs_sasrec_ce+rerank"),
     ("both re-ranked: over the ranker", None, "rerank_vs_ranker+rerank"),
@@ -99,7 +104,14 @@ def thinking(tables: Mapping[str, Mapping[str, Any]]) -> str:
             cells.append(interval(row.get(key)))
         if any(cells):
             lines.append([words, *cells])
-    return markdown(["", *tables], lines)
+    return markdown(["", *tables], lines) + lengths()
+
+
+def lengths() -> str:
+    """The plot of accuracy by length of the thought, where it can be drawn."""
+    if "lengths.svg" not in draw.pictures():
+        return ""
+    return "\n\n![ndcg@10 by length of the thought](img/lengths.svg)"
 
 
 def changes(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -116,10 +128,12 @@ def changes(found: Mapping[str, Mapping[str, Any]]) -> str:
                     cells[place] = f"{row['ndcg@10_masked']:.4f}, {row['ms_per_user']:.1f} ms"
     lines = [[f"l = {l}" if name == "length" else name.replace("_", " "), *cells]
              for (name, l), cells in names.items()]  # fmt: skip  # noqa: E741
-    pictures = ["![Masked ndcg@10 of every method](img/results.svg)"]
-    if "lengths.svg" in draw.pictures():
-        pictures.append("![ndcg@10 by length of the thought](img/lengths.svg)")
-    return "\n\n".join([markdown(["", *found], lines), *pictures])
+    return markdown(["", *found], lines)
+
+
+def tables(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The tables of some sets, one below the other."""
+    return "\n\n".join(f"**{name}**, {table(one)}" for name, one in found.items()) or NONE
 
 
 def table(receipt: Mapping[str, Any]) -> str:
@@ -291,7 +305,7 @@ SPEED = ("kernels", "decode", "train")  # those with a place of their own in doc
 
 def render() -> dict[str, str]:
     """Block name -> markdown, for every receipt that is there, for the settings and commands."""
-    blocks, receipts, more, tables = {}, {}, [], {}
+    blocks, receipts, more, sets = {}, {}, [], {}
     for path in sorted(RESULTS.glob("*.json")):
         receipt = receipts[path.stem] = json.loads(path.read_text())
         if path.stem.startswith("thinker-"):
@@ -302,17 +316,20 @@ def render() -> dict[str, str]:
         if receipt["name"] in BLOCKS:
             blocks[path.stem] = BLOCKS[receipt["name"]](receipt)
         elif path.stem.startswith("table-"):
-            tables[path.stem.removeprefix("table-")] = receipt
+            sets[path.stem.removeprefix("table-")] = receipt
         elif "rows" in receipt and "ratio" in receipt["rows"][0]:
             if path.stem in SPEED:
                 blocks[path.stem] = speed(receipt)
             else:
                 more.append(f"`{path.stem}.json`\n\n{speed(receipt)}")
     found = draw.receipts()
+    main_sets = {name: sets.pop(name) for name in MAIN if name in sets}
+    picture = "![Masked ndcg@10 of every method](img/results.svg)"
     return blocks | {
         "results": results(found),
-        "tables": "\n\n".join(f"**{name}**, {table(one)}" for name, one in tables.items()) or NONE,
-        "thinking": thinking(tables) if tables else NONE,
+        "tables": f"{tables(main_sets)}\n\n{picture}",
+        "thinking": thinking(main_sets) if main_sets else NONE,
+        "more-tables": tables(sets),
         "changes": changes(found) if found else NONE,
         "more-speed": "\n\n".join(more) or "No other receipt is here yet.",
         "commands": commands(),

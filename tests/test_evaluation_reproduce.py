@@ -148,6 +148,23 @@ def test_ranks_of_another_receipt_are_noticed(run, table, tmp_path):
         module.write_table(copy)
 
 
+def test_the_letters_rows_come_last_with_the_figures_in_print(run, table, tmp_path, monkeypatch):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    receipts = copy.path / "reproduce" / "receipts"
+    receipt = json.loads((receipts / "seed-0.json").read_text())
+    receipt["rows"] = {"letter_stream_rl": receipt["rows"]["tiger"]}
+    (receipts / "letter-0.json").write_text(json.dumps(receipt))
+    with np.load(receipts / "seed-0.npz") as ranks:
+        own = {f"letter_stream_rl{end}": ranks[f"tiger{end}"] for end in ("", "/masked")}
+    np.savez(receipts / "letter-0.npz", **own)
+    figures = (0.1, 0.2, 0.3, 0.4)
+    monkeypatch.setitem(module.PUBLISHED, table["data"], {"stream_rl": figures})
+    rows = module.write_table(copy)["rows"]
+    assert rows[-1]["method"] == "letter_stream_rl"
+    assert tuple(rows[-1]["published"].values()) == figures
+    assert rows[0]["vs_letter_stream_rl"] and not any(row["published"] for row in rows[:-1])
+
+
 def test_receipts_are_saved_with_their_table(run, table, tmp_path):
     save_receipts(run, tmp_path)
     assert json.loads((tmp_path / "table-run.json").read_text())["rows"] == table["rows"]
@@ -196,6 +213,7 @@ def test_the_printed_table_fits_80_columns_and_says_less_than_its_json(monkeypat
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     for row in table["rows"]:
-        [line] = [line for line in lines if f" {row['method']} " in line]
-        figure = row["ndcg@10_masked"]
-        assert figure is None or f"{figure:.4f}" in line
+        name, *others = row["method"].split("+")
+        figure = row["rerank_ndcg@10_masked"] if others else row["ndcg@10_masked"]
+        assert any(f" {name} " in line and f"{figure:.4f}" in line for line in lines)
+        assert all(any(f" +{other} " in line for line in lines) for other in others)

@@ -96,7 +96,7 @@ def _show(table: dict[str, Any]) -> None:
         return "" if value is None else f"{value:.4f}"
 
     columns = {
-        "": [row["method"] for row in rows],
+        "": [row["method"].replace("+", "\n+") for row in rows],
         "ndcg\n@10": [cell(row["ndcg@10"]) for row in rows],
         "masked": [cell(row["ndcg@10_masked"]) for row in rows],
         "re-\nranked": [cell(row["rerank_ndcg@10_masked"]) for row in rows],

@@ -53,7 +53,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "stream": _STREAM,
     "letter": (*_STREAM, TWIN),  # with its control, the same steps without a thought
 }
-TOGETHER = ("stream_rl", "sasrec_ce")  # re-ranked by one ranker, too: they know different things
+# Re-ranked by one ranker, too, where all are trained: each knows something that the others do not.
+TOGETHER = ("stream_rl", "sasrec_ce", "bert4rec")
 LETTER = ("pretrain.thoughts=vocabulary", "pretrain.retrieve=target")  # the paper's own stages
 # recall@5, ndcg@5, recall@10, ndcg@10 as printed elsewhere: leave-one-out, whole catalogue.
 PUBLISHED = {
@@ -81,7 +82,8 @@ COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 # a thought, with a random one, and the stage before.
 REFERENCES = (
     "popularity", *_ALONE, "tiger", f"tiger{RERANKED}", f"sasrec_ce{RERANKED}",
-    f"ranker{RERANKED}", "l0", "random_evidence", "letter_no_thinking", "stream_pt", "stream_sft",
+    f"ranker{RERANKED}", "l0", "random_evidence", "letter_no_thinking", "letter_stream_pt",
+    "letter_stream_sft", "letter_stream_rl", "stream_pt", "stream_sft",
 )  # fmt: skip
 LAST = 255  # a rank as it is kept: all that no metric reads are one
 TIMES = ("ms_per_user", "train_s")  # no rerun repeats them
@@ -190,7 +192,7 @@ def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
             if plan.rerank and job.stage("tokenizer").complete:
                 config = plan.resolve("rerank/", seed)
                 rerank(job, config, device=plan.device)
-                if {"stream", "sasrec_ce"} <= set(methods):
+                if {"stream", *TOGETHER[1:]} <= set(methods):
                     both = dataclasses.replace(config, methods=TOGETHER)
                     rerank(job, both, device=plan.device)
             config = configs.resolve(
@@ -305,7 +307,8 @@ def _is_streams(name: str) -> bool:
 def write_table(run: RunDir) -> dict[str, Any]:
     """Join the receipts there are: means over seeds, intervals over users and seeds."""
     folder = run.path / "reproduce"
-    paths = sorted((folder / "receipts").glob("*.json"))
+    paths = sorted((folder / "receipts").glob("seed-*.json"))
+    paths += sorted((folder / "receipts").glob("letter-*.json"))
     receipts = [read_json(path) for path in paths]
     entries: dict[str, list[Mapping[str, Any]]] = {}
     masked: dict[str, list[np.ndarray]] = {}
@@ -322,7 +325,10 @@ def write_table(run: RunDir) -> dict[str, Any]:
         "name": "reproduce",
         "data": source,
         "data_hash": run.stage("data").hash,
-        "rows": [_table_row(name, entries, masked, published.get(name)) for name in names],
+        "rows": [
+            _table_row(name, entries, masked, published.get(name.removeprefix("letter_")))
+            for name in names
+        ],
         **{key: receipts[0][key] for key in ("split", "users", "items", "ties") if receipts},
         **provenance(),
     }
