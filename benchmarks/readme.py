@@ -20,6 +20,7 @@ from benchmarks import scale_tables
 from benchmarks.scale_tables import markdown
 from docs import draw
 from streamctl import cli, config
+from streamctl.evaluation.reproduce import TOGETHER
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -85,6 +86,8 @@ QUESTIONS = (
     ("both re-ranked: over TIGER", None, "rerank_vs_tiger+rerank"),
     ("both re-ranked: over SASRec (CE)", None, "rerank_vs_sasrec_ce+rerank"),
     ("both re-ranked: over the ranker", None, "rerank_vs_ranker+rerank"),
+    ("re-ranked together with SASRec and BERT4Rec: over SFT", "+".join(TOGETHER),
+    "rerank_vs_stream_sft"),
     ("SFT over pretraining", "stream_sft", "vs_stream_pt"),
     ("RL over SFT", "stream_rl", "vs_stream_sft"),
     ("the letter's thoughts over none", "letter_stream_sft", "vs_letter_no_thinking"),
