@@ -6,8 +6,8 @@
 Starts from the settings of the run's table (seed 0). Each of a few settings is changed alone, then
 the changes that gained are made together. One half of the validation users chooses (masked
 ndcg@10), the other half judges: `gain` is its paired 95% interval of the choice over the table's
-settings. Test users are not read. Writes results/search-NAME.json; trains in RUN/search and goes
-on where it was interrupted.
+settings. Test users are not read. Writes results/search-NAME.json, where the rows of methods that
+`--methods` leaves out stay; trains in RUN/search and goes on where it was interrupted.
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from peers import provenance
-from receipts import finish, parser
+from receipts import RESULTS, finish, parser
 
 from streamctl.baselines.train import train_baseline
 from streamctl.config import BaselineConfig, EvalConfig, SftConfig, resolve
 from streamctl.evaluation.methods import Models
 from streamctl.evaluation.reproduce import copy_stage
+from streamctl.files import read_json
 from streamctl.ranking import evaluate, gains, paired_difference
 from streamctl.runs import RunDir
 from streamctl.training.sft import sft
@@ -32,7 +33,7 @@ RATES = (1 / 3, 3)  # times the table's
 TRIED = {
     "ranker": {},
     "caser": {"dropout": (0.3, 0.7), "dim": (128,)},
-    "gru4rec": {"dropout": (0.1, 0.5), "dim": (128,)},
+    "gru4rec": {"dropout": (0.1, 0.5), "dim": (64, 256)},
     "bert4rec": {"dropout": (0.1, 0.4), "mask": (0.2, 0.6)},
     "sasrec_bce": {"dropout": (0.1, 0.5), "dim": (128,)},
     "sasrec_ce": {"dropout": (0.1, 0.5), "dim": (128,)},
@@ -129,12 +130,20 @@ def main():
     options.add_argument("--methods", default=",".join(TRIED), help="some of them")
     options = options.parse_args()
     run, began = RunDir(options.run), time.monotonic()
-    search = Search(run)
-    rows = [search.row(method) for method in options.methods.split(",")]
+    search, data_hash = Search(run), run.stage("data").hash
+    head = provenance(f"search-{options.run.name}")
+    path, rows = RESULTS / f"{head['name']}.json", {}
+    if path.exists():
+        before = read_json(path)
+        if before["data_hash"] == data_hash:
+            rows = {row["method"]: row for row in before["rows"]}
+    for method in options.methods.split(","):
+        rows[method] = search.row(method)
     receipt = {
-        **provenance(f"search-{options.run.name}"),
+        **head,
+        "data_hash": data_hash,
         "protocol": "seed 0, masked ndcg@10; even validation users choose, odd ones judge",
-        "rows": rows,
+        "rows": [rows[method] for method in TRIED if method in rows],
         "wall_s": round(time.monotonic() - began, 1),
     }
     finish(receipt, options)

@@ -18,7 +18,7 @@ class GRU4Rec(Baseline):
     """Embedding, GRU of twice the width, projection; item embeddings are shared with the output."""
 
     defaults: ClassVar[dict[str, Any]] = {
-        "dim": 64, "layers": 1, "dropout": 0.3, "repeat": False, "epochs": 40, "patience": 8,
+        "dim": 128, "layers": 1, "dropout": 0.3, "repeat": False, "epochs": 40, "patience": 8,
         "batch": 256, "lr": 3e-3, "weight_decay": 0.0, "warmup": 0.05,
     }  # fmt: skip
     sequences = True
