@@ -20,7 +20,6 @@ from benchmarks import scale_tables
 from benchmarks.scale_tables import markdown
 from docs import draw
 from streamctl import cli, config
-from streamctl.evaluation.reproduce import TOGETHER
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,8 +85,9 @@ QUESTIONS = (
     ("both re-ranked: over TIGER", None, "rerank_vs_tiger+rerank"),
     ("both re-ranked: over SASRec (CE)", None, "rerank_vs_sasrec_ce+rerank"),
     ("both re-ranked: over the ranker", None, "rerank_vs_ranker+rerank"),
-    ("re-ranked together with SASRec and BERT4Rec: over SFT", "+".join(TOGETHER),
-    "rerank_vs_stream_sft"),
+    ("one re-ranker behind it, SASRec (CE) and BERT4Rec: over it alone",
+    "stream_rl+sasrec_ce+bert4rec", "rerank_vs_stream_rl"),
+    ("the same, over it re-ranked", "stream_rl+sasrec_ce+bert4rec", "rerank_vs_stream_rl+rerank"),
     ("SFT over pretraining", "stream_sft", "vs_stream_pt"),
     ("RL over SFT", "stream_rl", "vs_stream_sft"),
     ("the letter's thoughts over none", "letter_stream_sft", "vs_letter_no_thinking"),
@@ -103,18 +103,11 @@ def thinking(tables: Mapping[str, Mapping[str, Any]]) -> str:
             rows = {row["method"]: row for row in receipt["rows"]}
             row = best(receipt) if method is None else rows.get(method, {})
             if method is None and key not in row:  # RL is re-ranked, and SFT not everywhere
-                row = rows["stream_rl"]
+                row = rows.get("stream_rl", {})
             cells.append(interval(row.get(key)))
         if any(cells):
             lines.append([words, *cells])
-    return markdown(["", *tables], lines) + lengths()
-
-
-def lengths() -> str:
-    """The plot of accuracy by length of the thought, where it can be drawn."""
-    if "lengths.svg" not in draw.pictures():
-        return ""
-    return "\n\n![ndcg@10 by length of the thought](img/lengths.svg)"
+    return markdown(["", *tables], lines)
 
 
 def changes(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -134,11 +127,6 @@ def changes(found: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown(["", *found], lines)
 
 
-def tables(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The tables of some sets, one below the other."""
-    return "\n\n".join(f"**{name}**, {table(one)}" for name, one in found.items()) or NONE
-
-
 def table(receipt: Mapping[str, Any]) -> str:
     """Rows of `streamctl reproduce`: bare and re-ranked, and what STREAM-Rec has more."""
     top, rows = best(receipt), []
@@ -146,11 +134,14 @@ def table(receipt: Mapping[str, Any]) -> str:
         published = row["published"]
         figures = (row["recall@10"], row["ndcg@10"], row["ndcg@10_masked"],
                    row["rerank_ndcg@10_masked"])  # fmt: skip
+        cells = ["" if value is None else f"{value:.4f}" for value in figures]
+        if 0 < row["rerank_seeds"] < row["seeds"]:
+            cells[-1] += f" ({row['rerank_seeds']} of {row['seeds']} seeds)"
         rows.append(
             [
                 row["method"], str(row["seeds"]),
                 f"{published['ndcg@10']:.4f}" if published else "",
-                *("" if value is None else f"{value:.4f}" for value in figures),
+                *cells,
                 interval(top.get(f"vs_{row['method']}")),
                 f"{row['prefixes'] / 1e6:.2f}" if row["prefixes"] else "",
                 f"{row['train_s'] / 60:.1f}", f"{row['ms_per_user']:.1f}",
@@ -319,20 +310,22 @@ def render() -> dict[str, str]:
         if receipt["name"] in BLOCKS:
             blocks[path.stem] = BLOCKS[receipt["name"]](receipt)
         elif path.stem.startswith("table-"):
-            sets[path.stem.removeprefix("table-")] = receipt
+            name = path.stem.removeprefix("table-")
+            if name in MAIN:
+                sets[name] = receipt
+            else:
+                blocks[path.stem] = table(receipt)
         elif "rows" in receipt and "ratio" in receipt["rows"][0]:
             if path.stem in SPEED:
                 blocks[path.stem] = speed(receipt)
             else:
                 more.append(f"`{path.stem}.json`\n\n{speed(receipt)}")
     found = draw.receipts()
-    main_sets = {name: sets.pop(name) for name in MAIN if name in sets}
-    picture = "![Masked ndcg@10 of every method](img/results.svg)"
+    sets = {name: sets[name] for name in MAIN if name in sets}
     return blocks | {
         "results": results(found),
-        "tables": f"{tables(main_sets)}\n\n{picture}",
-        "thinking": thinking(main_sets) if main_sets else NONE,
-        "more-tables": tables(sets),
+        "tables": "\n\n".join(f"**{name}**, {table(one)}" for name, one in sets.items()) or NONE,
+        "thinking": thinking(sets) if sets else NONE,
         "changes": changes(found) if found else NONE,
         "more-speed": "\n\n".join(more) or "No other receipt is here yet.",
         "commands": commands(),

@@ -11,10 +11,11 @@ import pytest
 from test_baselines import write_cycle
 
 from streamctl.commands.reproduce import _show
-from streamctl.config import TokenizeConfig
+from streamctl.config import RerankConfig, TokenizeConfig
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import reproduce as module
 from streamctl.evaluation.reproduce import COLUMNS, Plan, check_receipt, reproduce, save_receipts
+from streamctl.evaluation.rerank import rerank
 from streamctl.ranking import bootstrap_mean, bootstrap_seeds
 from streamctl.runs import RunDir
 
@@ -62,9 +63,10 @@ def test_methods_re_ranked_together_have_a_row_without_bare_figures():
     metrics = dict.fromkeys(COLUMNS, 0.2)
     entry = {**metrics, "masked": metrics, "train_s": 3.0, "ms_per_user": 1.0, "prefixes": 9}
     entries = {"a": [entry], "a+b+rerank": [entry | {"ndcg@10": 0.3}]}
-    masked = {name: [np.array([0.0, 1.0, 0.5])] for name in entries}
+    masked = {name: {0: np.array([0.0, 1.0, 0.5])} for name in entries}
     row = module._table_row("a+b", entries, masked, None)
     assert row["ndcg@10"] is None and row["rerank_ndcg@10"] == 0.3 and row["train_s"] == 3
+    assert (row["seeds"], row["rerank_seeds"]) == (1, 1)
     assert "ndcg@10_masked_95" not in row and "rerank_ndcg@10_masked_95" in row
 
 
@@ -102,11 +104,13 @@ def test_what_is_there_is_not_made_again_and_a_new_method_costs_itself_alone(
 def test_what_was_made_from_a_model_that_changed_is_made_again(run, plan, table, tmp_path):
     copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
     job = RunDir(copy.path / "reproduce" / "seed-0")
+    rerank(job, RerankConfig(methods=("transitions", "gru4rec"), trees=20), device="cpu")
     before = job.stage("rerank/gru4rec").hash, job.stage("rerank/transitions").hash
     shutil.rmtree(job.stage("baselines/gru4rec").path)
     sets = (*SETS, "gru4rec.epochs=1")
     reproduce(copy, Plan(("gru4rec",), (0,), "tiny", sets, device="cpu"))
-    assert not job.stage("rerank/gru4rec").outdated and not job.stage("eval").outdated
+    for name in ("rerank/gru4rec", "rerank/transitions+gru4rec", "eval"):
+        assert not job.stage(name).outdated
     assert job.stage("rerank/gru4rec").hash != before[0]
     assert job.stage("rerank/transitions").hash == before[1]
 
@@ -162,7 +166,11 @@ def test_the_letters_rows_come_last_with_the_figures_in_print(run, table, tmp_pa
     rows = module.write_table(copy)["rows"]
     assert rows[-1]["method"] == "letter_stream_rl"
     assert tuple(rows[-1]["published"].values()) == figures
-    assert rows[0]["vs_letter_stream_rl"] and not any(row["published"] for row in rows[:-1])
+    assert rows[0]["vs_letter_stream_rl"]
+    receipt["users"] += 1
+    (receipts / "letter-0.json").write_text(json.dumps(receipt))
+    with pytest.raises(StreamctlError, match="different data or users"):
+        module.write_table(copy)
 
 
 def test_receipts_are_saved_with_their_table(run, table, tmp_path):
@@ -212,8 +220,16 @@ def test_the_printed_table_fits_80_columns_and_says_less_than_its_json(monkeypat
     _show(table)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    for row in table["rows"]:
-        name, *others = row["method"].split("+")
-        figure = row["rerank_ndcg@10_masked"] if others else row["ndcg@10_masked"]
-        assert any(f" {name} " in line and f"{figure:.4f}" in line for line in lines)
-        assert all(any(f" +{other} " in line for line in lines) for other in others)
+    printed: list[tuple[str, str]] = []
+    for line in lines:
+        if line.startswith("│"):
+            cell, rest = line.strip("│").split("│", 1)
+            name = cell.strip()
+            if name.startswith("+"):  # goes on the name above
+                printed[-1] = (printed[-1][0] + name, printed[-1][1])
+            else:
+                printed.append((name, rest))
+    assert [name for name, _ in printed] == [row["method"] for row in table["rows"]]
+    for row, (_, rest) in zip(table["rows"], printed, strict=True):
+        figure = row["rerank_ndcg@10_masked"] if "+" in row["method"] else row["ndcg@10_masked"]
+        assert f"{figure:.4f}" in rest

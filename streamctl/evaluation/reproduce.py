@@ -21,7 +21,7 @@ from streamctl.baselines.registry import BASELINES, resolved, settings
 from streamctl.baselines.train import train_baseline
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError, close_matches
-from streamctl.evaluation.methods import RERANKED
+from streamctl.evaluation.methods import RERANK, RERANKED, method_names
 from streamctl.evaluation.rerank import rerank
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
 from streamctl.files import BROKEN_ZIP, atomic_file, disk_errors, read_json
@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "stream": _STREAM,
     "letter": (*_STREAM, TWIN),  # with its control, the same steps without a thought
 }
-# Re-ranked by one ranker, too, where all are trained: each knows something that the others do not.
+# Re-ranked by one ranker, too, where all are there: on Beauty surely better than any alone.
 TOGETHER = ("stream_rl", "sasrec_ce", "bert4rec")
 LETTER = ("pretrain.thoughts=vocabulary", "pretrain.retrieve=target")  # the paper's own stages
 # recall@5, ndcg@5, recall@10, ndcg@10 as printed elsewhere: leave-one-out, whole catalogue.
@@ -78,12 +78,13 @@ PUBLISHED = {
     },
 }
 COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-# What every row is compared with: all baselines, the strongest ones re-ranked, the model without
-# a thought, with a random one, and the stage before.
+# What every row is compared with: all baselines, the strongest ones re-ranked, the policy without
+# a thought, with a random one, and after each stage, the paper's letter, too.
 REFERENCES = (
     "popularity", *_ALONE, "tiger", f"tiger{RERANKED}", f"sasrec_ce{RERANKED}",
     f"ranker{RERANKED}", "l0", "random_evidence", "letter_no_thinking", "letter_stream_pt",
-    "letter_stream_sft", "letter_stream_rl", "stream_pt", "stream_sft",
+    "letter_stream_sft", "letter_stream_rl", "stream_pt", "stream_sft", "stream_rl",
+    f"stream_rl{RERANKED}",
 )  # fmt: skip
 LAST = 255  # a rank as it is kept: all that no metric reads are one
 TIMES = ("ms_per_user", "train_s")  # no rerun repeats them
@@ -192,9 +193,9 @@ def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
             if plan.rerank and job.stage("tokenizer").complete:
                 config = plan.resolve("rerank/", seed)
                 rerank(job, config, device=plan.device)
-                if {"stream", *TOGETHER[1:]} <= set(methods):
-                    both = dataclasses.replace(config, methods=TOGETHER)
-                    rerank(job, both, device=plan.device)
+                for together in _together(job):
+                    joined = dataclasses.replace(config, methods=together)
+                    rerank(job, joined, device=plan.device)
             config = configs.resolve(
                 configs.EvalConfig,
                 sets=[text for text in plan.sets if text.startswith("eval.")],
@@ -203,6 +204,15 @@ def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
             evaluate_run(job, config, device=plan.device)
             _write_receipt(run, job, seed)
     return write_table(run)
+
+
+def _together(job: RunDir) -> list[tuple[str, ...]]:
+    """Methods to re-rank by one ranker: `TOGETHER`, and those whose joint ranker is outdated."""
+    names = method_names(job)
+    joined = [name.removesuffix(RERANKED) for name in names if name.endswith(RERANKED)]
+    outdated = [one for one in joined if "+" in one and job.stage(RERANK + one).outdated]
+    wanted = ["+".join(TOGETHER)] if set(TOGETHER) <= set(names) else []
+    return [tuple(one.split("+")) for one in dict.fromkeys([*wanted, *outdated])]
 
 
 def _train(job: RunDir, plan: Plan, method: str, seed: int, began: float) -> bool:
@@ -305,18 +315,29 @@ def _is_streams(name: str) -> bool:
 
 
 def write_table(run: RunDir) -> dict[str, Any]:
-    """Join the receipts there are: means over seeds, intervals over users and seeds."""
+    """Join the receipts there are: means over seeds, intervals over users and seeds.
+
+    Raises:
+        StreamctlError: the receipts are of different data or users, or ranks are not a receipt's.
+    """
     folder = run.path / "reproduce"
     paths = sorted((folder / "receipts").glob("seed-*.json"))
-    paths += sorted((folder / "receipts").glob("letter-*.json"))
+    paths += sorted((folder / "receipts").glob("letter-*.json"))  # its rows come last
     receipts = [read_json(path) for path in paths]
+    if len({(each["data_hash"], each["split"], each["users"]) for each in receipts}) > 1:
+        raise StreamctlError(
+            "these receipts are of different data or users, so nothing can be compared",
+            where=folder / "receipts",
+            run="the same command with the same --set eval... for all, after removing the others",
+        )
     entries: dict[str, list[Mapping[str, Any]]] = {}
-    masked: dict[str, list[np.ndarray]] = {}
+    masked: dict[str, dict[int, np.ndarray]] = {}
     for path, receipt in zip(paths, receipts, strict=True):
         ranks = _read_ranks(path.with_suffix(".npz"), receipt)
         for name, row in receipt["rows"].items():
             entries.setdefault(name, []).append(row)
-            masked.setdefault(name, []).append(gains(ranks[f"{name}/masked"], 10))
+            own = gains(ranks[f"{name}/masked"], 10)
+            masked.setdefault(name, {})[receipt["seed"]] = own
     source = Path(run.stage("data").manifest["config"]["source"]).name
     published = PUBLISHED.get(source, {})
     # Methods that are re-ranked together have a row of their own, without bare figures.
@@ -363,16 +384,21 @@ def _read_ranks(path: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]
 def _table_row(
     name: str,
     entries: Mapping[str, Sequence[Mapping[str, Any]]],
-    masked: Mapping[str, Sequence[np.ndarray]],
+    masked: Mapping[str, Mapping[int, np.ndarray]],
     published: Sequence[float] | None,
 ) -> dict[str, Any]:
-    """One method: means over seeds, bare and re-ranked, and 95% intervals of masked ndcg@10."""
+    """One method: means over seeds, bare and re-ranked, and 95% intervals of masked ndcg@10.
+
+    Args:
+        masked: masked ndcg@10 of all users by method and seed.
+    """
     own, behind = entries.get(name), entries.get(name + RERANKED)
 
     def mean(rows: Sequence[Mapping[str, Any]] | None, key: str) -> float | None:
         return statistics.fmean(row[key] for row in rows) if rows else None
 
     row: dict[str, Any] = {"method": name, "seeds": len(own or behind)}
+    row["rerank_seeds"] = len(behind or ())
     row |= {key: mean(own, key) for key in COLUMNS}
     for prefix, rows in (("", own), ("rerank_", behind)):
         inner = [entry["masked"] for entry in rows] if rows else None
@@ -384,15 +410,19 @@ def _table_row(
         others = [other for other in REFERENCES if other != method and other in masked]
         if method not in masked:
             continue
-        own_gains = np.stack(masked[method])
-        [found] = bootstrap_seeds(own_gains[None])
+        mine = masked[method]
+        [found] = bootstrap_seeds(np.stack([*mine.values()])[None])
         row[f"{prefix}ndcg@10_masked_95"] = [found.low, found.high]
-        # A method with fewer seeds is compared over those that both have.
-        for seeds in {min(len(masked[method]), len(masked[other])) for other in others}:
-            same = [o for o in others if min(len(masked[method]), len(masked[o])) == seeds]
-            pairs = [own_gains[:seeds] - np.stack(masked[other][:seeds]) for other in same]
-            for other, found in zip(same, bootstrap_seeds(np.stack(pairs)), strict=True):
-                row[f"{prefix}vs_{other}"] = [found.low, found.high]
+        # Methods are compared over the seeds that both have; those with the same ones share draws.
+        common: dict[tuple[int, ...], list[str]] = {}
+        for other in others:
+            seeds = tuple(seed for seed in mine if seed in masked[other])
+            common.setdefault(seeds, []).append(other)
+        common.pop((), None)
+        for seeds, rivals in common.items():
+            pairs = [[mine[seed] - masked[rival][seed] for seed in seeds] for rival in rivals]
+            for rival, found in zip(rivals, bootstrap_seeds(np.array(pairs)), strict=True):
+                row[f"{prefix}vs_{rival}"] = [found.low, found.high]
     return row
 
 
