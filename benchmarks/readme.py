@@ -81,7 +81,7 @@ QUESTIONS = (
     ("over no thought (l = 0)", None, "vs_l0"), ("over counts of what followed", None,
     "vs_transitions"), ("over kNN", None, "vs_knn"), ("over TIGER", None, "vs_tiger"),
     ("over SASRec (CE)", None, "vs_sasrec_ce"), ("over the ranker", None, "vs_ranker"),
-    ("over the paper's letter", None, "vs_letter_stream_rl"),
+    ("over the paper's letter (letter_stream_rl)", None, "vs_letter_stream_rl"),
     ("both re-ranked: over TIGER", None, "rerank_vs_tiger+rerank"),
     ("both re-ranked: over SASRec (CE)", None, "rerank_vs_sasrec_ce+rerank"),
     ("both re-ranked: over the ranker", None, "rerank_vs_ranker+rerank"),
