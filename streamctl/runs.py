@@ -79,9 +79,8 @@ class RunDir:
             )
         stage = self.stage(name)
         if not stage.complete:
-            started = (stage.path / "config.toml").exists()
-            state = "was interrupted" if started else "is missing"
-            raise StreamctlError(f"stage {name} {state}", where=self.path, run=self.command(name))
+            state = "was interrupted" if (stage.path / "config.toml").exists() else "is missing"
+            raise StreamctlError(f"stage {name} {state}", where=self.path, run=stage.resume())
         stale = stage.stale_parents()
         if stale:
             raise StreamctlError(

@@ -85,12 +85,16 @@ class Stage:
         if command_for(self.name) == "run":  # which does nothing again
             old = shlex.quote(str(self.path))
             return f"mv {old} {old}.previous, then {self.command}"
+        command = self.resume()
+        words = [f"--set {shlex.quote(text)}" for text in changes]
+        return " ".join([command, *([] if " data synth " in command else words), "--force"])
+
+    def resume(self) -> str:
+        """The command line that makes this stage, with the settings of its config.toml."""
         made, command = self.path / "config.toml", self.command
-        if " data synth " in command:
-            return f"{command} --force"
-        words = [f"--config {shlex.quote(str(made))}"] * made.is_file()
-        words += [f"--set {shlex.quote(text)}" for text in changes]
-        return " ".join([command, *words, "--force"])
+        if not made.is_file() or command_for(self.name) == "run" or " data synth " in command:
+            return command
+        return f"{command} --config {shlex.quote(str(made))}"
 
     def redo(self, changes: Sequence[str] = ()) -> str:
         """The user's own command with --force where it makes this stage, else `again`."""

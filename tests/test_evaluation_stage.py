@@ -20,6 +20,7 @@ from streamctl.config import (
     DataConfig,
     EvalConfig,
     PretrainConfig,
+    RerankConfig,
     RlConfig,
     SftConfig,
 )
@@ -29,6 +30,7 @@ from streamctl.evaluation import curve
 from streamctl.evaluation import stage as stage_module
 from streamctl.evaluation.methods import Models, best_method, choose_rows, load_best
 from streamctl.evaluation.report import SAME, plot, table
+from streamctl.evaluation.rerank import rerank
 from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.ranking import evaluate
 from streamctl.runs import RunDir
@@ -306,6 +308,12 @@ def test_an_unknown_row_and_a_missing_stage_are_named(run, tmp_path):
     copy = write_cycle(tmp_path / "run")
     with pytest.raises(StreamctlError, match=r"streamctl (tokenize|annotate|sft)"):
         evaluate_run(copy, EvalConfig(methods=("stream_sft",)), device="cpu")
+
+
+def test_a_control_that_may_know_the_target_is_not_re_ranked(run):
+    config = RerankConfig(methods=("popularity", "oracle_thinking"))
+    with pytest.raises(UsageError, match=r"oracle_thinking is a control.*some of popularity, "):
+        rerank(run, config, device="cpu")
 
 
 def test_tiger_trained_alone_is_searched_no_wider_than_the_other_rows(models, monkeypatch):

@@ -42,8 +42,12 @@ def test_a_stage_is_complete_when_its_manifest_is_there(tmp_path):
         stage.save_array("x.npy", np.array([1]))
         raise RuntimeError
     assert not run.stage("data").complete
-    with pytest.raises(StreamctlError, match=r"stage data was interrupted.*data prepare SOURCE"):
+    with pytest.raises(
+        StreamctlError, match=r"stage data was interrupted.*data prepare SOURCE"
+    ) as error:
         run.require("data")
+    assert f"--config {tmp_path}/r/data/config.toml" in error.value.run
+    assert "--force" not in error.value.run
     make(run, "data", 1)
     assert run.require("data").array("x.npy")[0] == 1
 

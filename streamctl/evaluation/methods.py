@@ -239,9 +239,15 @@ def reranked_stages(run: RunDir, names: Sequence[str]) -> list[str]:
     """What a re-ranker of some methods is made from.
 
     Raises:
-        UsageError: an unknown method.
+        UsageError: an unknown method, or a control of the table.
     """
     rows = known_rows(run)
+    for name in names:
+        if _row(run, rows, name).control:  # it may know the target, and answers nobody
+            raise UsageError(
+                f"{name} is a control of the table, and no method to re-rank",
+                run=f"--methods with some of {', '.join(method_names(run))}",
+            )
     own = [stage for name in names for stage in _row(run, rows, name).stages]
     return list(dict.fromkeys(["data", "tokenizer", *own]))
 

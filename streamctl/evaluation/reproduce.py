@@ -21,7 +21,7 @@ from streamctl.baselines.registry import BASELINES, resolved, settings
 from streamctl.baselines.train import train_baseline
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError, close_matches
-from streamctl.evaluation.methods import RERANK, RERANKED, method_names
+from streamctl.evaluation.methods import RERANK, RERANKED, known_rows, method_names
 from streamctl.evaluation.rerank import rerank
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
 from streamctl.files import BROKEN_ZIP, atomic_file, disk_errors, read_json
@@ -208,10 +208,11 @@ def reproduce(run: RunDir, plan: Plan) -> dict[str, Any]:
 
 def _together(job: RunDir) -> list[tuple[str, ...]]:
     """Methods to re-rank by one ranker: `TOGETHER`, and those whose joint ranker is outdated."""
-    names = method_names(job)
-    joined = [name.removesuffix(RERANKED) for name in names if name.endswith(RERANKED)]
+    joined = [
+        name.removesuffix(RERANKED) for name in known_rows(job) if name.endswith(RERANKED)
+    ]  # whether it helps or not
     outdated = [one for one in joined if "+" in one and job.stage(RERANK + one).outdated]
-    wanted = ["+".join(TOGETHER)] if set(TOGETHER) <= set(names) else []
+    wanted = ["+".join(TOGETHER)] if set(TOGETHER) <= set(method_names(job)) else []
     return [tuple(one.split("+")) for one in dict.fromkeys([*wanted, *outdated])]
 
 

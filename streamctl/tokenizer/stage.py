@@ -126,8 +126,8 @@ def choose_codes(items: int, config: TokenizeConfig) -> int:
     if codes < config.codes:
         warn(
             f"{items} items are too few for {config.codes} codes a level "
-            f"(under {ITEMS_A_CODE} items a code); {codes} are used, as "
-            f"--set tokenize.codes={codes} says"
+            f"(under {ITEMS_A_CODE} items a code); {codes} are used, as with "
+            f"--set tokenize.codes={codes}"
         )
     if codes**config.levels >= 2**62:
         raise UsageError(
