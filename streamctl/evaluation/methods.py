@@ -242,13 +242,14 @@ def reranked_stages(run: RunDir, names: Sequence[str]) -> list[str]:
         UsageError: an unknown method, or a control of the table.
     """
     rows = known_rows(run)
-    for name in names:
-        if _row(run, rows, name).control:  # it may know the target, and answers nobody
+    chosen = [_row(run, rows, name) for name in names]
+    for row in chosen:
+        if row.control:  # it may know the target, and answers nobody
             raise UsageError(
-                f"{name} is a control of the table, and no method to re-rank",
+                f"{row.name} is a control of the table, and no method to re-rank",
                 run=f"--methods with some of {', '.join(method_names(run))}",
             )
-    own = [stage for name in names for stage in _row(run, rows, name).stages]
+    own = [stage for row in chosen for stage in row.stages]
     return list(dict.fromkeys(["data", "tokenizer", *own]))
 
 

@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "stream": _STREAM,
     "letter": (*_STREAM, TWIN),  # with its control, the same steps without a thought
 }
-# Re-ranked by one ranker, too, where all are there: on Beauty surely better than any alone.
+# Re-ranked by one ranker, too, where all are there: on Beauty the best row (docs/results.md).
 TOGETHER = ("stream_rl", "sasrec_ce", "bert4rec")
 LETTER = ("pretrain.thoughts=vocabulary", "pretrain.retrieve=target")  # the paper's own stages
 # recall@5, ndcg@5, recall@10, ndcg@10 as printed elsewhere: leave-one-out, whole catalogue.
@@ -78,8 +78,8 @@ PUBLISHED = {
     },
 }
 COLUMNS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-# What every row is compared with: all baselines, the strongest ones re-ranked, the policy without
-# a thought, with a random one, and after each stage, the paper's letter, too.
+# What every row is compared with: all baselines, the strongest ones re-ranked, the policy after
+# each stage, without a thought and with random evidence, and the paper's letter.
 REFERENCES = (
     "popularity", *_ALONE, "tiger", f"tiger{RERANKED}", f"sasrec_ce{RERANKED}",
     f"ranker{RERANKED}", "l0", "random_evidence", "letter_no_thinking", "letter_stream_pt",
@@ -329,7 +329,7 @@ def write_table(run: RunDir) -> dict[str, Any]:
         raise StreamctlError(
             "these receipts are of different data or users, so nothing can be compared",
             where=folder / "receipts",
-            run="the same command with the same --set eval... for all, after removing the others",
+            run="the same command after removing those of the other users or data",
         )
     entries: dict[str, list[Mapping[str, Any]]] = {}
     masked: dict[str, dict[int, np.ndarray]] = {}
