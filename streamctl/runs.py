@@ -14,6 +14,7 @@ file or the new one and never half of one.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,13 @@ class RunDir:
             )
         stage = self.stage(name)
         if not stage.complete:
+            inside = sorted(file.parent.parent for file in self.path.glob("*/data/" + MANIFEST))
+            if inside and name == "data":
+                raise StreamctlError(
+                    "this folder holds runs and is none itself",
+                    where=self.path,
+                    run=" or ".join(f"--run {shlex.quote(str(run))}" for run in inside[:3]),
+                )
             state = "was interrupted" if (stage.path / "config.toml").exists() else "is missing"
             raise StreamctlError(f"stage {name} {state}", where=self.path, run=stage.resume())
         stale = stage.stale_parents()

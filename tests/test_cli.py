@@ -180,6 +180,18 @@ def test_an_unreachable_encoder_is_spoken_of_as_it_was_given(streamctl, shop, co
     assert "--set tokenize.encoder=tfidf" in answer.stderr and "--encoder" not in answer.stderr
 
 
+def test_a_setting_of_another_stage_is_told_of(streamctl, shop):
+    words = ("tokenize", "--run", shop, "--encoder", "no/such-encoder", "--set")
+    assert "warning" not in streamctl(*words, "tokenize.seed=1").stderr
+    answer = streamctl(*words, "sft.epochs=1")
+    assert "warning: --set sft.epochs=1 has no effect here: this command makes" in answer.stderr
+
+
+def test_another_source_that_is_not_there_is_said_before_other_settings(streamctl, shop, tmp_path):
+    answer = streamctl("data", "prepare", tmp_path / "none.csv", "--run", shop)
+    assert answer.returncode == 1 and "no such file or folder" in answer.stderr
+
+
 def test_json_goes_to_stdout_alone(streamctl, shop, tmp_path):
     answer = streamctl(
         "data", "synth", "--run", tmp_path / "r", "--users", 50, "--items", 60, "--json"

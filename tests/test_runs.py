@@ -67,6 +67,12 @@ def test_a_mistyped_run_names_the_runs_beside_it(tmp_path):
         RunDir(tmp_path / "beuty").require("data")
 
 
+def test_a_folder_of_runs_names_the_runs_in_it(tmp_path):
+    make(RunDir(tmp_path / "beauty"), "data", 1)
+    with pytest.raises(StreamctlError, match=f"holds runs.* Next: --run {tmp_path}/beauty$"):
+        RunDir(tmp_path).require("data")
+
+
 def test_a_remedy_with_force_is_the_users_own_command_where_that_makes_the_stage(tmp_path):
     stage = RunDir(tmp_path / "r").stage("tokenizer")
     token = TYPED.set(("tokenize", "--run", "r", "--encoder", "my model"))

@@ -177,6 +177,11 @@ def test_a_run_that_cannot_be_loaded_ends_the_server_with_the_reason(own):
     assert "stage data" in server.errors and "Traceback" not in server.errors.split("Error:")[-1]
 
 
+def test_an_unknown_method_is_a_mistake_of_use(own, streamctl):
+    answer = streamctl("serve", "--run", own / "first", "--port", 0, "--method", "foo")
+    assert answer.returncode == 2 and "unknown method 'foo'" in answer.stderr
+
+
 def test_a_model_that_cannot_take_a_dead_ones_place_does_not_stop_the_others(own):
     server = Server(own / "first", "--workers", 2, keys=own / "keys").wait()
     try:

@@ -81,10 +81,16 @@ class Job:
     def settings(self, cls: type, base: Any = None, **flags: Any) -> Any:
         """A stage's configuration: defaults < `base` < file < `--set` < flags."""
         from streamctl.config import resolve
+        from streamctl.progress import warn
 
         if "seed" in cls.__dataclass_fields__:
             flags["seed"] = self.seed
-        return resolve(cls, base=base or {}, file=self.config, sets=self.sets, **flags)
+        settings = resolve(cls, base=base or {}, file=self.config, sets=self.sets, **flags)
+        for text in self.sets:
+            section, dot, _ = text.partition("=")[0].strip().rpartition(".")
+            if dot and section != cls.section:
+                warn(f"--set {text} has no effect here: this command makes {cls.section} alone")
+        return settings
 
     def make(self, stage: Callable[..., Any], settings: Any, **options: Any) -> Any:
         """What `stage(run, settings, ...)` makes."""

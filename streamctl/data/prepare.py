@@ -11,7 +11,7 @@ from streamctl.data.catalog import Catalog
 from streamctl.data.clean import clean, find_core, minimums
 from streamctl.data.log import InteractionLog
 from streamctl.data.order import number
-from streamctl.data.sources import parse_columns, read_source
+from streamctl.data.sources import find_source, parse_columns, read_source
 from streamctl.data.sources.raw import RawLog, Reading, database_errors
 from streamctl.data.statistics import describe, warn_about
 from streamctl.errors import StreamctlError, UsageError, count_of
@@ -46,6 +46,9 @@ def prepare(run: RunDir, config: DataConfig, *, force: bool = False) -> Stage:
         check_damages(reading, config.skip_bad, raw)
         return raw
 
+    made = run.stage("data")
+    if made.complete and made.manifest["config"].get("source") != config.source:
+        find_source(Path(config.source), config.format)  # its faults before those of the settings
     return write_stage(run, config, read, force=force)
 
 

@@ -312,7 +312,7 @@ def _prefixes(spent: Mapping[str, Mapping[str, Any]], name: str, examples: int) 
 
 def _is_streams(name: str) -> bool:
     controls = ("no_thinking", "random_", "oracle_")
-    return name.startswith(("stream_", *controls)) and not name.startswith("stream_pt+")
+    return name.startswith(("stream_", *controls))
 
 
 def write_table(run: RunDir) -> dict[str, Any]:

@@ -17,13 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from streamctl.errors import StreamctlError
+from streamctl.errors import StreamctlError, UsageError
 from streamctl.serving.batcher import Gone
 from streamctl.serving.question import Job
 from streamctl.serving.store import Refused
 
 LINE = 1 << 28  # bytes of an answer at most
-ERRORS = {"refused": Refused, "error": StreamctlError, "failed": RuntimeError}
+ERRORS = {
+    "refused": Refused,
+    "usage": UsageError,
+    "error": StreamctlError,
+    "failed": RuntimeError,
+}
 
 
 class Model:
@@ -149,7 +154,7 @@ def answer_questions(
                 engine.load(name)
         gc.freeze()  # a collection over all that is loaded would keep a request waiting for 0.1 s
     except StreamctlError as error:
-        send("error", [str(error)])
+        send("usage" if isinstance(error, UsageError) else "error", [str(error)])
         return
     send("ready", engine.about())
     for line in sys.stdin:
