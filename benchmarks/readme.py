@@ -162,7 +162,7 @@ def searched(receipt: Mapping[str, Any]) -> str:
             [row["method"], str(tried), settings_said(row["table"]), settings_said(row["chosen"]),
              *(f"{figure:.4f}" for figure in figures), interval(row["gain"])]
         )  # fmt: skip
-    head = ["", "trained", "in the table", "chosen instead", "table's", "chosen's", "gain"]
+    head = ["", "trained", "settings", "chosen instead", "ndcg@10", "chosen's", "gain"]
     return markdown(head, rows)
 
 

@@ -50,8 +50,8 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
     """Every stage of STREAM-Rec, what it is compared with, and the evaluation.
 
     A complete stage is skipped; one whose parents have changed is redone, the old one kept as
-    `NAME.previous`, as are baselines made by hand, so that eval finds none of older data. The data
-    stage must be there (`data prepare` or `data synth` makes it). The
+    `NAME.previous`, as are baselines and re-rankers made by hand, so that eval finds none of older
+    data. The data stage must be there (`data prepare` or `data synth` makes it). The
     control without a thought is a model of its own only where thoughts are of the vocabulary:
     thinking with evidence, it is in the same policy.
 
@@ -71,6 +71,8 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
             )
     # Every configuration is resolved first: a typing mistake in the last stage's costs seconds.
     chosen = {name: settings.resolve(maker(name)[1], run, name) for name in steps}
+    for name in _rerankers(run, steps):
+        chosen[name] = settings.resolve(configs.RerankConfig, run, name)
     chosen["eval"] = settings.resolve(configs.EvalConfig, run, "eval")
     if chosen["pretrain"].thoughts == "evidence":
         del chosen[TWIN]
@@ -85,5 +87,15 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
 
 def _outdated_baselines(run: RunDir) -> list[str]:
     """Complete baselines beside those of `STEPS` whose parents have changed."""
-    stages = (run.stage(f"baselines/{name}") for name in sorted(BASELINES))
-    return [stage.name for stage in stages if stage.name not in STEPS and stage.outdated]
+    made = (run.stage(name) for name in run.stages("baselines"))
+    return [stage.name for stage in made if stage.name not in STEPS and stage.outdated]
+
+
+def _rerankers(run: RunDir, steps: Sequence[str]) -> list[str]:
+    """Complete re-rankers behind what is there or about to be: what they read may change."""
+
+    def there(name: str) -> bool:
+        return name in steps or run.stage(name).complete
+
+    rankers = run.stages("rerank")
+    return [name for name in rankers if all(map(there, run.stage(name).manifest["parents"]))]

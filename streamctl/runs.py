@@ -27,7 +27,7 @@ from streamctl.errors import StreamctlError, UsageError, did_you_mean
 from streamctl.files import atomic_file, locked, read_json
 from streamctl.progress import warn
 from streamctl.provenance import provenance
-from streamctl.stage import MANIFEST, Stage, StageWriter, command_for
+from streamctl.stage import MANIFEST, Stage, StageWriter
 
 __all__ = [
     "MANIFEST",
@@ -35,10 +35,12 @@ __all__ = [
     "Stage",
     "StageWriter",
     "atomic_file",
-    "command_for",
     "provenance",
     "read_json",
 ]
+
+
+PREVIOUS = ".previous"  # the end of a folder's name that a new stage has taken the place of
 
 
 class RunDir:
@@ -54,6 +56,11 @@ class RunDir:
     def stage(self, name: str) -> Stage:
         """A stage, complete or not."""
         return Stage(self.path, name)
+
+    def stages(self, group: str) -> list[str]:
+        """Names of the complete stages `GROUP/NAME`, without the previous ones that are kept."""
+        names = (path.parent.name for path in (self.path / group).glob("*/" + MANIFEST))
+        return sorted(f"{group}/{name}" for name in names if not name.endswith(PREVIOUS))
 
     def _check_folder(self) -> None:
         """Refuse a run whose path is, or goes through, a file."""
@@ -81,7 +88,7 @@ class RunDir:
         stage = self.stage(name)
         if not stage.complete:
             inside = sorted(file.parent.parent for file in self.path.glob("*/data/" + MANIFEST))
-            if inside and name == "data":
+            if inside and name == "data" and not stage.path.exists():
                 raise StreamctlError(
                     "this folder holds runs and is none itself",
                     where=self.path,
@@ -156,7 +163,7 @@ class RunDir:
             begun = writer.resumed and not writer.complete
             kept = self._set_aside(writer.path)
             if begun:
-                previous = f"{writer.name}.previous"
+                previous = writer.name + PREVIOUS
                 warn(
                     f"{writer.name} starts again, for its settings or parents have changed since "
                     "it was started; "
@@ -208,7 +215,7 @@ class RunDir:
         files = [file.name for file in folder.rglob("*") if file.is_file()]
         if all(name == "config.toml" or name.endswith(".part") for name in files):
             return False  # of a process that was killed before it had begun
-        previous = folder.with_name(folder.name + ".previous")
+        previous = folder.with_name(folder.name + PREVIOUS)
         if (previous / MANIFEST).exists() and not (folder / MANIFEST).exists():
             shutil.rmtree(folder)
             return False

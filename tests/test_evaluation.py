@@ -12,6 +12,7 @@ from streamctl.data import InteractionLog, Split
 from streamctl.ranking import (
     Ranking,
     bootstrap_mean,
+    bootstrap_seeds,
     evaluate,
     gains,
     paired_difference,
@@ -176,6 +177,15 @@ def test_the_targets_of_one_user_are_drawn_together():
     assert bootstrap_mean(np.r_[np.ones(50), 0], users=few).mean == pytest.approx(50 / 51)
     ranks = np.arange(6000, dtype=np.int32) % 11
     assert paired_difference(ranks, ranks, users=users).high == 0
+
+
+def test_over_seeds_too_the_targets_of_one_user_are_drawn_together():
+    values = np.random.default_rng(0).normal(size=(1, 3, 40))
+    [alone] = bootstrap_seeds(values)
+    [each] = bootstrap_seeds(np.repeat(values, 5, axis=2), users=np.repeat(np.arange(40), 5))
+    assert (each.low, each.high) == pytest.approx((alone.low, alone.high))
+    [apart] = bootstrap_seeds(np.repeat(values, 5, axis=2))
+    assert apart.high - apart.low < 0.8 * (each.high - each.low)
 
 
 def test_the_bootstrap_is_a_function_of_its_seed():

@@ -64,7 +64,7 @@ def test_methods_re_ranked_together_have_a_row_without_bare_figures():
     entry = {**metrics, "masked": metrics, "train_s": 3.0, "ms_per_user": 1.0, "prefixes": 9}
     entries = {"a": [entry], "a+b+rerank": [entry | {"ndcg@10": 0.3}]}
     masked = {name: {0: np.array([0.0, 1.0, 0.5])} for name in entries}
-    row = module._table_row("a+b", entries, masked, None)
+    row = module._table_row("a+b", entries, masked, None, None)
     assert row["ndcg@10"] is None and row["rerank_ndcg@10"] == 0.3 and row["train_s"] == 3
     assert (row["seeds"], row["rerank_seeds"]) == (1, 1)
     assert "ndcg@10_masked_95" not in row and "rerank_ndcg@10_masked_95" in row
@@ -150,6 +150,37 @@ def test_ranks_of_another_receipt_are_noticed(run, table, tmp_path):
     shutil.copy(receipts / "seed-0.npz", receipts / "seed-1.npz")
     with pytest.raises(StreamctlError, match="not the ranks of seed-1"):
         module.write_table(copy)
+
+
+def test_masked_ranks_are_compared_with_their_receipt_too(run, table, tmp_path):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    path = copy.path / "reproduce" / "receipts" / "seed-1.npz"
+    with np.load(path) as file:
+        ranks = dict(file)
+    ranks["transitions/masked"][:] = module.LAST
+    np.savez(path, **ranks)
+    with pytest.raises(StreamctlError, match="not the ranks of seed-1"):
+        module.write_table(copy)
+
+
+def test_a_mean_over_seeds_of_other_settings_is_warned_of(run, table, tmp_path, capsys):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    path = copy.path / "reproduce" / "receipts" / "seed-1.json"
+    receipt = json.loads(path.read_text())
+    receipt["stages"]["baselines/gru4rec"]["config"]["epochs"] = 9
+    path.write_text(json.dumps(receipt))
+    module.write_table(copy)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("warning") == 1
+    assert (
+        "baselines/gru4rec has other settings in seed-1.json than in seed-0.json (epochs)" in said
+    )
+
+
+def test_a_setting_of_a_method_that_is_not_trained_is_told_of(run, capsys):
+    Plan(("popularity",), sets=("tiger.epochs=3", "baseline.epochs=2")).check()
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("warning") == 1 and "tiger is not one of the methods" in said
 
 
 def test_the_letters_rows_come_last_with_the_figures_in_print(run, table, tmp_path, monkeypatch):

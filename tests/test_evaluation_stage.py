@@ -14,6 +14,7 @@ from rich.console import Console
 from test_baselines import N_ITEMS, N_USERS, tokenized_cycle, write_cycle
 
 from streamctl import cli
+from streamctl.baselines.train import train_baseline
 from streamctl.config import (
     AnnotateConfig,
     BaselineConfig,
@@ -23,10 +24,12 @@ from streamctl.config import (
     RerankConfig,
     RlConfig,
     SftConfig,
+    TokenizeConfig,
 )
 from streamctl.data import Split, load_data, prepare
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import curve
+from streamctl.evaluation import methods as methods_module
 from streamctl.evaluation import stage as stage_module
 from streamctl.evaluation.methods import Models, best_method, choose_rows, load_best
 from streamctl.evaluation.report import SAME, plot, table
@@ -34,6 +37,7 @@ from streamctl.evaluation.rerank import rerank
 from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.ranking import evaluate
 from streamctl.runs import RunDir
+from streamctl.tokenizer.stage import tokenize
 from streamctl.training.annotate import annotate
 from streamctl.training.letter.annotate import label
 from streamctl.training.material import Material, save_policy
@@ -140,8 +144,6 @@ def test_a_complete_evaluation_is_not_redone(run, stage):
 
 
 def test_it_is_redone_when_a_stage_appears_and_the_last_one_kept(tmp_path):
-    from streamctl.baselines.train import train_baseline
-
     run, config = write_cycle(tmp_path / "run"), EvalConfig(bootstrap=50)
     old = evaluate_run(run, config, device="cpu").hash
     train_baseline(run, BaselineConfig(name="gru4rec", dim=8, epochs=1), device="cpu")
@@ -149,6 +151,46 @@ def test_it_is_redone_when_a_stage_appears_and_the_last_one_kept(tmp_path):
     assert "gru4rec" in read_result(found)["methods"]
     previous = json.loads((run.path / "eval.previous" / "manifest.json").read_text())
     assert previous["hash"] == old
+
+
+def test_rows_and_a_winner_that_are_not_asked_for_stay(run, stage, tmp_path, monkeypatch):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    before = read_result(evaluate_run(copy, CONFIG, device="cpu"))
+    train_baseline(copy, BaselineConfig(name="gru4rec", dim=8, epochs=1), device="cpu")
+    titles, real = [], stage_module.evaluate
+
+    def watched(*args, title, **options):
+        titles.append(title)
+        if title == "choose gru4rec" and len(titles) == 3:
+            raise KeyboardInterrupt
+        return real(*args, title=title, **options)
+
+    monkeypatch.setattr(stage_module, "evaluate", watched)
+    asked = replace(CONFIG, methods=("gru4rec",))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(copy, asked, device="cpu")
+    after = read_result(evaluate_run(copy, asked, device="cpu"))
+    assert titles == ["eval gru4rec", "eval gru4rec masked", "choose gru4rec"] * 2
+    assert set(after["methods"]) == {*before["methods"], "gru4rec"}
+    for name, row in before["methods"].items():
+        assert after["methods"][name]["ndcg@10"] == row["ndcg@10"]
+    assert after["winner"]["method"] in {before["winner"]["method"], "gru4rec"}
+
+
+def test_how_diverse_an_answer_is_depends_on_the_tokenizer(tmp_path):
+    run, config = write_cycle(tmp_path / "run"), EvalConfig(bootstrap=50)
+    popular = read_result(evaluate_run(run, config, device="cpu"))["methods"]["popularity"]
+    assert "diversity@10" not in popular
+    tokenize(run, TokenizeConfig(encoder="tfidf", dim=8, method="rqkmeans", levels=3, codes=4))
+    popular = read_result(evaluate_run(run, config, device="cpu"))["methods"]["popularity"]
+    assert 0 <= popular["diversity@10"] <= 2
+
+
+def test_before_an_evaluation_what_is_trained_answers_and_not_popularity(tmp_path):
+    run = write_cycle(tmp_path / "run")
+    train_baseline(run, BaselineConfig(name="gru4rec", dim=8, epochs=1), device="cpu")
+    name, why = best_method(run)
+    assert name == "gru4rec" and "streamctl eval" in why
 
 
 def test_an_interrupted_evaluation_keeps_its_rows_and_ends_bit_identical(run, stage, monkeypatch):
@@ -173,7 +215,7 @@ def test_an_interrupted_evaluation_keeps_its_rows_and_ends_bit_identical(run, st
         return real(*args, title=title, **options)
 
     monkeypatch.setattr(stage_module, "evaluate", resumed)
-    assert evaluate_run(run, config, device="cpu").hash == whole
+    assert evaluate_run(run, config, device="cpu", force=True).hash == whole
     assert "eval popularity" not in titles, "a finished row was evaluated again"
     assert "eval stream_pt" in titles
 
@@ -324,6 +366,18 @@ def test_tiger_trained_alone_is_searched_no_wider_than_the_other_rows(models, mo
     assert (tiger.beam, tiger.narrow) == (other.beam, True)
 
 
+def test_a_re_ranked_row_reads_as_many_items_as_its_ranker_was_fitted_with(models, monkeypatch):
+    monkeypatch.setattr(methods_module.LambdaRank, "load", lambda _: None)
+    manifest = SimpleNamespace(manifest={"config": {"depth": 100}}, file=lambda _: None)
+    monkeypatch.setattr(models.run, "stage", lambda *_: manifest)
+    monkeypatch.setattr(Models, "evidence", None)
+    made = []
+    row = SimpleNamespace(make=lambda models: made.append(models.narrow))
+    monkeypatch.setattr(methods_module, "known_rows", lambda _: {"tiger": row})
+    models.reranked(("tiger",))
+    assert made == [False] and models.narrow
+
+
 def test_the_table_shows_every_row_and_the_plot_is_written(result, tmp_path):
     shown = table(result)
     assert shown.row_count == len(result["methods"]) + len(result["controls"])
@@ -333,7 +387,9 @@ def test_the_table_shows_every_row_and_the_plot_is_written(result, tmp_path):
 
 
 def test_the_table_fits_a_terminal_of_eighty_columns(result):
-    console = Console(width=80)
+    console, methods = Console(width=80), result["methods"]
+    long = methods | {"stream_rl+sasrec_ce+bert4rec+rerank": methods["popularity"]}
+    result = result | {"methods": long}
     with console.capture() as capture:
         console.print(table(result))
     assert "…" not in capture.get()
@@ -409,6 +465,13 @@ def test_a_policy_that_thinks_with_evidence_goes_through_all_stages_and_has_its_
     assert (*found["methods"],) == names and (*found["controls"],) == controls
     figures = {name: row["masked"]["ndcg@20"] for name, row in found["controls"].items()}
     assert len(set(figures.values())) == 4, "each control is another recommender"
+    before, after = (
+        Material.load(copy).policy(copy.stage(name), torch.device("cpu")).state_dict()
+        for name in ("pretrain", "sft")
+    )
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    parts = {key.partition(".")[0] for key in changed}
+    assert "weighing" in parts <= {"weighing", "thinker"}, "l0 is the decoder of pretraining"
     with pytest.raises(UsageError, match="l = 0 twin in the same policy"):
         sft(copy, SftConfig(), device="cpu", twin=True)
 

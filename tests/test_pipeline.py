@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 
 import pytest
 
 from streamctl import pipeline
-from streamctl.config import BaselineConfig, DataConfig
+from streamctl.config import BaselineConfig, DataConfig, RerankConfig
 from streamctl.errors import UsageError
 from streamctl.runs import RunDir
 
@@ -64,3 +65,32 @@ def test_baselines_made_by_hand_are_made_again_when_the_data_has_changed(
     assert made[0][0] == "eval" and made[-1][0] == "eval", "pretraining first, eval last"
     again = [("caser", 3, True), ("sasrec_ce", 7, True)] if changed else []
     assert made[1:-1] == again
+
+
+def test_re_rankers_are_made_again_before_the_evaluation_reads_them(tmp_path, monkeypatch):
+    run, made = RunDir(tmp_path / "run"), []
+    publish(run, "data", DataConfig())
+    publish(run, "baselines/knn", BaselineConfig(name="knn"), ["data"])
+    publish(run, "baselines/caser", BaselineConfig(name="caser"), ["data"])
+    for name in ("knn", "caser"):
+        config = RerankConfig(methods=(name,), trees=7)
+        publish(run, f"rerank/{name}", config, ["data", f"baselines/{name}"])
+    shutil.rmtree(tmp_path / "run" / "baselines" / "caser")  # nothing to re-rank is left
+
+    def make(run, config, *, device, force):
+        made.append((config.section, getattr(config, "trees", None), force))
+
+    monkeypatch.setattr(pipeline, "STEPS", ("pretrain", pipeline.TWIN))
+    monkeypatch.setattr(pipeline, "evaluate_run", make)
+    monkeypatch.setattr(
+        pipeline,
+        "maker",
+        lambda name: (
+            make,
+            BaselineConfig if name.endswith(("knn", "caser")) else pipeline.configs.PretrainConfig,
+        ),
+    )
+    publish(run, "data", DataConfig(history=9), force=True, other=True)
+    pipeline.run_all(run, pipeline.Settings())
+    assert ("rerank", 7, True) in made and made[-1][0] == "eval"
+    assert sum(section == "rerank" for section, *_ in made) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ import torch
 from streamctl.baselines.train import train_baseline
 from streamctl.config import BaselineConfig, EvalConfig, RefitConfig, RerankConfig, TokenizeConfig
 from streamctl.data import load_data, synthesize
-from streamctl.errors import StreamctlError
+from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation.methods import answering, best_method, load_best, load_method
 from streamctl.evaluation.refit import refit
 from streamctl.evaluation.rerank import FOLDS, deciders, folds, ranks_by_folds, rerank
-from streamctl.evaluation.stage import evaluate_run, read_result
+from streamctl.evaluation.stage import evaluate_run, held_out, read_result
 from streamctl.ranking import evaluate, gains
 from streamctl.rerank import features
 from streamctl.rerank.lambdarank import Groups, LambdaRank
@@ -64,6 +65,23 @@ def test_counting_is_above_popularity_and_ranks_the_whole_catalogue(run, result,
 
 
 @pytest.mark.parametrize("name", COUNTING)
+def test_without_evidence_items_come_in_the_order_of_their_counts(run, name):
+    """Item 0, where padding stands, has no other place than its own."""
+    method, split = load_method(run, name, "cpu"), load_data(run)[1]
+    rare = split.popularity().argmin()
+    gathered = method.evidence.gather
+
+    def nothing(histories, users=None):
+        pieces = gathered(histories, users)
+        pieces.items[:] = -1
+        return pieces
+
+    method.evidence = SimpleNamespace(gather=nothing, n_items=split.n_items)
+    found = method.recommend(torch.tensor([[int(rare)]]), split.n_items).items[0].numpy()
+    assert (np.diff(split.popularity()[found]) <= 0).all()
+
+
+@pytest.mark.parametrize("name", COUNTING)
 def test_what_a_user_did_in_training_is_no_evidence_for_that_user(run, name):
     """Alone in the log, a user's own sequence is all there is to follow its first item."""
     method = load_method(run, name, "cpu")
@@ -101,6 +119,11 @@ def test_a_reranker_that_surely_helps_is_kept_and_shown_beside_its_method(rerank
     )
     assert better > worse
     assert "transitions+knn+rerank" in rows
+
+
+def test_a_re_ranked_method_is_not_re_ranked_again(run, reranked):
+    with pytest.raises(UsageError, match=r"re-ranked already.*some of popularity, transitions"):
+        rerank(run, RerankConfig(methods=("popularity+rerank",)), device="cpu")
 
 
 def test_nobody_judges_a_ranker_that_they_taught(run, reranked):
@@ -225,6 +248,8 @@ def test_refit_counts_what_was_held_out_and_nothing_can_evaluate_it(run, result,
     assert not torch.equal(mine, after.recommend(history, 5).scores)
     with pytest.raises(StreamctlError, match="nobody is held out"):
         evaluate_run(folder, EvalConfig(), device="cpu")
+    with pytest.raises(StreamctlError, match="nobody is held out"):
+        held_out(folder, "test")
     again = read_result(evaluate_run(copy, EvalConfig(bootstrap=200), device="cpu"))
     assert again["methods"]["transitions"] == result["methods"]["transitions"]
     assert answering(copy, "knn")[0].path == copy.path

@@ -73,6 +73,14 @@ def test_a_folder_of_runs_names_the_runs_in_it(tmp_path):
         RunDir(tmp_path).require("data")
 
 
+def test_stages_of_a_group_are_those_that_hold(tmp_path):
+    run = RunDir(tmp_path)
+    for name in ("rerank/knn", "rerank/knn.previous", "baselines/caser"):
+        make(run, name, 1)
+    (tmp_path / "rerank" / "tiger").mkdir()
+    assert run.stages("rerank") == ["rerank/knn"] and not run.stages("none")
+
+
 def test_a_remedy_with_force_is_the_users_own_command_where_that_makes_the_stage(tmp_path):
     stage = RunDir(tmp_path / "r").stage("tokenizer")
     token = TYPED.set(("tokenize", "--run", "r", "--encoder", "my model"))

@@ -64,7 +64,8 @@ class HopBaseline(Baseline):
     def score(self, history: torch.Tensor, users: torch.Tensor | None = None) -> torch.Tensor:
         known = None if users is None else users.cpu().numpy()
         pieces = self.evidence.gather(history.cpu().numpy(), known)
-        values = torch.from_numpy(self.values(pieces) * (pieces.items >= 0))
+        # The padding stands at item 0, which must not gain by it.
+        values = torch.from_numpy(np.where(pieces.items >= 0, self.values(pieces), -np.inf))
         newer = self.evidence.n_items - len(self.popular)  # items that came while it serves
         popular = torch.nn.functional.pad(self.popular, (0, newer), value=-1.0)
         scores = popular.expand(len(history), -1).clone()

@@ -16,8 +16,8 @@ from streamctl.retrieval.evidence import Evidence, Pieces
 from streamctl.runs import Stage, StageWriter
 
 TREES = "trees.txt"
-LAST = 3  # training positions of each user: the last ones are most like validation's
-POSITIONS = 15_000  # at most, drawn from these
+LAST = 5  # training positions of each user, as many as SFT has: the last are most like validation's
+POSITIONS = 200_000  # at most, drawn from these: what fits into memory
 VALIDATION_USERS = 2000
 MOST_TREES = 400
 BATCH = 1024

@@ -19,7 +19,10 @@ def command(
     split: str | None = option("test (default) or valid."),
     methods: str | None = option("Rows of the table, comma-separated; default: all."),
     beam: int | None = option("Width of the search over codes; default 50.", min=1),
-    users: int | None = option("Evaluate a seeded sample of this many users; 0: all.", min=0),
+    users: int | None = option(
+        "Evaluate a seeded sample of this many users; 0: all (1,000 of --think-curve and exact).",
+        min=0,
+    ),
     decode: str = option("beam, or exact: what beams lose to the true top-k.", default="beam"),
     think_curve: bool = switch("ndcg@10 by milliseconds, thought and beam.", "--think-curve"),
     strict: bool = switch("Exit with 1 if the think labels have collapsed.", "--strict"),

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from streamctl.config import EvalConfig
-from streamctl.data import Examples, load_data
+from streamctl.data import Examples
 from streamctl.decode import recommend
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.methods import Models
+from streamctl.evaluation.stage import held_out
 from streamctl.files import atomic_file
 from streamctl.progress import progress_bar
 from streamctl.ranking import (
@@ -47,7 +48,7 @@ def think_curve(run: RunDir, config: EvalConfig, *, device: str = "auto") -> Sta
     """Measure every point and write points.json and think-curve.png into RUN/think-curve.
 
     Raises:
-        StreamctlError: the run has no policy that thinks.
+        StreamctlError: the run has no policy that thinks, or nobody is held out.
     """
     with _measuring(run, CURVE, config, device) as (stage, models, result):
         name, examples = result["stage"], models.examples
@@ -86,7 +87,7 @@ def beam_losses(run: RunDir, config: EvalConfig, *, device: str = "auto") -> Sta
     losses.json into RUN/beam-losses.
 
     Raises:
-        StreamctlError: the run has no policy that thinks.
+        StreamctlError: the run has no policy that thinks, or nobody is held out.
     """
     with _measuring(run, LOSSES, config, device) as (stage, models, result):
         name = result["stage"]
@@ -112,9 +113,8 @@ def _measuring(
             where=run.path,
             run=f"streamctl sft --run {run.path}",
         )
-    parents = ["data", "tokenizer", "annotate", policy]
+    parents, everyone = ["data", "tokenizer", "annotate", policy], held_out(run, config.split)
     with run.begin(name, config, parents=parents, force=True) as stage:
-        everyone = getattr(load_data(run)[1], config.split)
         examples = sample_users(everyone, config.users or USERS, config.seed)
         about = {"stage": policy, "split": config.split, "users": len(examples)}
         yield stage, Models(run, config, examples, device), {**about, "seed": config.seed}

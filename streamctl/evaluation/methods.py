@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from operator import methodcaller as call
@@ -52,6 +53,7 @@ class Models:
         self.run, self.config, self.examples = run, config, examples
         self.device = resolve_device(device)
         self.policy = cache(self._policy)
+        self.narrow = examples is not None  # a table judges beams of this width, and no wider ones
 
     @cached_property
     def split(self) -> Split:
@@ -82,7 +84,7 @@ class Models:
         return self._searching(self.policy(stage), **options)
 
     def _searching(self, policy: Policy, **options: Any) -> PolicyRecommender:
-        options = {**self._search, "narrow": self.examples is not None} | options
+        options = {**self._search, "narrow": self.narrow} | options
         return PolicyRecommender(policy, self.material.trie, **options)
 
     def reasoning(self, stage: str, **options: Any) -> EvidenceRecommender:
@@ -150,9 +152,10 @@ class Models:
     def reranked(self, names: tuple[str, ...]) -> Recommender:
         """Methods with the ranker behind them that was fitted on validation users."""
         stage = self.run.stage(RERANK + "+".join(names))
-        rows = known_rows(self.run)
+        rows, models = known_rows(self.run), copy(self)
+        models.narrow = False  # as many candidates as it was fitted with
         return Reranker(
-            tuple(rows[name].make(self) for name in names),
+            tuple(rows[name].make(models) for name in names),
             self.evidence,
             LambdaRank.load(stage.file("trees.txt")),
             stage.manifest["config"]["depth"],
@@ -187,13 +190,13 @@ class Row:
 def _thinking_controls(run: RunDir) -> tuple[Row, ...]:
     """What a claim about thinking is held against, by what thoughts are made of."""
     control, pretrain = partial(Row, control=True), run.stage("pretrain")
-    needs = ("tokenizer", "annotate", "sft")
+    bare, needs = ("tokenizer", "pretrain"), ("tokenizer", "annotate", "sft")
     if pretrain.complete and pretrain.manifest["config"]["thoughts"] == "evidence":
-        direct = "no thought: the direct decoder that was trained beside the slow one"
+        direct = "no thought: the decoder as pretraining left it, which SFT does not train"
         random = "every piece of evidence is another item, at random, with the same features"
         alone = {part: f"the same thought, answered by the {part} alone" for part in MIXED}
         return (
-            control("l0", needs, call("generative", "sft", decoder="direct"), note=direct),
+            control("l0", bare, call("generative", "pretrain", decoder="direct"), note=direct),
             control("random_evidence", needs, call("random", "sft"), note=random),
             *(
                 control(f"{part}_alone", needs, call("reasoning", "sft", mix=part), note=note)
@@ -227,8 +230,8 @@ def known_rows(run: RunDir) -> dict[str, Row]:
         *_thinking_controls(run),
     )
     known = {row.name: row for row in rows}
-    for path in sorted((run.path / "rerank").glob("*/manifest.json")):
-        names = tuple(path.parent.name.split("+"))
+    for stage in run.stages("rerank"):
+        names = tuple(stage.removeprefix(RERANK).split("+"))
         if all(name in known for name in names):
             row = _reranked_row(run, names)
             known[row.name] = row
@@ -239,15 +242,18 @@ def reranked_stages(run: RunDir, names: Sequence[str]) -> list[str]:
     """What a re-ranker of some methods is made from.
 
     Raises:
-        UsageError: an unknown method, or a control of the table.
+        UsageError: an unknown method, a control of the table, or one with a re-ranker.
     """
     rows = known_rows(run)
     chosen = [_row(run, rows, name) for name in names]
     for row in chosen:
-        if row.control:  # it may know the target, and answers nobody
+        # A control may know the target; a re-ranked method has learned from who would teach.
+        if row.control or row.name.endswith(RERANKED):
+            kind = "a control of the table" if row.control else "re-ranked already"
+            bare = (one for one in method_names(run) if not one.endswith(RERANKED))
             raise UsageError(
-                f"{row.name} is a control of the table, and no method to re-rank",
-                run=f"--methods with some of {', '.join(method_names(run))}",
+                f"{row.name} is {kind}, and no method to re-rank",
+                run=f"--methods with some of {', '.join(bare)}",
             )
     own = [stage for row in chosen for stage in row.stages]
     return list(dict.fromkeys(["data", "tokenizer", *own]))
@@ -338,7 +344,8 @@ def best_method(run: RunDir) -> tuple[str, str]:
             said += f", {after['difference']:+.4f} over {after['method']}"
             said += f" (95%: {after['low']:+.4f} to {after['high']:+.4f})"
         return winner["method"], said
-    for name in (*UNJUDGED, *names):
+    others = [name for name in names if name != "popularity"]
+    for name in (*UNJUDGED, *others, "popularity"):
         if name in names:
             if name == "popularity":
                 return name, "nothing is trained yet; `streamctl run` trains every stage"

@@ -95,7 +95,8 @@ def _again(source: Stage, target: RunDir, device: str) -> None:
     name = source.name
     own = name.removeprefix("baselines/")
     base = source.manifest["config"]
-    if own != name and name != TWIN and baseline_class(own).losses:
+    # TIGER scores codes, like the policy.
+    if own != name and name not in (TWIN, "baselines/tiger") and baseline_class(own).losses:
         more = {"epochs": source.manifest["best_epoch"] + 1, "patience": 0}
         config = configs.resolve(configs.BaselineConfig, base=base | more)
         train_baseline(target, config, device=device)

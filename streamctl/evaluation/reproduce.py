@@ -25,7 +25,7 @@ from streamctl.evaluation.methods import RERANK, RERANKED, known_rows, method_na
 from streamctl.evaluation.rerank import rerank
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
 from streamctl.files import BROKEN_ZIP, atomic_file, disk_errors, read_json
-from streamctl.progress import say
+from streamctl.progress import say, warn
 from streamctl.provenance import provenance
 from streamctl.ranking import bootstrap_seeds, gains
 from streamctl.runs import MANIFEST, RunDir
@@ -86,6 +86,7 @@ REFERENCES = (
     "letter_stream_sft", "letter_stream_rl", "stream_pt", "stream_sft", "stream_rl",
     f"stream_rl{RERANKED}",
 )  # fmt: skip
+OWNERS = "users"  # whose target each rank is of, where somebody has several
 LAST = 255  # a rank as it is kept: all that no metric reads are one
 TIMES = ("ms_per_user", "train_s")  # no rerun repeats them
 SPENT = (*TIMES, "prefixes")
@@ -126,6 +127,8 @@ class Plan:
             if dot and owner not in owners:
                 known = close_matches(owner, owners)
                 raise UsageError(f"--set {text}: no stage or method {owner!r}; {known}")
+            if owner in METHODS and owner not in self.methods:
+                warn(f"--set {text} has no effect: {owner} is not one of the methods")
             key = text.partition("=")[0].removeprefix("baseline.")
             if owner == "baseline" and not any(key in settings(name) for name in BASELINES):
                 raise UsageError(f"--set {text}: no baseline has such a setting")
@@ -284,12 +287,14 @@ def _write_receipt(run: RunDir, job: RunDir, seed: int) -> None:
         **{key: result[key] for key in ("split", "users", "items", "ties", "data_hash", "winner")},
         **provenance(),
     }
+    found = load_file(evaluated.file(RANKS))
     ranks = {
-        f"{prefix}{name}{end}": np.minimum(found, LAST).astype(np.uint8)
+        prefix + name + end: np.minimum(found[name + end], LAST).astype(np.uint8)
         for name in rows
         for end in ("", "/masked")
-        for found in (load_file(evaluated.file(RANKS))[name + end],)
     }
+    if result["targets"] > result["users"]:
+        ranks[OWNERS] = found["users"]
     path = run.path / "reproduce" / "receipts" / f"{job.path.name}.json"
     with atomic_file(path.with_suffix(".npz")) as part, part.open("wb") as file:
         np.savez_compressed(file, **ranks)
@@ -331,10 +336,14 @@ def write_table(run: RunDir) -> dict[str, Any]:
             where=folder / "receipts",
             run="the same command after removing those of the other users or data",
         )
+    for kind in ("seed", "letter"):
+        _warn_of_other_settings([path for path in paths if path.name.startswith(kind)])
     entries: dict[str, list[Mapping[str, Any]]] = {}
     masked: dict[str, dict[int, np.ndarray]] = {}
+    owners = None
     for path, receipt in zip(paths, receipts, strict=True):
         ranks = _read_ranks(path.with_suffix(".npz"), receipt)
+        owners = ranks.get(OWNERS)
         for name, row in receipt["rows"].items():
             entries.setdefault(name, []).append(row)
             own = gains(ranks[f"{name}/masked"], 10)
@@ -348,7 +357,7 @@ def write_table(run: RunDir) -> dict[str, Any]:
         "data": source,
         "data_hash": run.stage("data").hash,
         "rows": [
-            _table_row(name, entries, masked, published.get(name.removeprefix("letter_")))
+            _table_row(name, entries, masked, owners, published.get(name.removeprefix("letter_")))
             for name in names
         ],
         **{key: receipts[0][key] for key in ("split", "users", "items", "ties") if receipts},
@@ -357,6 +366,21 @@ def write_table(run: RunDir) -> dict[str, Any]:
     with atomic_file(folder / "table.json") as path:
         path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return table
+
+
+def _warn_of_other_settings(paths: Sequence[Path]) -> None:
+    """Say where a mean over seeds is one over models that were made with different settings."""
+    first: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in paths:
+        for stage, made in read_json(path)["stages"].items():
+            config = made["config"] | {"seed": 0}
+            before, other = first.setdefault(stage, (path, config))
+            keys = [key for key in config if config[key] != other.get(key)]
+            if keys and stage != "eval":
+                warn(
+                    f"{stage} has other settings in {path.name} than in {before.name} "
+                    f"({', '.join(keys)}): the table's mean is over both"
+                )
 
 
 def _read_ranks(path: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -369,8 +393,9 @@ def _read_ranks(path: Path, receipt: Mapping[str, Any]) -> dict[str, np.ndarray]
         with np.load(path) as file:
             ranks = dict(file)
         if all(
-            abs(gains(ranks[name], 10).mean() - row["ndcg@10"]) < 1e-9
+            abs(gains(ranks[name + end], 10).mean() - figures["ndcg@10"]) < 1e-9
             for name, row in receipt["rows"].items()
+            for end, figures in (("", row), ("/masked", row["masked"]))
         ):
             return ranks
     except (OSError, KeyError, ValueError, *BROKEN_ZIP):
@@ -386,12 +411,14 @@ def _table_row(
     name: str,
     entries: Mapping[str, Sequence[Mapping[str, Any]]],
     masked: Mapping[str, Mapping[int, np.ndarray]],
+    owners: np.ndarray | None,
     published: Sequence[float] | None,
 ) -> dict[str, Any]:
     """One method: means over seeds, bare and re-ranked, and 95% intervals of masked ndcg@10.
 
     Args:
-        masked: masked ndcg@10 of all users by method and seed.
+        masked: masked ndcg@10 of all targets by method and seed. owners: whose targets these are,
+            where somebody has several.
     """
     own, behind = entries.get(name), entries.get(name + RERANKED)
 
@@ -412,7 +439,7 @@ def _table_row(
         if method not in masked:
             continue
         mine = masked[method]
-        [found] = bootstrap_seeds(np.stack([*mine.values()])[None])
+        [found] = bootstrap_seeds(np.stack([*mine.values()])[None], users=owners)
         row[f"{prefix}ndcg@10_masked_95"] = [found.low, found.high]
         # Methods are compared over the seeds that both have; those with the same ones share draws.
         common: dict[tuple[int, ...], list[str]] = {}
@@ -422,7 +449,8 @@ def _table_row(
         common.pop((), None)
         for seeds, rivals in common.items():
             pairs = [[mine[seed] - masked[rival][seed] for seed in seeds] for rival in rivals]
-            for rival, found in zip(rivals, bootstrap_seeds(np.array(pairs)), strict=True):
+            differences = bootstrap_seeds(np.array(pairs), users=owners)
+            for rival, found in zip(rivals, differences, strict=True):
                 row[f"{prefix}vs_{rival}"] = [found.low, found.high]
     return row
 

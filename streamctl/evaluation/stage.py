@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from streamctl.config import EvalConfig, to_dict
 from streamctl.data import Examples, load_data
 from streamctl.errors import StreamctlError
-from streamctl.evaluation.methods import RERANKED, Models, Row, choose_rows
+from streamctl.evaluation.methods import RERANKED, Models, Row, choose_rows, known_rows
 from streamctl.evaluation.report import plot
 from streamctl.evaluation.rerank import DECIDERS, deciders, ranks_by_folds
 from streamctl.progress import say
@@ -30,6 +30,7 @@ from streamctl.ranking.metrics import ItemFacts
 from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.tokenizer import vectors as item_vectors
 
+Kept = tuple[dict[str, Any], dict[str, np.ndarray], float]  # a row's entry, ranks and ms a user
 METRICS, RANKS = "metrics.json", "ranks.safetensors"
 CHOICE = "choice/"  # ranks of the validation users who choose
 TIES = {"keep": "kept", "shuffle": "shuffled", "runs": "shuffled, all runs of ascending ids"}
@@ -53,7 +54,8 @@ def evaluate_run(
     5,000) validation users, whatever the split. It is what the run answers with from then on.
 
     Redone whenever a stage it reads, the set of stages, or a setting has changed; rows whose own
-    stages are as they were are taken over, unless forced. The last one is kept as `eval.previous`.
+    stages are as they were are taken over, unless forced, also those that `config.methods` leaves
+    out. The last one is kept as `eval.previous`.
     Its artifacts hold no timing: latencies are in the manifest, and `read_result` joins them.
 
     Returns:
@@ -64,19 +66,17 @@ def evaluate_run(
         StreamctlError: no data stage, or a stage that is read is missing or stale.
     """
     run.require("data")
-    if not len(getattr(load_data(run)[1], config.split)):
-        raise StreamctlError(
-            f"nobody is held out to evaluate with ({config.split}): everything trains here",
-            where=run.path,
-            run="`streamctl eval` of the run that this was made from",
-        )
+    held_out(run, config.split)
     rows, absent = choose_rows(run, config.methods)
-    parents = list(dict.fromkeys(["data", *(stage for row in rows for stage in row.stages)]))
+    known = {} if force else _unchanged(run, config)
+    if config.methods:  # the others stay, and so does a winner among them
+        asked = [row.name for row in rows]
+        rows = [row for row in known_rows(run).values() if row.name in (*asked, *known)]
+    parents = list(dict.fromkeys(name for row in rows for name in _made(run, row)))
     if absent and len(rows) == 1:
         say("nothing is trained yet: popularity is evaluated alone")
     elif absent:
         say(f"not in this run: {', '.join(absent)}")
-    known = {} if force else _unchanged(run, config, rows)
     force = force or _outdated(run, config, parents)
     with run.begin("eval", config, parents=parents, force=force) as stage:
         if stage is None:
@@ -89,14 +89,29 @@ def evaluate_run(
         facts = ItemFacts(split.popularity(), item_vectors(run) if tokenized else None)
         table = _Table(stage, config, examples, deciders(split.valid), split.n_items, facts)
         models = Models(run, config, examples, device)
-        for name, row_before in known.items():
-            table.keep(name, *row_before)
+        table.keep({row.name: known[row.name] for row in rows if row.name in known})
         for row in rows:
             if row.name not in table.entries:
                 table.add(row.name, row.make(models), _decided(row))
         _judge_reranked(run, rows, table)
         _publish(run, stage, config, rows, table)
     return run.stage("eval")
+
+
+def held_out(run: RunDir, split: str) -> Examples:
+    """The targets to evaluate with.
+
+    Raises:
+        StreamctlError: there are none.
+    """
+    found = getattr(load_data(run)[1], split)
+    if not len(found):
+        raise StreamctlError(
+            f"nobody is held out to evaluate with ({split}): everything trains here",
+            where=run.path,
+            run="`streamctl eval` of the run that this was made from",
+        )
+    return found
 
 
 def _outdated(run: RunDir, config: EvalConfig, parents: list[str]) -> bool:
@@ -113,19 +128,21 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     return json.loads(json.dumps(to_dict(config)))
 
 
-def _unchanged(run: RunDir, config: EvalConfig, rows: list[Row]) -> dict[str, tuple]:
-    """Rows of the last evaluation that are still true: entry, ranks and latency by name."""
-    stage = run.stage("eval")
-    if not stage.complete:
+def _unchanged(run: RunDir, config: EvalConfig) -> dict[str, Kept]:
+    """Rows of the last evaluation, before one that was interrupted, that are still true."""
+    evaluations = run.stage("eval"), run.stage("eval.previous")
+    stage = next((one for one in evaluations if one.complete), None)
+    if stage is None:
         return {}
     manifest, wanted = stage.manifest, _settings(config)
     if any(manifest["config"].get(key) != wanted[key] for key in wanted if key != "methods"):
         return {}
     result, ranks = read_result(stage), load_file(stage.file(RANKS))
     before, known = result["methods"] | result["controls"], {}
-    for row in rows:
+    for row in choose_rows(run, ())[0]:
         entry = before.get(row.name)
-        if entry is not None and entry["made"] == _made(run, row):
+        stale = any(run.stage(name).outdated for name in row.stages)
+        if entry is not None and not stale and entry["made"] == _made(run, row):
             names = (row.name, f"{row.name}/masked", CHOICE + row.name)
             kept = {name: ranks[name].numpy() for name in names if name in ranks}
             known[row.name] = entry, kept, entry.pop("ms_per_user")
@@ -133,8 +150,10 @@ def _unchanged(run: RunDir, config: EvalConfig, rows: list[Row]) -> dict[str, tu
 
 
 def _made(run: RunDir, row: Row) -> dict[str, str]:
-    """What a row's figures depend on: the data, and the stages that it is read from."""
-    return {name: run.stage(name).hash for name in dict.fromkeys(("data", *row.stages))}
+    """What a row's figures depend on: the data, the tokenizer where there is one, whose vectors say
+    how diverse an answer is, and the stages that the row is read from."""
+    facts = ("data", *("tokenizer",) * run.stage("tokenizer").complete)
+    return {name: run.stage(name).hash for name in dict.fromkeys((*facts, *row.stages))}
 
 
 @dataclass
@@ -183,16 +202,20 @@ class _Table:
             title = f"choose {name}"
             chosen = evaluate(recommender, self.deciders, masked=True, title=title, **options)
             self.ranks[CHOICE + name] = chosen.ranks
+        self._save()
+
+    def _save(self) -> None:
         tensors = {name: torch.from_numpy(ranks) for name, ranks in self.ranks.items()}
         self.stage.save_checkpoint(tensors, {"entries": self.entries, "latency": self.latency})
 
-    def keep(
-        self, name: str, entry: dict[str, Any], ranks: dict[str, np.ndarray], latency: float
-    ) -> None:
-        """Take over a row of the last evaluation."""
-        if name not in self.entries:
+    def keep(self, rows: Mapping[str, Kept]) -> None:
+        """Take over rows of the last evaluation, which an interruption may not lose either."""
+        new = {name: row for name, row in rows.items() if name not in self.entries}
+        for name, (entry, ranks, latency) in new.items():
             self.entries[name], self.latency[name] = entry, latency
             self.ranks |= ranks
+        if new:
+            self._save()
 
     def winner(self, names: Sequence[str]) -> dict[str, Any] | None:
         """The best of some methods on validation, and how it differs from the next best."""

@@ -55,8 +55,7 @@ def update(
     counted = [f"baselines/{name}" for name in BASELINES if not baseline_class(name).losses]
     wanted = [name for name in (*STAGES, *counted) if old.stage(name).complete]
     wanted = [name for name in in_order(old, wanted) if name not in ("data", "tokenizer")]
-    rankers = sorted(path.parent for path in (old.path / "rerank").glob("*/manifest.json"))
-    wanted += [f"rerank/{folder.name}" for folder in rankers]
+    wanted += old.stages("rerank")
     settings = {name: _settings(old, name, file, sets, seed) for name in wanted}
     extend(old, run)
     made = ["tokenizer"]
@@ -68,11 +67,7 @@ def update(
         warm = {"warm": _weights(old, name)} if name in WARM else {}
         maker(name)[0](run, config, device=device, **warm)
         made.append(name)
-    left = [
-        path.parent.name
-        for path in sorted((old.path / "baselines").glob("*/manifest.json"))
-        if f"baselines/{path.parent.name}" not in made
-    ]
+    left = [name.rpartition("/")[2] for name in old.stages("baselines") if name not in made]
     if left:
         say(f"not taken over, for they know single items: {', '.join(left)}; train them again")
     return made

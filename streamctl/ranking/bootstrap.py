@@ -52,25 +52,40 @@ def bootstrap_mean(
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def bootstrap_seeds(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> list[Interval]:
+def bootstrap_seeds(
+    values: np.ndarray,
+    *,
+    users: np.ndarray | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[Interval]:
     """95% percentile intervals of means over users and seeds, both drawn with return.
 
     Args:
-        values: float64 (P, S, E): of each pair of methods, seed and user; all pairs see the same
+        values: float64 (P, S, E): of each pair of methods, seed and target; all pairs see the same
             draws.
+        users: (E,) whose target each is, all drawn together; by default one user a target.
     """
-    pairs, seeds, users = values.shape
-    flat = np.ascontiguousarray(values.reshape(pairs * seeds, users).T)
-    rng = np.random.default_rng(derive_seed(seed, "bootstrap", seeds, users))
+    pairs, seeds, targets = values.shape
+    flat = np.ascontiguousarray(values.reshape(pairs * seeds, targets).T)
+    sizes = np.ones(targets)
+    if users is not None:
+        _, who, sizes = np.unique(users, return_inverse=True, return_counts=True)
+        sums = np.zeros((len(sizes), pairs * seeds))
+        np.add.at(sums, who, flat)
+        flat, sizes = sums, sizes.astype(np.float64)
+    people = len(sizes)
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap", seeds, people))
     means = np.empty((resamples, pairs))
-    step = max(1, _CHUNK // users)
+    step = max(1, _CHUNK // people)
     for begin in range(0, resamples, step):
         size = min(step, resamples - begin)
-        draws = rng.integers(0, users, size=(size, users))
-        draws += np.arange(size)[:, None] * users
+        draws = rng.integers(0, people, size=(size, people))
+        draws += np.arange(size)[:, None] * people
         # How often each user was drawn: one matrix product then serves every pair.
-        counts = np.bincount(draws.ravel(), minlength=size * users).reshape(size, users)
-        of_seeds = (counts.astype(np.float64) @ flat / users).reshape(size, pairs, seeds)
+        counts = np.bincount(draws.ravel(), minlength=size * people).reshape(size, people)
+        counts = counts.astype(np.float64)
+        of_seeds = (counts @ flat / (counts @ sizes)[:, None]).reshape(size, pairs, seeds)
         weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
         means[begin : begin + size] = np.einsum("rps,rs->rp", of_seeds, weights)
     low, high = np.quantile(means, (0.025, 0.975), axis=0)
