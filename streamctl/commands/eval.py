@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def command(
     job: Job,
     split: str | None = option("test (default) or valid."),
-    methods: str | None = option("Rows of the table, comma-separated; default: all."),
+    methods: str | None = option("Rows to evaluate, comma-separated; default: all."),
     beam: int | None = option("Width of the search over codes; default 50.", min=1),
     users: int | None = option(
         "Evaluate a seeded sample of this many users; 0: all (1,000 of --think-curve and exact).",
@@ -30,7 +30,8 @@ def command(
     """Rank the whole catalogue by every method and control in the run, and compare them.
 
     recall@k is also known as HR@k: each target counts alone. Figures are given with seen items
-    left in and masked. It is recomputed when a stage that it reads has changed.
+    left in and masked. Rows are evaluated again when a stage that they read has changed; those
+    that still hold stay in the table, whatever --methods asks for.
 
     `--decode exact` instead compares beams of 20 and 50 with an exact search of the whole
     catalogue, and `--think-curve` measures thoughts of 0, 1, 2, 4, ... and their
