@@ -32,7 +32,7 @@ PAGES = (
 )
 BRIEF = (
     "popularity", "transitions", "knn", "ranker", "sasrec_ce", "tiger", "stream_pt", "stream_sft",
-    "stream_rl", "l0", "random",
+    "stream_rl", "l0", "random_evidence",
 )  # fmt: skip
 MAIN = ("beauty", "scientific", "instruments")  # the sets of the main table, in this order
 NONE = "No receipt is here yet: `streamctl reproduce` and `benchmarks/thinker.py` make them."
@@ -67,13 +67,9 @@ def results(found: Mapping[str, Mapping[str, Any]]) -> str:
             cells.append(f"{cell} ({less})" if cell and less else cell)
         if any(cells):
             rows.append([draw.TITLES[method], *cells])
-    head = [f"{name}, {users(one):,} users" for name, one in found.items()]
+    head = [f"{name}, {one['users']:,} users" for name, one in found.items()]
     picture = "![Masked ndcg@10 of every method](docs/img/results.svg)"
     return f"{markdown(['', *head], rows)}\n\n{picture}"
-
-
-def users(receipt: Mapping[str, Any]) -> int:
-    return max(row["users"] for row in receipt["rows"])
 
 
 # What thinking brings: words, the row (None: STREAM-Rec's best), what it is compared with.
@@ -112,16 +108,13 @@ def thinking(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 def changes(found: Mapping[str, Mapping[str, Any]]) -> str:
     """A line a changed thing, a column a set: masked ndcg@10 and what it differs by."""
-    found = {name: one for name, one in found.items()
-             if any("vs_whole" in row for row in one["rows"])}  # fmt: skip
     names: dict[tuple[str, int], list[str]] = {}
     for place, receipt in enumerate(found.values()):
         for row in receipt["rows"]:
-            if "vs_whole" in row:
-                cells = names.setdefault((row["method"], row["l"]), [""] * len(found))
-                cells[place] = f"{row['ndcg@10_masked']:.4f} ({interval(row['vs_whole'])})"
-                if row["method"] in ("length", "whole"):
-                    cells[place] = f"{row['ndcg@10_masked']:.4f}, {row['ms_per_user']:.1f} ms"
+            cells = names.setdefault((row["method"], row["l"]), [""] * len(found))
+            cells[place] = f"{row['ndcg@10_masked']:.4f} ({interval(row['vs_whole'])})"
+            if row["method"] in ("length", "whole"):
+                cells[place] = f"{row['ndcg@10_masked']:.4f}, {row['ms_per_user']:.1f} ms"
     lines = [[f"l = {l}" if name == "length" else name.replace("_", " "), *cells]
              for (name, l), cells in names.items()]  # fmt: skip  # noqa: E741
     return markdown(["", *found], lines)
@@ -299,7 +292,7 @@ SPEED = ("kernels", "decode", "train")  # those with a place of their own in doc
 
 def render() -> dict[str, str]:
     """Block name -> markdown, for every receipt that is there, for the settings and commands."""
-    blocks, receipts, more, sets = {}, {}, [], {}
+    blocks, receipts, more = {}, {}, []
     for path in sorted(RESULTS.glob("*.json")):
         receipt = receipts[path.stem] = json.loads(path.read_text())
         if path.stem.startswith("thinker-"):
@@ -310,23 +303,20 @@ def render() -> dict[str, str]:
         if receipt["name"] in BLOCKS:
             blocks[path.stem] = BLOCKS[receipt["name"]](receipt)
         elif path.stem.startswith("table-"):
-            name = path.stem.removeprefix("table-")
-            if name in MAIN:
-                sets[name] = receipt
-            else:
+            if path.stem.removeprefix("table-") not in draw.SETS:
                 blocks[path.stem] = table(receipt)
         elif "rows" in receipt and "ratio" in receipt["rows"][0]:
             if path.stem in SPEED:
                 blocks[path.stem] = speed(receipt)
             else:
                 more.append(f"`{path.stem}.json`\n\n{speed(receipt)}")
-    found = draw.receipts()
-    sets = {name: sets[name] for name in MAIN if name in sets}
+    tables, thinkers = draw.receipts("table"), draw.receipts("thinker")
+    sets = {name: tables[name] for name in MAIN if name in tables}
     return blocks | {
-        "results": results(found),
+        "results": results(tables),
         "tables": "\n\n".join(f"**{name}**, {table(one)}" for name, one in sets.items()) or NONE,
         "thinking": thinking(sets) if sets else NONE,
-        "changes": changes(found) if found else NONE,
+        "changes": changes(thinkers) if thinkers else NONE,
         "more-speed": "\n\n".join(more) or "No other receipt is here yet.",
         "commands": commands(),
         "arithmetic": scale_tables.arithmetic(receipts),

@@ -1,11 +1,10 @@
-"""What thinking with evidence brings: every stage, part, hop and length, on a run's test users.
+"""What each part of thinking with evidence brings: one change at a time, on a run's test users.
 
-    streamctl reproduce runs/beauty --size tiny --seeds 3
+    streamctl reproduce runs/beauty --size tiny
     python benchmarks/thinker.py runs/beauty --save beauty
 
-Rows of methods are those of `reproduce`: means over its seeds, with intervals over users and
-seeds. Rows that change one thing (parts, hops, lengths, orders) are of seed 0 and a sample of
-`--users` test users, with seen items masked. `--train` also trains policies that know the first
+Rows change parts, hops, lengths or orders of seed 0's SFT, for a sample of `--users` test users,
+with seen items masked. `--train` also trains policies that know the first
 hops alone, in RUN/hops: a hop that is taken from a policy which learned with it is missed more.
 """
 
@@ -25,7 +24,6 @@ from streamctl.config import EvalConfig
 from streamctl.decode.evidence import FULL, EvidenceRecommender
 from streamctl.evaluation.methods import Models, known_rows
 from streamctl.evaluation.reproduce import MAKERS, copy_stage
-from streamctl.files import read_json
 from streamctl.ranking import evaluate, paired_difference, sample_users
 from streamctl.retrieval.evidence import HOPS
 from streamctl.retrieval.memory import Memory
@@ -35,8 +33,6 @@ from streamctl.runs import RunDir
 LENGTHS = (0, 1, 2, 4, 8, 16, 32, 64)
 KEPT = (0, 256, 64, 16)  # pairs of an item; 0: all. Evidence keeps 1,024, and twice the rows
 PARTS = ("weights_alone", "codes_alone")
-NAMES = {"random_evidence": "random"}
-THINKING = {"stream_sft": FULL, "stream_rl": FULL}  # l of a row, where it thinks as it likes
 STAGES = ("tokenizer", "pretrain", "annotate", "sft", "rl")
 
 
@@ -58,16 +54,6 @@ def trained(run, seed, count):
             config = dataclasses.replace(config, hops=hops)
         make(job, config, device="cpu")
     return Models(job, EvalConfig(), None, "cpu").reasoning("sft")
-
-
-def methods(run):
-    """The rows of `reproduce`, in the names of this receipt."""
-    rows = []
-    for row in read_json(run.path / "reproduce" / "table.json")["rows"]:
-        row = {name.replace("random_evidence", "random"): value for name, value in row.items()}
-        name = NAMES.get(row["method"], row["method"])
-        rows.append(row | {"method": name, "l": THINKING.get(name)})
-    return rows
 
 
 class Changes:
@@ -177,22 +163,20 @@ def main():
     parser.add_argument("--save", metavar="NAME", help="results/thinker-NAME.json")
     args = parser.parse_args()
     run = RunDir(args.run)
-    table = read_json(run.path / "reproduce" / "table.json")
     seed = RunDir(run.path / "reproduce" / "seed-0")
     changes = Changes(seed, args.users)
     changes.all()
     if args.train:
         for count in range(1, sum(size > 0 for size in changes.models.material.hops)):
             changes.add(f"trained with the {first_hops(count)}", trained(run, seed, count))
-    rows = [row | {"users": table["users"]} for row in methods(run)]
     words = ["RUN" if word == str(args.run) else word for word in sys.argv[1:]]
     receipt = {
         **provenance(f"thinker-{args.save or args.run.name}"),
         "command": " ".join(("python benchmarks/thinker.py", *words)),
         "protocol": "leave-one-out, full catalogue; validation picks epochs and the trust in codes",
         "config": {stage: seed.stage(stage).manifest["config"] for stage in STAGES},
-        "data_hash": table["data_hash"],
-        "rows": rows + changes.rows,
+        "data_hash": seed.stage("data").hash,
+        "rows": changes.rows,
     }
     if args.save:
         path = Path(__file__).parent / "results" / f"thinker-{args.save}.json"

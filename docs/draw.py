@@ -1,7 +1,7 @@
 """The pictures of the documentation, as SVG: the idea, and the plots of the receipts.
 
 python docs/draw.py          writes docs/img/idea.svg, and results.svg and lengths.svg of what
-                             benchmarks/results/thinker-*.json hold
+                             benchmarks/results/{table,thinker}-*.json hold
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "img"
 INK, MUTED, LINE, PAPER, BLUE, SOFT, GREY = (
     "#1f2933", "#52606d", "#cbd2d9", "#ffffff", "#2f6fb0", "#e3eefa", "#9aa5b1",
 )  # fmt: skip
+SETS = ("beauty", "instruments", "scientific", "demo")
 SERIES = (BLUE, "#b25d1e", "#3d8168", "#7a4f9a")
 TITLES = {
     "popularity": "Popularity", "transitions": "Transitions", "knn": "kNN", "ranker": "Ranker",
     "caser": "Caser", "gru4rec": "GRU4Rec", "bert4rec": "BERT4Rec", "sasrec_bce": "SASRec (BCE)",
     "sasrec_ce": "SASRec (CE)", "tiger": "TIGER", "stream_pt": "STREAM-Rec pretrained",
     "stream_sft": "STREAM-Rec SFT", "stream_rl": "STREAM-Rec RL", "l0": "no thought (l = 0)",
-    "random": "random evidence",
+    "random_evidence": "random evidence",
 }  # fmt: skip
 
 
@@ -95,11 +96,10 @@ def idea() -> str:
     return svg(960, 330, parts, "A history brings items to mind; they are weighed; they answer")
 
 
-def receipts() -> dict[str, dict[str, Any]]:
-    """Name of the set -> receipt of `benchmarks/thinker.py`."""
-    paths = sorted(RESULTS.glob("thinker-*.json"))
-    found = {path.stem.removeprefix("thinker-"): json.loads(path.read_text()) for path in paths}
-    return dict(sorted(found.items(), key=lambda pair: pair[0] == "demo"))
+def receipts(kind: str) -> dict[str, dict[str, Any]]:
+    """Name of the set -> receipt: "table" of `streamctl reproduce`, "thinker" of `thinker.py`."""
+    paths = {name: RESULTS / f"{kind}-{name}.json" for name in SETS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def main_rows(receipt: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -170,11 +170,10 @@ def lengths(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def pictures() -> dict[str, str]:
     """File name -> SVG, of everything that can be drawn."""
-    drawn, found = {"idea.svg": idea()}, receipts()
-    if found:
-        drawn["results.svg"] = results(found)
-        if any(row["method"] == "length" for one in found.values() for row in one["rows"]):
-            drawn["lengths.svg"] = lengths(found)
+    drawn = {"idea.svg": idea()}
+    for name, kind, draw in (("results", "table", results), ("lengths", "thinker", lengths)):
+        if found := receipts(kind):
+            drawn[f"{name}.svg"] = draw(found)
     return drawn
 
 
