@@ -18,7 +18,7 @@ from streamctl.runs import Stage, StageWriter
 TREES = "trees.txt"
 LAST = 5  # training positions of each user, as many as SFT has: the last are most like validation's
 POSITIONS = 200_000  # at most, drawn from these: what fits into memory
-VALIDATION_USERS = 2000
+VALIDATION_USERS = 5000  # who say how many trees; with 2,000 one seed of three stopped at three
 MOST_TREES = 400
 BATCH = 1024
 
@@ -30,7 +30,7 @@ class Ranker(HopBaseline):
     counts taken out); validation users say how many trees.
     """
 
-    defaults: ClassVar[dict[str, Any]] = {"lr": 0.05}
+    defaults: ClassVar[dict[str, Any]] = {"lr": 0.02}
 
     def __init__(self, config: BaselineConfig, split: Split, evidence: Evidence):
         super().__init__(config, split, evidence)

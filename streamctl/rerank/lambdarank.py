@@ -14,7 +14,7 @@ from streamctl.errors import StreamctlError
 if TYPE_CHECKING:
     import lightgbm
 
-PATIENCE = 30  # trees without a better ndcg@10 before stopping
+PATIENCE = 100  # trees without a better ndcg@10 before stopping
 PARAMETERS = {
     "objective": "lambdarank", "metric": "ndcg", "eval_at": [10], "num_leaves": 31,
     "min_data_in_leaf": 50, "feature_fraction": 0.8, "bagging_fraction": 0.8, "bagging_freq": 1,
