@@ -31,6 +31,8 @@ class Settings:
         base = {}
         if run.stage(stage).complete:
             base = run.stage(stage).manifest["config"]
+        if stage == "eval":
+            base.pop("methods", None)  # of one evaluation
         flags = {"seed": self.seed, "size": self.size}
         flags = {name: value for name, value in flags.items() if name in cls.__dataclass_fields__}
         options = {"base": base, "file": self.file, **flags}
@@ -81,7 +83,8 @@ def run_all(run: RunDir, settings: Settings, *, device: str = "auto") -> Stage:
         state = "redone, its parents changed" if outdated else ""
         say(f"[{number}/{len(chosen)}] {name} {state}".rstrip())
         make = evaluate_run if name == "eval" else maker(name)[0]
-        make(run, config, device=device, force=outdated)
+        # An evaluation knows itself which of its rows still hold.
+        make(run, config, device=device, force=outdated and name != "eval")
     return run.stage("eval")
 
 

@@ -58,9 +58,12 @@ class RunDir:
         return Stage(self.path, name)
 
     def stages(self, group: str) -> list[str]:
-        """Names of the complete stages `GROUP/NAME`, without the previous ones that are kept."""
-        names = (path.parent.name for path in (self.path / group).glob("*/" + MANIFEST))
-        return sorted(f"{group}/{name}" for name in names if not name.endswith(PREVIOUS))
+        """Names of the complete stages `GROUP/NAME`, without copies, such as those that are kept
+        as NAME.previous."""
+        paths = (self.path / group).glob("*/" + MANIFEST)
+        names = (f"{group}/{path.parent.name}" for path in paths)
+        own = (name for name in names if not name.endswith(PREVIOUS))
+        return sorted(name for name in own if self.stage(name).manifest["stage"] == name)
 
     def _check_folder(self) -> None:
         """Refuse a run whose path is, or goes through, a file."""
@@ -88,7 +91,7 @@ class RunDir:
         stage = self.stage(name)
         if not stage.complete:
             inside = sorted(file.parent.parent for file in self.path.glob("*/data/" + MANIFEST))
-            if inside and name == "data" and not stage.path.exists():
+            if inside and name == "data" and not any(self.path.glob("*/" + MANIFEST)):
                 raise StreamctlError(
                     "this folder holds runs and is none itself",
                     where=self.path,

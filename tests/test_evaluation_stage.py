@@ -21,6 +21,7 @@ from streamctl.config import (
     DataConfig,
     EvalConfig,
     PretrainConfig,
+    RefitConfig,
     RerankConfig,
     RlConfig,
     SftConfig,
@@ -32,6 +33,7 @@ from streamctl.evaluation import curve
 from streamctl.evaluation import methods as methods_module
 from streamctl.evaluation import stage as stage_module
 from streamctl.evaluation.methods import Models, best_method, choose_rows, load_best
+from streamctl.evaluation.refit import refit
 from streamctl.evaluation.report import SAME, plot, table
 from streamctl.evaluation.rerank import rerank
 from streamctl.evaluation.stage import evaluate_run, read_result
@@ -177,6 +179,42 @@ def test_rows_and_a_winner_that_are_not_asked_for_stay(run, stage, tmp_path, mon
     assert after["winner"]["method"] in {before["winner"]["method"], "gru4rec"}
 
 
+def test_force_evaluates_what_is_asked_for_and_leaves_the_rest(run, tmp_path, monkeypatch):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    before = read_result(evaluate_run(copy, CONFIG, device="cpu"))
+    titles, real = [], stage_module.evaluate
+
+    def watched(*args, title, **options):
+        titles.append(title)
+        return real(*args, title=title, **options)
+
+    monkeypatch.setattr(stage_module, "evaluate", watched)
+    asked = replace(CONFIG, methods=("popularity",))
+    after = read_result(evaluate_run(copy, asked, device="cpu", force=True))
+    assert {title.split()[1] for title in titles} == {"popularity"}
+    assert set(after["methods"]) == set(before["methods"])
+    assert after["winner"] == before["winner"]
+
+
+def test_rows_that_no_longer_hold_are_left_out_and_named(run, tmp_path, capsys):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    evaluate_run(copy, CONFIG, device="cpu")
+    shutil.rmtree(copy.stage("rl").path)
+    asked = replace(CONFIG, methods=("popularity",))
+    after = read_result(evaluate_run(copy, asked, device="cpu"))
+    assert "stream_rl" not in after["methods"] and "stream_sft" in after["methods"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out of the table: random_thinking_rl, stream_rl" in said
+
+
+def test_a_damaged_evaluation_that_is_kept_stops_nothing(tmp_path):
+    run, config = write_cycle(tmp_path / "run"), EvalConfig(bootstrap=50)
+    evaluate_run(run, config, device="cpu")
+    (run.path / "eval").rename(run.path / "eval.previous")
+    (run.path / "eval.previous" / "manifest.json").write_text("{")
+    assert "popularity" in read_result(evaluate_run(run, config, device="cpu"))["methods"]
+
+
 def test_how_diverse_an_answer_is_depends_on_the_tokenizer(tmp_path):
     run, config = write_cycle(tmp_path / "run"), EvalConfig(bootstrap=50)
     popular = read_result(evaluate_run(run, config, device="cpu"))["methods"]["popularity"]
@@ -215,7 +253,7 @@ def test_an_interrupted_evaluation_keeps_its_rows_and_ends_bit_identical(run, st
         return real(*args, title=title, **options)
 
     monkeypatch.setattr(stage_module, "evaluate", resumed)
-    assert evaluate_run(run, config, device="cpu", force=True).hash == whole
+    assert evaluate_run(run, config, device="cpu").hash == whole
     assert "eval popularity" not in titles, "a finished row was evaluated again"
     assert "eval stream_pt" in titles
 
@@ -423,6 +461,14 @@ def test_exact_search_is_the_yardstick_of_beams(run):
         assert row["beam 50"]["ndcg@10"] == pytest.approx(row["exact"]["ndcg@10"])
     columns, rows = curve.loss_rows(found)
     assert len(rows) == 6 and all(len(row) == len(columns) for row in rows)
+
+
+def test_where_everything_trains_nothing_is_measured(run, tmp_path):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    final = RunDir(refit(copy, RefitConfig(method="stream_sft"), device="cpu").path)
+    for measure in (curve.beam_losses, curve.think_curve):
+        with pytest.raises(StreamctlError, match="nobody is held out"):
+            measure(final, CONFIG, device="cpu")
 
 
 def test_think_curve_has_every_length_and_its_controls(run, monkeypatch):

@@ -16,7 +16,7 @@ from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation.methods import answering, best_method, load_best, load_method
 from streamctl.evaluation.refit import refit
 from streamctl.evaluation.rerank import FOLDS, deciders, folds, ranks_by_folds, rerank
-from streamctl.evaluation.stage import evaluate_run, held_out, read_result
+from streamctl.evaluation.stage import evaluate_run, read_result
 from streamctl.ranking import evaluate, gains
 from streamctl.rerank import features
 from streamctl.rerank.lambdarank import Groups, LambdaRank
@@ -248,8 +248,6 @@ def test_refit_counts_what_was_held_out_and_nothing_can_evaluate_it(run, result,
     assert not torch.equal(mine, after.recommend(history, 5).scores)
     with pytest.raises(StreamctlError, match="nobody is held out"):
         evaluate_run(folder, EvalConfig(), device="cpu")
-    with pytest.raises(StreamctlError, match="nobody is held out"):
-        held_out(folder, "test")
     again = read_result(evaluate_run(copy, EvalConfig(bootstrap=200), device="cpu"))
     assert again["methods"]["transitions"] == result["methods"]["transitions"]
     assert answering(copy, "knn")[0].path == copy.path

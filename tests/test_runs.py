@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,11 @@ def test_a_folder_of_runs_names_the_runs_in_it(tmp_path):
     make(RunDir(tmp_path / "beauty"), "data", 1)
     with pytest.raises(StreamctlError, match=f"holds runs.* Next: --run {tmp_path}/beauty$"):
         RunDir(tmp_path).require("data")
+    run = RunDir(tmp_path / "mine")  # holds final/, and is a run
+    for name in ("tokenizer", "final/data"):
+        make(run, name, 1)
+    with pytest.raises(StreamctlError, match="stage data is missing"):
+        run.require("data")
 
 
 def test_stages_of_a_group_are_those_that_hold(tmp_path):
@@ -78,6 +84,7 @@ def test_stages_of_a_group_are_those_that_hold(tmp_path):
     for name in ("rerank/knn", "rerank/knn.previous", "baselines/caser"):
         make(run, name, 1)
     (tmp_path / "rerank" / "tiger").mkdir()
+    shutil.copytree(tmp_path / "rerank" / "knn", tmp_path / "rerank" / "knn.bak")
     assert run.stages("rerank") == ["rerank/knn"] and not run.stages("none")
 
 

@@ -18,7 +18,7 @@ from streamctl.runs import Stage, StageWriter
 TREES = "trees.txt"
 LAST = 5  # training positions of each user, as many as SFT has: the last are most like validation's
 POSITIONS = 200_000  # at most, drawn from these: what fits into memory
-VALIDATION_USERS = 5000  # who say how many trees; with 2,000 one seed of three stopped at three
+VALIDATION_USERS = 5000  # who say how many trees; with 2,000 a seed stopped at its third
 MOST_TREES = 400
 BATCH = 1024
 

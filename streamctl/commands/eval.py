@@ -20,7 +20,8 @@ def command(
     methods: str | None = option("Rows to evaluate, comma-separated; default: all."),
     beam: int | None = option("Width of the search over codes; default 50.", min=1),
     users: int | None = option(
-        "Evaluate a seeded sample of this many users; 0: all (1,000 of --think-curve and exact).",
+        "Evaluate a seeded sample of this many users; 0: all. --think-curve and "
+        "--decode exact then take 1,000.",
         min=0,
     ),
     decode: str = option("beam, or exact: what beams lose to the true top-k.", default="beam"),

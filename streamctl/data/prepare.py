@@ -47,7 +47,7 @@ def prepare(run: RunDir, config: DataConfig, *, force: bool = False) -> Stage:
         return raw
 
     made = run.stage("data")
-    if made.complete and made.manifest["config"].get("source") != config.source:
+    if made.complete and not force and made.manifest["config"].get("source") != config.source:
         find_source(Path(config.source), config.format)  # its faults before those of the settings
     return write_stage(run, config, read, force=force)
 

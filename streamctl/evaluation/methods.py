@@ -152,14 +152,20 @@ class Models:
     def reranked(self, names: tuple[str, ...]) -> Recommender:
         """Methods with the ranker behind them that was fitted on validation users."""
         stage = self.run.stage(RERANK + "+".join(names))
-        rows, models = known_rows(self.run), copy(self)
-        models.narrow = False  # as many candidates as it was fitted with
+        rows = known_rows(self.run)
         return Reranker(
-            tuple(rows[name].make(models) for name in names),
+            tuple(rows[name].make(self._wide) for name in names),
             self.evidence,
             LambdaRank.load(stage.file("trees.txt")),
             stage.manifest["config"]["depth"],
         )
+
+    @cached_property
+    def _wide(self) -> Models:
+        """The same models, that bring as many candidates as rankers were fitted with."""
+        models = copy(self)
+        models.narrow = False
+        return models
 
     def popularity(self) -> Recommender:
         config = BaselineConfig(name="popularity")
@@ -350,7 +356,10 @@ def best_method(run: RunDir) -> tuple[str, str]:
             if name == "popularity":
                 return name, "nothing is trained yet; `streamctl run` trains every stage"
             state = "is out of date" if stage.complete else "is not there yet"
-            return name, f"trained last; `{run.command(EVAL)}` finds the best: its table {state}"
+            return (
+                name,
+                f"not compared yet; `{run.command(EVAL)}` finds the best: its table {state}",
+            )
     raise StreamctlError("the run has no method", where=run.path, run=run.command("data"))
 
 

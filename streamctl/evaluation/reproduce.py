@@ -337,13 +337,18 @@ def write_table(run: RunDir) -> dict[str, Any]:
             run="the same command after removing those of the other users or data",
         )
     for kind in ("seed", "letter"):
-        _warn_of_other_settings([path for path in paths if path.name.startswith(kind)])
+        of_kind = {
+            path.name: receipt
+            for path, receipt in zip(paths, receipts, strict=True)
+            if path.name.startswith(kind)
+        }
+        _warn_of_other_settings(of_kind)
     entries: dict[str, list[Mapping[str, Any]]] = {}
     masked: dict[str, dict[int, np.ndarray]] = {}
     owners = None
     for path, receipt in zip(paths, receipts, strict=True):
         ranks = _read_ranks(path.with_suffix(".npz"), receipt)
-        owners = ranks.get(OWNERS)
+        owners = ranks.get(OWNERS, owners)
         for name, row in receipt["rows"].items():
             entries.setdefault(name, []).append(row)
             own = gains(ranks[f"{name}/masked"], 10)
@@ -368,17 +373,17 @@ def write_table(run: RunDir) -> dict[str, Any]:
     return table
 
 
-def _warn_of_other_settings(paths: Sequence[Path]) -> None:
+def _warn_of_other_settings(receipts: Mapping[str, Mapping[str, Any]]) -> None:
     """Say where a mean over seeds is one over models that were made with different settings."""
-    first: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for path in paths:
-        for stage, made in read_json(path)["stages"].items():
+    first: dict[str, tuple[str, dict[str, Any]]] = {}
+    for file, receipt in receipts.items():
+        for stage, made in receipt["stages"].items():
             config = made["config"] | {"seed": 0}
-            before, other = first.setdefault(stage, (path, config))
-            keys = [key for key in config if config[key] != other.get(key)]
+            before, other = first.setdefault(stage, (file, config))
+            keys = [key for key in sorted({*config, *other}) if config.get(key) != other.get(key)]
             if keys and stage != "eval":
                 warn(
-                    f"{stage} has other settings in {path.name} than in {before.name} "
+                    f"{stage} has other settings in {file} than in {before} "
                     f"({', '.join(keys)}): the table's mean is over both"
                 )
 

@@ -68,10 +68,14 @@ def evaluate_run(
     run.require("data")
     held_out(run, config.split)
     rows, absent = choose_rows(run, config.methods)
-    known = {} if force else _unchanged(run, config)
+    known, gone = _unchanged(run, config)
+    if force:
+        known = {name: row for name, row in known.items() if name not in {row.name for row in rows}}
     if config.methods:  # the others stay, and so does a winner among them
         asked = [row.name for row in rows]
         rows = [row for row in known_rows(run).values() if row.name in (*asked, *known)]
+        if gone := sorted(gone - {*asked}):
+            say(f"out of date, and left out of the table: {', '.join(gone)}")
     parents = list(dict.fromkeys(name for row in rows for name in _made(run, row)))
     if absent and len(rows) == 1:
         say("nothing is trained yet: popularity is evaluated alone")
@@ -89,7 +93,8 @@ def evaluate_run(
         facts = ItemFacts(split.popularity(), item_vectors(run) if tokenized else None)
         table = _Table(stage, config, examples, deciders(split.valid), split.n_items, facts)
         models = Models(run, config, examples, device)
-        table.keep({row.name: known[row.name] for row in rows if row.name in known})
+        if not stage.resumed:  # else what was interrupted has them, as far as it wanted them
+            table.keep({row.name: known[row.name] for row in rows if row.name in known})
         for row in rows:
             if row.name not in table.entries:
                 table.add(row.name, row.make(models), _decided(row))
@@ -128,25 +133,30 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     return json.loads(json.dumps(to_dict(config)))
 
 
-def _unchanged(run: RunDir, config: EvalConfig) -> dict[str, Kept]:
-    """Rows of the last evaluation, before one that was interrupted, that are still true."""
-    evaluations = run.stage("eval"), run.stage("eval.previous")
-    stage = next((one for one in evaluations if one.complete), None)
-    if stage is None:
-        return {}
-    manifest, wanted = stage.manifest, _settings(config)
-    if any(manifest["config"].get(key) != wanted[key] for key in wanted if key != "methods"):
-        return {}
-    result, ranks = read_result(stage), load_file(stage.file(RANKS))
+def _unchanged(run: RunDir, config: EvalConfig) -> tuple[dict[str, Kept], set[str]]:
+    """Rows of the last evaluation, before one that was interrupted, that are still true; and the
+    names of the others."""
+    stage = run.stage("eval")
+    try:
+        stage = stage if stage.complete else run.stage("eval.previous")
+        if not stage.complete:
+            return {}, set()
+        manifest, wanted = stage.manifest, _settings(config)
+        result, ranks = read_result(stage), load_file(stage.file(RANKS))
+    except StreamctlError:
+        if stage.name == "eval":
+            raise
+        return {}, set()  # what is kept for the user's eyes may be damaged
     before, known = result["methods"] | result["controls"], {}
-    for row in choose_rows(run, ())[0]:
-        entry = before.get(row.name)
-        stale = any(run.stage(name).outdated for name in row.stages)
-        if entry is not None and not stale and entry["made"] == _made(run, row):
-            names = (row.name, f"{row.name}/masked", CHOICE + row.name)
-            kept = {name: ranks[name].numpy() for name in names if name in ranks}
-            known[row.name] = entry, kept, entry.pop("ms_per_user")
-    return known
+    if all(manifest["config"].get(key) == wanted[key] for key in wanted if key != "methods"):
+        for row in choose_rows(run, ())[0]:
+            entry = before.get(row.name)
+            stale = any(run.stage(name).outdated for name in row.stages)
+            if entry is not None and not stale and entry["made"] == _made(run, row):
+                names = (row.name, f"{row.name}/masked", CHOICE + row.name)
+                kept = {name: ranks[name].numpy() for name in names if name in ranks}
+                known[row.name] = entry, kept, entry.pop("ms_per_user")
+    return known, {*before} - {*known}
 
 
 def _made(run: RunDir, row: Row) -> dict[str, str]:
@@ -210,12 +220,10 @@ class _Table:
 
     def keep(self, rows: Mapping[str, Kept]) -> None:
         """Take over rows of the last evaluation, which an interruption may not lose either."""
-        new = {name: row for name, row in rows.items() if name not in self.entries}
-        for name, (entry, ranks, latency) in new.items():
+        for name, (entry, ranks, latency) in rows.items():
             self.entries[name], self.latency[name] = entry, latency
             self.ranks |= ranks
-        if new:
-            self._save()
+        self._save()
 
     def winner(self, names: Sequence[str]) -> dict[str, Any] | None:
         """The best of some methods on validation, and how it differs from the next best."""
