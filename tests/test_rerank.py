@@ -248,6 +248,9 @@ def test_refit_counts_what_was_held_out_and_nothing_can_evaluate_it(run, result,
     assert not torch.equal(mine, after.recommend(history, 5).scores)
     with pytest.raises(StreamctlError, match="nobody is held out"):
         evaluate_run(folder, EvalConfig(), device="cpu")
+    for config in (RefitConfig(), RefitConfig(method="transitions")):
+        with pytest.raises(StreamctlError, match="everything trains here already"):
+            refit(folder, config, device="cpu")
     again = read_result(evaluate_run(copy, EvalConfig(bootstrap=200), device="cpu"))
     assert again["methods"]["transitions"] == result["methods"]["transitions"]
     assert answering(copy, "knn")[0].path == copy.path

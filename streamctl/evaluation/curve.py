@@ -106,6 +106,7 @@ def _measuring(
     run: RunDir, name: str, config: EvalConfig, device: str
 ) -> Iterator[tuple[StageWriter, Models, dict[str, Any]]]:
     """A stage that measures the last policy that thinks, and what its result says of it."""
+    everyone = held_out(run, config.split)
     policy = next((each for each in ("rl", "sft") if run.stage(each).complete), None)
     if policy is None:
         raise StreamctlError(
@@ -113,7 +114,7 @@ def _measuring(
             where=run.path,
             run=f"streamctl sft --run {run.path}",
         )
-    parents, everyone = ["data", "tokenizer", "annotate", policy], held_out(run, config.split)
+    parents = ["data", "tokenizer", "annotate", policy]
     with run.begin(name, config, parents=parents, force=True) as stage:
         examples = sample_users(everyone, config.users or USERS, config.seed)
         about = {"stage": policy, "split": config.split, "users": len(examples)}

@@ -41,9 +41,16 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
 
     Raises:
         UsageError: an unknown method.
-        StreamctlError: no method, or a stage of it is missing or stale.
+        StreamctlError: no method, a stage of it is missing or stale, or nothing is held out.
     """
     run.require("data")
+    split = load_data(run)[1]
+    if not len(split.valid) and not len(split.test):
+        raise StreamctlError(
+            "everything trains here already",
+            where=run.path,
+            run="`streamctl refit` of the run that this was made from",
+        )
     if not config.method and method_names(run) == ["popularity"]:
         raise StreamctlError(
             "nothing is trained yet that could be refitted",

@@ -480,7 +480,7 @@ def check_receipt(run: RunDir, path: Path, *, device: str = "auto") -> dict[str,
     Raises:
         StreamctlError: no such receipt, or it is of other data.
     """
-    receipt = read_json(path)
+    receipt = read_json(path, run="--check with a file of RUN/reproduce/receipts")
     if not isinstance(receipt, dict) or not {"stages", "data_hash", "rows"} <= receipt.keys():
         raise StreamctlError(
             "not a receipt of `streamctl reproduce`",

@@ -147,7 +147,8 @@ def _fit(
     if not len(examples):
         raise StreamctlError(
             "nobody validates, so a re-ranker has nobody to learn from",
-            run="`streamctl data prepare` with a split that leaves validation users",
+            run="`streamctl data prepare` with a split that leaves validation users; or, of a "
+            "refitted run, `streamctl rerank` of the one that it was made from",
         )
     fold = folds(examples.users, config.seed)
     before = np.empty(len(examples), np.int32)

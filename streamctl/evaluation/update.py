@@ -52,6 +52,7 @@ def update(
             where=run.path,
             run="`streamctl data prepare NEWER --run OTHER`, then update with --run OTHER",
         )
+    old.require("data")
     counted = [f"baselines/{name}" for name in BASELINES if not baseline_class(name).losses]
     wanted = [name for name in (*STAGES, *counted) if old.stage(name).complete]
     wanted = [name for name in in_order(old, wanted) if name not in ("data", "tokenizer")]
