@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 LINE_EVERY_S = 15.0
+NAME_WIDTH = 24  # of the longest name in a table that is kept on one line
 
 
 def plain_console(**options: Any) -> Console:

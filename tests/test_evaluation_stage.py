@@ -213,6 +213,11 @@ def test_a_damaged_evaluation_that_is_kept_stops_nothing(tmp_path):
     (run.path / "eval").rename(run.path / "eval.previous")
     (run.path / "eval.previous" / "manifest.json").write_text("{")
     assert "popularity" in read_result(evaluate_run(run, config, device="cpu"))["methods"]
+    (run.path / "eval" / "manifest.json").write_text("{")
+    with pytest.raises(StreamctlError, match=r"eval.* --force"):
+        evaluate_run(run, config, device="cpu")
+    again = evaluate_run(run, config, device="cpu", force=True)
+    assert "popularity" in read_result(again)["methods"]
 
 
 def test_how_diverse_an_answer_is_depends_on_the_tokenizer(tmp_path):

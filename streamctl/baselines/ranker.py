@@ -16,7 +16,7 @@ from streamctl.retrieval.evidence import Evidence, Pieces
 from streamctl.runs import Stage, StageWriter
 
 TREES = "trees.txt"
-LAST = 5  # training positions of each user, as many as SFT has: the last are most like validation's
+LAST = 5  # training positions of each user, SFT's default, too: the last are most like validation's
 POSITIONS = 200_000  # at most, drawn from these: what fits into memory
 VALIDATION_USERS = 5000  # who say how many trees; with 2,000 a seed stopped at its third
 MOST_TREES = 400

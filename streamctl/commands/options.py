@@ -20,8 +20,6 @@ import typer
 if TYPE_CHECKING:
     from streamctl.runs import RunDir, Stage
 
-NAME_WIDTH = 24  # of the longest name in a table that is kept on one line
-
 
 def option(help: str, *names: str, default: Any = None, **limits: Any) -> Any:
     """An option of a command, called as its parameter unless names are given."""
@@ -172,7 +170,7 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """
     from rich.table import Table
 
-    from streamctl.progress import plain_console
+    from streamctl.progress import NAME_WIDTH, plain_console
 
     console, table = plain_console(), Table()
     whole = all(len(str(row[0])) <= NAME_WIDTH for row in rows)

@@ -10,10 +10,9 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from streamctl.progress import plain_console
+from streamctl.progress import NAME_WIDTH, plain_console
 from streamctl.runs import atomic_file
 
-WIDTH = 24  # of a name on one line; longer ones would leave the figures no place
 TITLES = {
     "popularity": "Popularity",
     "caser": "Caser",
@@ -67,7 +66,7 @@ def table(result: Mapping[str, Any]) -> Table:
         for name, row in result[group].items():
             difference = result["comparisons"].get(name, {}).get("tiger")
             shown.add_row(
-                TITLES.get(name, name if len(name) <= WIDTH else name.replace("+", "\n+")),
+                TITLES.get(name, name if len(name) <= NAME_WIDTH else name.replace("+", "\n+")),
                 *(f"{row[column]:.4f}" for column in _COLUMNS),
                 *([_interval(difference)] if over_tiger else []),
                 *(f"{row['masked'][column]:.4f}" for column in _COLUMNS),

@@ -68,13 +68,13 @@ def evaluate_run(
     run.require("data")
     held_out(run, config.split)
     rows, absent = choose_rows(run, config.methods)
-    known, gone = _unchanged(run, config)
+    asked = {row.name for row in rows}
+    known, gone = _unchanged(run, config, force)
     if force:
-        known = {name: row for name, row in known.items() if name not in {row.name for row in rows}}
+        known = {name: row for name, row in known.items() if name not in asked}
     if config.methods:  # the others stay, and so does a winner among them
-        asked = [row.name for row in rows]
-        rows = [row for row in known_rows(run).values() if row.name in (*asked, *known)]
-        if gone := sorted(gone - {*asked}):
+        rows = [row for row in known_rows(run).values() if row.name in asked | known.keys()]
+        if gone := sorted(gone - asked):
             say(f"out of date, and left out of the table: {', '.join(gone)}")
     parents = list(dict.fromkeys(name for row in rows for name in _made(run, row)))
     if absent and len(rows) == 1:
@@ -133,9 +133,9 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     return json.loads(json.dumps(to_dict(config)))
 
 
-def _unchanged(run: RunDir, config: EvalConfig) -> tuple[dict[str, Kept], set[str]]:
+def _unchanged(run: RunDir, config: EvalConfig, force: bool) -> tuple[dict[str, Kept], set[str]]:
     """Rows of the last evaluation, before one that was interrupted, that are still true; and the
-    names of the others."""
+    names of the others. None of a damaged one, which `force` makes anew."""
     stage = run.stage("eval")
     try:
         stage = stage if stage.complete else run.stage("eval.previous")
@@ -144,7 +144,7 @@ def _unchanged(run: RunDir, config: EvalConfig) -> tuple[dict[str, Kept], set[st
         manifest, wanted = stage.manifest, _settings(config)
         result, ranks = read_result(stage), load_file(stage.file(RANKS))
     except StreamctlError:
-        if stage.name == "eval":
+        if stage.name == "eval" and not force:
             raise
         return {}, set()  # what is kept for the user's eyes may be damaged
     before, known = result["methods"] | result["controls"], {}
