@@ -22,7 +22,6 @@ from receipts import RESULTS, finish, parser
 from streamctl.baselines.train import train_baseline
 from streamctl.config import BaselineConfig, EvalConfig, SftConfig, resolve
 from streamctl.evaluation.methods import Models
-from streamctl.evaluation.reproduce import copy_stage
 from streamctl.files import read_json
 from streamctl.ranking import evaluate, gains, paired_difference
 from streamctl.runs import RunDir
@@ -66,7 +65,7 @@ class Search:
             config = dataclasses.replace(self.config(method), **changes)
             for stage in STAGES:
                 if self.seed.stage(stage).complete:
-                    copy_stage(self.seed, job, stage)
+                    self.seed.copy(stage, job)
             made = sft if method == "stream_sft" else train_baseline
             made(job, config, device="cpu")
         models = Models(job, EvalConfig(), None, "cpu")

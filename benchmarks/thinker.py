@@ -22,8 +22,8 @@ from peers import provenance
 from streamctl import config as configs
 from streamctl.config import EvalConfig
 from streamctl.decode.evidence import FULL, EvidenceRecommender
+from streamctl.evaluation.makers import MAKERS
 from streamctl.evaluation.methods import Models, known_rows
-from streamctl.evaluation.reproduce import MAKERS, copy_stage
 from streamctl.ranking import evaluate, paired_difference, sample_users
 from streamctl.retrieval.evidence import HOPS
 from streamctl.retrieval.memory import Memory
@@ -44,7 +44,7 @@ def trained(run, seed, count):
     """The thinker after SFT of a run like seed 0's, whose policy knows the first hops alone."""
     job = RunDir(run.path / "hops" / f"first-{count}")
     for stage in ("data", "tokenizer"):
-        copy_stage(seed, job, stage)
+        seed.copy(stage, job)
     for stage in ("pretrain", "annotate", "sft"):
         manifest = seed.stage(stage).manifest
         make, cls = MAKERS[stage]

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from streamctl import config as configs
 from streamctl.api import prepare
 from streamctl.data import load_data
-from streamctl.evaluation.reproduce import maker
+from streamctl.evaluation.makers import maker
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
 from streamctl.evaluation.update import update
 from streamctl.ranking import paired_difference

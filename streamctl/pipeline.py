@@ -10,7 +10,7 @@ from typing import Any
 from streamctl import config as configs
 from streamctl.baselines.registry import BASELINES, resolved
 from streamctl.errors import UsageError
-from streamctl.evaluation.reproduce import maker
+from streamctl.evaluation.makers import maker
 from streamctl.evaluation.stage import evaluate_run
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage

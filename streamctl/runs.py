@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from streamctl.config import as_text, to_dict
 from streamctl.distributed import SINGLE, ranks
 from streamctl.errors import StreamctlError, UsageError, did_you_mean
-from streamctl.files import atomic_file, locked, read_json
+from streamctl.files import atomic_file, disk_errors, locked, read_json
 from streamctl.progress import warn
 from streamctl.provenance import provenance
 from streamctl.stage import MANIFEST, Stage, StageWriter
@@ -64,6 +64,36 @@ class RunDir:
         names = (f"{group}/{path.parent.name}" for path in paths)
         own = (name for name in names if not name.endswith(PREVIOUS))
         return sorted(name for name in own if self.stage(name).manifest["stage"] == name)
+
+    def ancestors(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Manifests of stages and of all that they come from, by name."""
+        waiting, found = list(names), {}
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found[name] = self.stage(name).manifest
+                waiting += found[name]["parents"]
+        return found
+
+    def copy(self, name: str, target: RunDir) -> None:
+        """Copy a complete stage to another run, unless it is there; the manifest comes last.
+
+        Raises:
+            StreamctlError: another one is there.
+        """
+        source, copied = self.stage(name), target.stage(name)
+        if copied.complete:
+            if copied.hash != source.hash:
+                raise StreamctlError(
+                    f"{target.path.name} was made from another {name}",
+                    where=target.path,
+                    run=f"mv {target.path} {target.path}.previous, then the same command",
+                )
+            return
+        with disk_errors(copied.path):
+            ignored = shutil.ignore_patterns(MANIFEST)
+            shutil.copytree(source.path, copied.path, ignore=ignored, dirs_exist_ok=True)
+            shutil.copy2(source.path / MANIFEST, copied.path / MANIFEST)
 
     def _check_folder(self) -> None:
         """Refuse a run whose path is, or goes through, a file."""

@@ -14,7 +14,15 @@ from streamctl.commands.reproduce import _show
 from streamctl.config import RerankConfig, TokenizeConfig
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation import reproduce as module
-from streamctl.evaluation.reproduce import COLUMNS, Plan, check_receipt, reproduce, save_receipts
+from streamctl.evaluation.receipts import (
+    COLUMNS,
+    LAST,
+    PUBLISHED,
+    _table_row,
+    save_receipts,
+    write_table,
+)
+from streamctl.evaluation.reproduce import Plan, check_receipt, reproduce
 from streamctl.evaluation.rerank import rerank
 from streamctl.ranking import bootstrap_mean, bootstrap_seeds
 from streamctl.runs import RunDir
@@ -64,7 +72,7 @@ def test_methods_re_ranked_together_have_a_row_without_bare_figures():
     entry = {**metrics, "masked": metrics, "train_s": 3.0, "ms_per_user": 1.0, "prefixes": 9}
     entries = {"a": [entry], "a+b+rerank": [entry | {"ndcg@10": 0.3}]}
     masked = {name: {0: np.array([0.0, 1.0, 0.5])} for name in entries}
-    row = module._table_row("a+b", entries, masked, None, None)
+    row = _table_row("a+b", entries, masked, None, None)
     assert row["ndcg@10"] is None and row["rerank_ndcg@10"] == 0.3 and row["train_s"] == 3
     assert (row["seeds"], row["rerank_seeds"]) == (1, 1)
     assert "ndcg@10_masked_95" not in row and "rerank_ndcg@10_masked_95" in row
@@ -149,7 +157,7 @@ def test_ranks_of_another_receipt_are_noticed(run, table, tmp_path):
     receipts = copy.path / "reproduce" / "receipts"
     shutil.copy(receipts / "seed-0.npz", receipts / "seed-1.npz")
     with pytest.raises(StreamctlError, match="not the ranks of seed-1"):
-        module.write_table(copy)
+        write_table(copy)
 
 
 def test_masked_ranks_are_compared_with_their_receipt_too(run, table, tmp_path):
@@ -157,10 +165,10 @@ def test_masked_ranks_are_compared_with_their_receipt_too(run, table, tmp_path):
     path = copy.path / "reproduce" / "receipts" / "seed-1.npz"
     with np.load(path) as file:
         ranks = dict(file)
-    ranks["transitions/masked"][:] = module.LAST
+    ranks["transitions/masked"][:] = LAST
     np.savez(path, **ranks)
     with pytest.raises(StreamctlError, match="not the ranks of seed-1"):
-        module.write_table(copy)
+        write_table(copy)
 
 
 def test_a_mean_over_seeds_of_other_settings_is_warned_of(run, table, tmp_path, capsys):
@@ -169,7 +177,7 @@ def test_a_mean_over_seeds_of_other_settings_is_warned_of(run, table, tmp_path, 
     receipt = json.loads(path.read_text())
     receipt["stages"]["baselines/gru4rec"]["config"]["epochs"] = 9
     path.write_text(json.dumps(receipt))
-    module.write_table(copy)
+    write_table(copy)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("warning") == 1
     assert (
@@ -193,15 +201,15 @@ def test_the_letters_rows_come_last_with_the_figures_in_print(run, table, tmp_pa
         own = {f"letter_stream_rl{end}": ranks[f"tiger{end}"] for end in ("", "/masked")}
     np.savez(receipts / "letter-0.npz", **own)
     figures = (0.1, 0.2, 0.3, 0.4)
-    monkeypatch.setitem(module.PUBLISHED, table["data"], {"stream_rl": figures})
-    rows = module.write_table(copy)["rows"]
+    monkeypatch.setitem(PUBLISHED, table["data"], {"stream_rl": figures})
+    rows = write_table(copy)["rows"]
     assert rows[-1]["method"] == "letter_stream_rl"
     assert tuple(rows[-1]["published"].values()) == figures
     assert rows[0]["vs_letter_stream_rl"]
     receipt["users"] += 1
     (receipts / "letter-0.json").write_text(json.dumps(receipt))
     with pytest.raises(StreamctlError, match="different data or users"):
-        module.write_table(copy)
+        write_table(copy)
 
 
 def test_receipts_are_saved_with_their_table(run, table, tmp_path):

@@ -54,7 +54,8 @@ def command(
     Next: `streamctl reproduce RUN --check RUN/reproduce/receipts/seed-0.json` makes it once more.
     """
     from streamctl.errors import UsageError
-    from streamctl.evaluation.reproduce import METHODS, Plan, reproduce, save_receipts
+    from streamctl.evaluation.receipts import save_receipts
+    from streamctl.evaluation.reproduce import METHODS, Plan, reproduce
     from streamctl.runs import RunDir
 
     if size not in ("tiny", "small", "paper"):

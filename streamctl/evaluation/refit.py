@@ -16,8 +16,8 @@ from streamctl.baselines.train import train_baseline
 from streamctl.config import RefitConfig
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError
+from streamctl.evaluation.makers import maker
 from streamctl.evaluation.methods import best_method, choose_rows, method_names
-from streamctl.evaluation.reproduce import ancestors, maker
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.training.sft import TWIN
@@ -78,7 +78,7 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
 
 def in_order(run: RunDir, stages: Iterable[str]) -> list[str]:
     """Stages and all that they come from, parents first."""
-    graph = {name: made["parents"] for name, made in ancestors(run, stages).items()}
+    graph = {name: made["parents"] for name, made in run.ancestors(stages).items()}
     return list(TopologicalSorter(graph).static_order())
 
 

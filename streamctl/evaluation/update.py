@@ -9,8 +9,8 @@ from typing import Any
 from streamctl import config as configs
 from streamctl.baselines.registry import BASELINES, baseline_class, resolved
 from streamctl.errors import StreamctlError
+from streamctl.evaluation.makers import maker
 from streamctl.evaluation.refit import in_order
-from streamctl.evaluation.reproduce import maker
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage
 from streamctl.tokenizer.extend import extend
