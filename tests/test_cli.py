@@ -190,6 +190,10 @@ def test_a_setting_of_another_stage_is_told_of(streamctl, shop):
 def test_another_source_that_is_not_there_is_said_before_other_settings(streamctl, shop, tmp_path):
     answer = streamctl("data", "prepare", tmp_path / "none.csv", "--run", shop)
     assert answer.returncode == 1 and "no such file or folder" in answer.stderr
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,1,1\n")
+    words = (tmp_path / "log.csv", "--items", tmp_path / "none.csv")
+    answer = streamctl("data", "prepare", *words, "--run", shop)
+    assert answer.returncode == 1 and "no such items file" in answer.stderr
 
 
 def test_json_goes_to_stdout_alone(streamctl, shop, tmp_path):

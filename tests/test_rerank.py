@@ -124,6 +124,8 @@ def test_a_reranker_that_surely_helps_is_kept_and_shown_beside_its_method(rerank
 def test_a_re_ranked_method_is_not_re_ranked_again(run, reranked):
     with pytest.raises(UsageError, match=r"re-ranked already.*some of popularity, transitions"):
         rerank(run, RerankConfig(methods=("popularity+rerank",)), device="cpu")
+    with pytest.raises(UsageError, match=r"with commas.*--methods knn,popularity"):
+        rerank(run, RerankConfig(methods=("knn+popularity",)), device="cpu")
 
 
 def test_nobody_judges_a_ranker_that_they_taught(run, reranked):
@@ -281,4 +283,5 @@ def test_refit_takes_a_ranker_as_it_is_and_trains_item_vectors_again(run, tmp_pa
     assert load_best(copy, "cpu")[0] == "gru4rec"
     # Its parents change: it is out of date, and the run answers by what is there.
     train_baseline(copy, BaselineConfig(name="gru4rec", seed=1, **quick), device="cpu", force=True)
-    assert answering(copy)[0].path == copy.path
+    folder, _, why = answering(copy)
+    assert folder.path == copy.path and "of an earlier baselines/gru4rec" in why

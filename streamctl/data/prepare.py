@@ -34,21 +34,19 @@ def prepare(run: RunDir, config: DataConfig, *, force: bool = False) -> Stage:
     Raises:
         StreamctlError: the source cannot be read (file and line), or nothing is left of it.
     """
+    items = Path(config.items) if config.items else None
 
     def read() -> RawLog:
         reading = reading_of(config)
-        raw = read_source(
-            Path(config.source),
-            config.format,
-            items=Path(config.items) if config.items else None,
-            reading=reading,
-        )
+        raw = read_source(Path(config.source), config.format, items=items, reading=reading)
         check_damages(reading, config.skip_bad, raw)
         return raw
 
     made = run.stage("data")
-    if made.complete and not force and made.manifest["config"].get("source") != config.source:
-        find_source(Path(config.source), config.format)  # its faults before those of the settings
+    before = made.manifest["config"] if made.complete and not force else {}
+    if before and any(before.get(key) != getattr(config, key) for key in ("source", "items")):
+        # Faults of the files before those of the settings.
+        find_source(Path(config.source), config.format, items)
     return write_stage(run, config, read, force=force)
 
 

@@ -251,6 +251,11 @@ def reranked_stages(run: RunDir, names: Sequence[str]) -> list[str]:
         UsageError: an unknown method, a control of the table, or one with a re-ranker.
     """
     rows = known_rows(run)
+    if joined := [name for name in names if "+" in name and not name.endswith(RERANKED)]:
+        raise UsageError(
+            f"{joined[0]!r} is no method; one re-ranker behind several takes them with commas",
+            run="--methods " + ",".join(names).replace("+", ","),
+        )
     chosen = [_row(run, rows, name) for name in names]
     for row in chosen:
         # A control may know the target; a re-ranked method has learned from who would teach.
@@ -374,18 +379,20 @@ def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]
         method: the one that is wanted; None for the best.
     """
     final = run.stage("final")
-    if final.complete and not final.stale_parents():
-        name = final.manifest["method"]
+    stale = final.stale_parents() if final.complete else []
+    refitted = final.manifest["method"] if final.complete else None
+    if refitted and not stale:
         found = None if final.manifest.get("asked") else _winner(run)
-        best = name if found is None else found["method"]
-        if method in (name, POPULAR) or (method is None and best == name):
-            return RunDir(final.path), method or name, "refitted on everything"
-        if method is None:
-            again = f"`streamctl refit --run {run.path} --force`"
-            return run, best, f"{best_method(run)[1]}; {final.path} is of {name}, {again} renews it"
+        best = refitted if found is None else found["method"]
+        if method in (refitted, POPULAR) or (method is None and best == refitted):
+            return RunDir(final.path), method or refitted, "refitted on everything"
     if method is not None:
         return run, method, "you chose it"
-    return run, *best_method(run)
+    name, why = best_method(run)
+    if refitted:
+        of = f"an earlier {' and '.join(stale)}" if stale else refitted
+        why += f"; {final.path} is of {of}, `streamctl refit --run {run.path} --force` renews it"
+    return run, name, why
 
 
 def load_best(

@@ -57,7 +57,8 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
             where=run.path,
             run=f"`{run.command('run')}`, which trains every stage",
         )
-    asked, method = bool(config.method), config.method or best_method(run)[0]
+    asked = bool(config.method)
+    method, why = (config.method, "you chose it") if asked else best_method(run)
     [row], _ = choose_rows(run, (method,))
     config = dataclasses.replace(config, method=method)
     parents = list(dict.fromkeys(["data", *row.stages]))
@@ -65,6 +66,7 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
         if stage is None:
             say(f"{FINAL}: complete already")
             return run.stage(FINAL)
+        say(f"{FINAL}: {method}: {why}")
         final = RunDir(stage.path)
         _everything(run, final)
         for name in in_order(run, parents):

@@ -45,19 +45,7 @@ def read_source(
         UsageError: an unknown format; names the known ones.
         StreamctlError: no such path, nothing readable there, or what the reader raises.
     """
-    source, files = find_source(path, format_name)
-    if items is not None:
-        if not items.is_file():
-            raise StreamctlError(
-                "no such items file", where=items, run="the path of the file that lists the items"
-            )
-        if any(items.samefile(log) for log in files.parts or (files.interactions,)):
-            raise UsageError(
-                "this is the log of interactions, given as the items file, too",
-                where=items,
-                run=ITEMS_FILE,
-            )
-        files = replace(files, items=items)
+    source, files = find_source(path, format_name, items)
     reading = reading or Reading()
     raw = source.read(files, reading)
     raw.files = tuple(filter(None, (*(files.parts or (files.interactions,)), files.items)))
@@ -67,7 +55,9 @@ def read_source(
     return raw
 
 
-def find_source(path: Path, format_name: str = "auto") -> tuple[Source, Files]:
+def find_source(
+    path: Path, format_name: str = "auto", items: Path | None = None
+) -> tuple[Source, Files]:
     """The format and the files of a path; nothing is read yet but first lines.
 
     Raises:
@@ -88,7 +78,7 @@ def find_source(path: Path, format_name: str = "auto") -> tuple[Source, Files]:
     for source in wanted:
         files = source.find(path)
         if files is not None:
-            return source, files
+            return source, _with_items(files, items)
     layouts = "; ".join(f"{source.name}: {source.layout}" for source in wanted)
     found = "" if path.is_file() else ", ".join(sorted(f.name for f in path.iterdir())[:8])
     raise StreamctlError(
@@ -98,6 +88,22 @@ def find_source(path: Path, format_name: str = "auto") -> tuple[Source, Files]:
         run="simplest: a file LOG.csv whose first line is user_id,item_id,timestamp"
         + (" (give the file, not the folder)" if path.is_dir() else ""),
     )
+
+
+def _with_items(files: Files, items: Path | None) -> Files:
+    if items is None:
+        return files
+    if not items.is_file():
+        raise StreamctlError(
+            "no such items file", where=items, run="the path of the file that lists the items"
+        )
+    if any(items.samefile(log) for log in files.parts or (files.interactions,)):
+        raise UsageError(
+            "this is the log of interactions, given as the items file, too",
+            where=items,
+            run=ITEMS_FILE,
+        )
+    return replace(files, items=items)
 
 
 def parse_columns(named: Sequence[str]) -> dict[str, str]:
