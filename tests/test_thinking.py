@@ -370,7 +370,9 @@ def test_eqs_14_and_15_inside_the_evidence_train_both_heads():
     gathered = Gathered(made(sequences(), sizes=HOPS), examples)
     rows = np.flatnonzero(examples.lengths == 2)[:10]
     loss, terms = heads_loss(policy, batch_of(examples, rows), gathered, AnnotateConfig(length=3))
-    assert torch.isfinite(loss) and loss.item() == pytest.approx(sum(map(float, terms.values())))
+    assert torch.isfinite(loss) and loss.item() == pytest.approx(
+        sum(term.item() for term in terms.values())
+    )
     loss.backward()
     for head in (policy.thinker.state, policy.thinker.residual_head):
         for parameter in head.parameters():
