@@ -114,10 +114,10 @@ def main():
             "no CUDA device here: run this on a machine with one, or add --interpret to check"
             " the Triton kernels in Triton's interpreter"
         )
-    from peers import provenance
+    from receipts import head
 
     options.output.mkdir(parents=True, exist_ok=True)
-    report = provenance("gpu", "cpu" if options.interpret else "cuda") | {"parts": {}, "failed": {}}
+    report = head("gpu", "cpu" if options.interpret else "cuda") | {"parts": {}, "failed": {}}
     for name, run in parts(options, options.output, until).items():
         if not name.startswith(options.only):
             continue

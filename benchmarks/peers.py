@@ -11,12 +11,9 @@ import contextlib
 import ctypes
 import gc
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +31,6 @@ from streamctl.tokenizer import PrefixTrie, Tokens
 ITEMS, LEVELS, CODES = 12_101, 4, 256
 LONGEST = 20
 Clock = Callable[[], float]
-PACKAGES = (
-    "torch", "transformers", "numba", "triton", "faiss-cpu", "vector-quantize-pytorch", "rectokens",
-)  # fmt: skip
 
 
 def options(description: str) -> argparse.Namespace:
@@ -198,7 +192,7 @@ def run(name: str, description: str, rows: Callable[..., list[dict]]) -> None:
     settings = options(description)
     torch.set_num_threads(settings.threads)
     began = time.time()
-    receipt = provenance(name, settings.device) | {"lengths": real_lengths()[1]}
+    receipt = receipts.head(name, settings.device) | {"lengths": real_lengths()[1]}
     receipt |= {"clock": settings.clock, "repeats": settings.repeats}
     receipt["rows"] = rows(settings.device, settings.repeats, settings.only, settings.clock)
     receipts.finish(receipt | {"wall_s": round(time.time() - began, 1)}, settings)
@@ -215,34 +209,6 @@ def way(name: str) -> Iterator[None]:
         del os.environ["STREAMCTL_DECODE"]
         if before is not None:
             os.environ["STREAMCTL_DECODE"] = before
-
-
-def provenance(name: str, device: str = "cpu") -> dict[str, Any]:
-    """A receipt's head: machine, threads, load, versions, revision."""
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    if device.startswith("cuda"):
-        model = torch.cuda.get_device_name()
-    return {
-        "name": name,
-        "machine": f"{model}, {os.cpu_count()} cores, {platform.system()}",
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "load": list(os.getloadavg()),
-        "versions": {package: installed(package) for package in PACKAGES},
-        "git": git.strip(),
-        "seed": 0,
-    }
 
 
 def bf16(device: str):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from streamctl.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -16,6 +21,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print the receipt")
     made.add_argument("--save", action="store_true", help="write it to benchmarks/results/")
     return made
+
+
+def head(name: str, device: str = "cpu") -> dict[str, Any]:
+    """What a receipt begins with: where it was measured, by which versions, under what load."""
+    cuda = device.startswith("cuda")
+    return {
+        "name": name,
+        **provenance(),
+        "device": torch.cuda.get_device_name() if cuda else device,
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()),
+        "seed": 0,
+    }
 
 
 def finish(receipt: dict[str, Any], options: argparse.Namespace) -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peers import provenance
-from receipts import RESULTS, finish, parser
+from receipts import RESULTS, finish, head, parser
 
 from streamctl.baselines.train import train_baseline
 from streamctl.config import BaselineConfig, EvalConfig, SftConfig, resolve
@@ -130,16 +129,15 @@ def main():
     options = options.parse_args()
     run, began = RunDir(options.run), time.monotonic()
     search, data_hash = Search(run), run.stage("data").hash
-    head = provenance(f"search-{options.run.name}")
-    path, rows = RESULTS / f"{head['name']}.json", {}
+    receipt = head(f"search-{options.run.name}")
+    path, rows = RESULTS / f"{receipt['name']}.json", {}
     if path.exists():
         before = read_json(path)
         if before["data_hash"] == data_hash:
             rows = {row["method"]: row for row in before["rows"]}
     for method in options.methods.split(","):
         rows[method] = search.row(method)
-    receipt = {
-        **head,
+    receipt |= {
         "data_hash": data_hash,
         "protocol": "seed 0, masked ndcg@10; even validation users choose, odd ones judge",
         "rows": [rows[method] for method in TRIED if method in rows],

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peers import provenance
+from receipts import head
 
 from streamctl import config as configs
 from streamctl.config import EvalConfig
@@ -171,7 +171,7 @@ def main():
             changes.add(f"trained with the {first_hops(count)}", trained(run, seed, count))
     words = ["RUN" if word == str(args.run) else word for word in sys.argv[1:]]
     receipt = {
-        **provenance(f"thinker-{args.save or args.run.name}"),
+        **head(f"thinker-{args.save or args.run.name}"),
         "command": " ".join(("python benchmarks/thinker.py", *words)),
         "protocol": "leave-one-out, full catalogue; validation picks epochs and the trust in codes",
         "config": {stage: seed.stage(stage).manifest["config"] for stage in STAGES},

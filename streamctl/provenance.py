@@ -11,8 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "numpy", "numba", "faiss-cpu", "scikit-learn", "pyarrow",
-             "duckdb")  # fmt: skip
+# Those that decide results, and the peers that benchmarks time.
+_PACKAGES = (
+    "torch", "transformers", "numpy", "numba", "triton", "faiss-cpu", "scikit-learn", "pyarrow",
+    "duckdb", "lightgbm", "rectools", "rectokens", "vector-quantize-pytorch",
+)  # fmt: skip
 
 
 def _git_revision() -> str | None:
@@ -29,7 +32,7 @@ def _git_revision() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
+    """Versions of Python and of the packages that decide results, as far as they are installed."""
     found = {"python": platform.python_version()}
     for name in ("streamctl", *_PACKAGES):
         try:
@@ -39,12 +42,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _processor() -> str:
+    """The CPU's model, where the system tells it."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
 def provenance() -> dict[str, Any]:
     """Where a result came from: git revision, versions, machine, peak memory of this process."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return {
         "git": _git_revision(),
         "versions": versions(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20,
     }
