@@ -23,7 +23,8 @@ import receipts
 
 from streamctl.files import read_json
 from streamctl.pipeline import STEPS
-from streamctl.runs import RunDir, provenance
+from streamctl.provenance import provenance
+from streamctl.runs import RunDir
 
 SETTINGS = (
     "tokenize.encoder=tfidf", "tokenize.epochs=2", "pretrain.epochs=1", "pretrain.positions=1",

@@ -23,7 +23,7 @@ import pyarrow as pa
 import receipts
 from pyarrow import csv
 
-from streamctl.runs import provenance
+from streamctl.provenance import provenance
 
 PER_USER = 20
 PER_ITEM = 200

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import receipts
 
-from streamctl.runs import RunDir, provenance
+from streamctl.provenance import provenance
+from streamctl.runs import RunDir
 
 GOAL = 0.9
 TRAINED, OTHERS = ("pretrain", "sft", "rl"), ("annotate", "eval")

@@ -32,8 +32,8 @@ from streamctl.kernels import residual_quantize
 
 from streamctl.decode.beam import recommend
 from streamctl.model.policy import Policy, PolicyConfig
+from streamctl.provenance import provenance
 from streamctl.retrieval.evidence import Evidence
-from streamctl.runs import provenance
 from streamctl.tokenizer.collisions import reassign
 from streamctl.tokenizer.rqkmeans import residual_kmeans
 from streamctl.tokenizer.tokens import Tokens

@@ -36,7 +36,8 @@ from typing import Any
 import numpy as np
 import peers
 
-from streamctl.runs import RunDir, provenance
+from streamctl.provenance import provenance
+from streamctl.runs import RunDir
 
 HERE = Path(__file__).resolve().parent
 RECEIPT = HERE / "results" / "serve.json"

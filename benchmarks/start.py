@@ -28,7 +28,8 @@ import receipts
 from forks import SETTINGS
 
 from streamctl.data import load_data
-from streamctl.runs import RunDir, provenance
+from streamctl.provenance import provenance
+from streamctl.runs import RunDir
 
 LONGEST_S = 120.0
 GOALS = {"recommend/first": 5.0, "recommend/second": 3.0, "recommend/read-only": 5.0}

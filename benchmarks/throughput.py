@@ -18,7 +18,8 @@ import receipts
 from streamctl import config as configs
 from streamctl.data import load_data, synthesize
 from streamctl.evaluation.stage import evaluate_run
-from streamctl.runs import RunDir, provenance
+from streamctl.provenance import provenance
+from streamctl.runs import RunDir
 from streamctl.tokenizer.stage import tokenize
 from streamctl.training.annotate import annotate
 from streamctl.training.pretrain import pretrain

@@ -27,8 +27,9 @@ from streamctl.data import load_data
 from streamctl.evaluation.makers import maker
 from streamctl.evaluation.stage import RANKS, evaluate_run, read_result
 from streamctl.evaluation.update import update
+from streamctl.provenance import provenance
 from streamctl.ranking import paired_difference
-from streamctl.runs import RunDir, provenance
+from streamctl.runs import RunDir
 
 RECEIPT = Path(__file__).parent / "results" / "update.json"
 STAGES = ("tokenizer", "pretrain", "annotate", "sft")

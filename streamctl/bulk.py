@@ -18,6 +18,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +35,7 @@ from streamctl.data import POPULAR
 from streamctl.data.sources.raw import MEMORY, database_errors, sql_text
 from streamctl.distributed import is_main, world_size
 from streamctl.errors import StreamctlError, UsageError
-from streamctl.evaluation.methods import answering, choose_rows
+from streamctl.evaluation.methods import answerer, answering
 from streamctl.files import atomic_file_each
 from streamctl.progress import progress_bar, say
 from streamctl.recommender import Recommender
@@ -126,14 +127,17 @@ def recommend_files(
         `complete`, if the output is there: the first of several workers waits for the others.
 
     Raises:
-        UsageError: a value out of its range, an output inside the source, or a source inside
-            OUT.parts/.
+        UsageError: a value out of its range, an output that is or is inside the source, or a
+            source inside OUT.parts/.
         StreamctlError: the run cannot answer, the input cannot be read, or Ray is missing.
     """
     began = time.monotonic()
     holder, name, _ = answering(run, method)
-    [row], _ = choose_rows(holder, (name,))
-    hashes = {stage: holder.require(stage).hash for stage in ("data", *row.stages)}
+    row = answerer(holder, name)
+    hashes = {stage: holder.stage(stage).hash for stage in ("data", *row.stages)}
+    if question.get("diversity"):  # compares vectors, whatever the method
+        place = holder if holder.stage("tokenizer").complete else run
+        hashes["vectors"] = place.require("tokenizer").hash
     counted = answering(run, POPULAR)[0].require("data").hash
     origin = json.dumps([name, hashes, counted], sort_keys=True)
     job = Job(run.path.resolve(), method, device, origin, tuple(sorted(question.items())))
@@ -180,7 +184,7 @@ def count_transitions(
         rows: users counted by this worker now; seconds; and `complete`, if the output is there.
 
     Raises:
-        UsageError: an output inside the source, or a source inside OUT.parts/.
+        UsageError: an output that is or is inside the source, or a source inside OUT.parts/.
         StreamctlError: the input cannot be read or has no lists, or Ray is missing.
     """
     began = time.monotonic()
@@ -237,7 +241,8 @@ def _sum(parts: Sequence[Part], output: Path, keep: int, made_from: str) -> None
             SET enable_progress_bar = false""")
         table = con.sql(f"""
             WITH pairs AS (SELECT item, next, sum(units)::BIGINT AS units
-                           FROM read_parquet([{files}]) GROUP BY item, next)
+                           FROM read_parquet([{files}], hive_partitioning = false)
+                           GROUP BY item, next)
             SELECT item, next, units / {UNIT} AS count,
                    sum(units) OVER (PARTITION BY item) / {UNIT} AS total
             FROM pairs
@@ -247,7 +252,7 @@ def _sum(parts: Sequence[Part], output: Path, keep: int, made_from: str) -> None
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in table:
                 writer.write_batch(batch)
-    shutil.rmtree(folder)
+    _clear(folder)
 
 
 def _make(
@@ -295,6 +300,11 @@ def _parts(
             "there is no .parquet file in this folder",
             where=source,
             run="--input with a folder of parquet files, or with one such file",
+        )
+    if output == source:
+        raise UsageError(
+            f"--output {output} is the input, which it would take the place of",
+            run="--output with another name",
         )
     if folder and output.is_relative_to(source):
         raise UsageError(
@@ -371,7 +381,20 @@ def _join(parts: Sequence[Part], output: Path, made_from: str) -> None:
     ):
         for part in parts:
             writer.write_table(pq.read_table(part.output).cast(schema))
-    shutil.rmtree(parts[0].output.parent)
+    _clear(_beside(output))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what jobs left in the folder of parts, and the folder if nothing else is there."""
+    shutil.rmtree(folder / "sums", ignore_errors=True)
+    for path in folder.rglob("*.parquet"):
+        if _made_from(path):
+            path.unlink()
+    for path in folder.rglob(".*.parquet.*.part"):  # of a worker that was killed
+        path.unlink()
+    for path in sorted([folder, *filter(Path.is_dir, folder.rglob("*"))], reverse=True):
+        with suppress(OSError):  # somebody else's files are in it
+            path.rmdir()
 
 
 def _open(path: Path) -> pq.ParquetFile:

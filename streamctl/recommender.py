@@ -59,11 +59,11 @@ class Recommender:
 
     def __init__(self, run: Path, method: str | None, *, device: str, beam: int):
         """See `streamctl.load`."""
-        self.run, self._folder = run, RunDir(run)
+        self.run, self._folder, self._device = run, RunDir(run), device
         self._catalog, self._split = load_data(self._folder)
         self.methods = method_names(self._folder)
-        self._source = answering(self._folder, method)[0]
-        self.method, self._method = load_best(self._folder, device, method=method, beam=beam)
+        options = {"method": method, "beam": beam}
+        self._source, self.method, self._method = load_best(self._folder, device, **options)
         self._users = {user: number for number, user in enumerate(self.users)}
 
     @property
@@ -107,7 +107,8 @@ class Recommender:
             UsageError: neither history nor user, or a number out of its range.
             StreamctlError: an unknown item; names the nearest.
         """
-        asked = self._question(history, user, exclude, allow, keep_seen)
+        barred, wanted = self._barred(exclude), self._wanted(allow)
+        asked = self._question(history, user, barred, wanted, keep_seen)
         method, ranking = self._ask([asked], k, think, diversity)
         told = {"method": method}
         if not len(asked.history):
@@ -139,7 +140,7 @@ class Recommender:
             raise UsageError(
                 f"history: {table.schema.field('history').type}, not lists of item ids"
             )
-        self._question([], None, exclude, allow, keep_seen)  # mistakes of the call, not of a row
+        barred, wanted = self._barred(exclude), self._wanted(allow)
         found: dict[str, list[Any]] = {
             name: [None] * len(table) for name in ("items", "scores", "method", "note", "problem")
         }
@@ -147,7 +148,7 @@ class Recommender:
         for place, row in enumerate(table.to_pylist()):
             given = row.get("history"), row.get("user_id")
             try:
-                question = self._question(*given, exclude, allow, keep_seen)
+                question = self._question(*given, barred, wanted, keep_seen, near=False)
             except StreamctlError as error:
                 found["problem"][place] = str(error)
                 continue
@@ -180,14 +181,16 @@ class Recommender:
         speak, and why; weight and ranking are null then. Nothing in a run without a tokenizer.
         The arguments are those of `recommend`, and `shorten`: characters of a title in a reason.
         """
-        asked = self._question(history, user, (), None, False)
+        if shorten is not None and shorten < 1:
+            raise UsageError(f"shorten is {shorten!r}; it must be 1 or more")
+        asked = self._question(history, user, self._barred(()), None, False)
         _check(k)
         _, ranking = self._ask([asked], max(k, SHOWN), think)
         if ranking.thought is not None:
             steps = explained(
                 self._method, torch.from_numpy(asked.history), ranking, 0, users=asked.user,
                 exclude=asked.exclude, allow=None, pieces=k,
-            )["steps"]  # fmt: skip
+            )  # fmt: skip
         elif len(asked.history) and self._folder.stage("tokenizer").complete:
             items = _listed(ranking, 0)[0][:k]
             steps = grounds(self._evidence, asked.history, items, asked.user)
@@ -240,8 +243,12 @@ class Recommender:
         return source
 
     @cached_property
+    def _vectors(self) -> np.ndarray:
+        return vectors(self._texts)
+
+    @cached_property
     def _popular(self) -> Method:
-        return load_method(answering(self._folder, POPULAR)[0], POPULAR)
+        return load_method(answering(self._folder, POPULAR)[0], POPULAR, self._device)
 
     def _user(self, user: Any) -> int:
         """Number of a user, -1 for None and for a stranger."""
@@ -253,23 +260,28 @@ class Recommender:
         number = self._user(user)
         return self._split.log.of(number).astype(np.int64) if number >= 0 else np.zeros(0, np.int64)
 
-    def _items(self, ids: Iterable[Any], what: str) -> np.ndarray:
-        return np.array([self._catalog.index(item) for item in _texts(ids, what)], np.int64)
+    def _items(self, ids: Iterable[Any], what: str, near: bool = True) -> np.ndarray:
+        found = [self._catalog.index(item, near=near) for item in _texts(ids, what)]
+        return np.array(found, np.int64)
+
+    def _barred(self, exclude: Iterable[Any]) -> np.ndarray:
+        found = [self._catalog.find(item) for item in _texts(exclude, "exclude")]
+        return np.array([item for item in found if item is not None], np.int64)
+
+    def _wanted(self, allow: Iterable[Any] | None) -> np.ndarray | None:
+        return None if allow is None else self._items(allow, "allow")
 
     def _question(
-        self, history: Iterable[Any] | None, user: Any, exclude: Iterable[Any],
-        allow: Iterable[Any] | None, keep_seen: bool,
+        self, history: Iterable[Any] | None, user: Any, barred: np.ndarray,
+        wanted: np.ndarray | None, keep_seen: bool, *, near: bool = True,
     ) -> _Question:  # fmt: skip
         if history is None and user is None:
             raise UsageError(
                 "give a history (item ids, oldest first) or a user",
                 run="recommend(history=[...]) or recommend(user=...)",
             )
-        seen = self._taken(user) if history is None else self._items(history, "history")
-        barred = [self._catalog.find(item) for item in _texts(exclude, "exclude")]
-        barred = [item for item in barred if item is not None]
-        barred = np.union1d(np.array(barred, np.int64), seen[:0] if keep_seen else seen)
-        wanted = None if allow is None else self._items(allow, "allow")
+        seen = self._taken(user) if history is None else self._items(history, "history", near)
+        barred = np.union1d(barred, seen[:0] if keep_seen else seen)
         return _Question(seen[-self._split.history :], self._user(user), barred, wanted)
 
     def _ask(
@@ -285,7 +297,7 @@ class Recommender:
         if not len(asked[0].history):
             name, method = POPULAR, self._popular
         if diversity:
-            method = Diverse(method, vectors(self._texts), diversity)
+            method = Diverse(method, self._vectors, diversity)
         with torch.inference_mode():
             return name, method.recommend(
                 histories,

@@ -26,18 +26,9 @@ from streamctl.distributed import SINGLE, ranks
 from streamctl.errors import StreamctlError, UsageError, did_you_mean
 from streamctl.files import atomic_file, disk_errors, locked, read_json
 from streamctl.progress import warn
-from streamctl.provenance import provenance
 from streamctl.stage import MANIFEST, Stage, StageWriter
 
-__all__ = [
-    "MANIFEST",
-    "RunDir",
-    "Stage",
-    "StageWriter",
-    "atomic_file",
-    "provenance",
-    "read_json",
-]
+__all__ = ["MANIFEST", "RunDir", "Stage", "StageWriter"]
 
 
 PREVIOUS = ".previous"  # the end of a folder's name that a new stage has taken the place of
@@ -228,7 +219,8 @@ class RunDir:
             differences = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
             what = f"stage {stage.name} is complete with other settings ({differences})"
             section = stage.config.section
-            changes = [f"{section}.{key}={as_text(new[key])}" for key in changed if key in new]
+            known = [key for key in changed if hasattr(stage.config, key)]
+            changes = [f"{section}.{key}={as_text(new.get(key))}" for key in known]
         else:
             what = f"stage {stage.name} is stale: {' and '.join(stale)} changed after it was made"
         raise StreamctlError(

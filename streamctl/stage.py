@@ -98,7 +98,9 @@ class Stage:
 
     def redo(self, changes: Sequence[str] = ()) -> str:
         """The user's own command with --force where it makes this stage, else `again`."""
-        return typed_with(command_for(self.name), "--force") or self.again(changes)
+        command = command_for(self.name)
+        typed = None if command == "run" else typed_with(command, "--force")  # run has none
+        return typed or self.again(changes)
 
     @property
     def complete(self) -> bool:

@@ -39,7 +39,7 @@ from streamctl.data.prepare import build, reading_of
 from streamctl.data.sinks import SINKS
 from streamctl.data.sources import read_source
 from streamctl.errors import StreamctlError
-from streamctl.runs import provenance
+from streamctl.provenance import provenance
 
 RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "fuzz.json"
 HANG_S = 60  # of the processor; ten times as long by the clock

@@ -32,7 +32,8 @@ from forks import SETTINGS, SHOP, Commands, hashes
 from pyarrow import csv
 
 from streamctl.files import file_hash
-from streamctl.runs import RunDir, provenance
+from streamctl.provenance import provenance
+from streamctl.runs import RunDir
 
 RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "kills.json"
 ROUNDS = 4  # kills of a stage in one run

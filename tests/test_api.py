@@ -23,7 +23,7 @@ from streamctl.baselines.train import train_baseline
 from streamctl.commands.recommend import show
 from streamctl.config import BaselineConfig
 from streamctl.data import load_data
-from streamctl.errors import StreamctlError
+from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation.methods import load_method
 from streamctl.recommender import shortened
 from streamctl.retrieval.transitions import pair_weights
@@ -182,6 +182,16 @@ def test_seen_excluded_and_allowed_items(rec):
     assert "i001" in kept and len(kept) == 120 == len(set(kept))
 
 
+def test_ids_that_can_be_read_once_count_for_every_row(rec):
+    users = pa.table({"user_id": rec.users[:3]})
+    items = rec.recommend(user=rec.users[0], k=4)["item_id"].to_pylist()
+    for key in ("exclude", "allow"):
+        listed = rec.recommend_many(users, k=4, **{key: items})
+        assert rec.recommend_many(users, k=4, **{key: iter(items)}).equals(listed)
+    first = rec.recommend_many(users, k=4, exclude=iter(items))["items"].to_pylist()[0]
+    assert not set(first) & set(items)
+
+
 def test_histories_are_any_list_of_ids(rec):
     wanted = rec.recommend(["i001", "i005"]).to_pydict()
     for history in (("i001", "i005"), np.array(["i001", "i005"]), pd.Series(["i001", "i005"]),
@@ -268,6 +278,12 @@ def test_a_thought_is_told_in_words(rec):
     assert all(row["title"] in row["reason"] and "{" not in row["reason"] for row in rows[:4])
     answer = rec.recommend(["i001", "i005", "i007"], think=6)["item_id"].to_pylist()
     assert rows[-1]["ranking"] == answer
+
+
+def test_a_title_is_cut_to_at_least_one_character(rec):
+    assert shortened("abcdef", 3) == "ab…"
+    with pytest.raises(UsageError, match="shorten is 0"):
+        rec.explain(user=rec.users[0], shorten=0)
 
 
 def test_a_method_that_does_not_think_is_explained_by_what_others_did(run):

@@ -236,6 +236,9 @@ class TestCaser(BaselineContract):
         config = BaselineConfig(name="caser", dim=4, dropout=0.0, loss="ce", repeat=False)
         model = baseline_class("caser")(config, split)
         assert (model.users.weight != 0).any(1).tolist() == [False, False, True]
+        history = torch.tensor([[1, 2]])
+        strangers = [model.recommend(history, 3, users=np.array([user])) for user in (-1, 3)]
+        assert torch.equal(*(ranking.scores for ranking in strangers))  # 3 came while it serves
 
 
 class TestTiger(BaselineContract):
@@ -336,7 +339,7 @@ def test_a_learned_bias_tells_whether_users_come_back_to_what_they_had(name, tmp
     quick = {"epochs": 6, "batch": 32, "lr": 2e-2, "dropout": 0.1, "dim": 16}
     config = BaselineConfig(name=name, repeat=True, **quick)
     model = baseline_class(name).load(train_baseline(run, config, device="cpu"))
-    bonus = float(model.bonus)
+    bonus = model.bonus.item()
     assert bonus < -0.1
     history = torch.tensor([[3, 4, 5, -1]])
     ranking = model.recommend(history, N_ITEMS)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -328,6 +329,31 @@ def test_an_input_where_the_parts_would_be_removed_is_refused_and_stays(run, tmp
         recommend_files(run, path, tmp_path / "log", method="popularity", **QUESTION)
     assert list(folder.iterdir()) == [path] and not (tmp_path / "log").exists()
     assert recommend_files(run, folder, tmp_path, method="popularity", **QUESTION)["complete"]
+
+
+def test_an_output_that_is_the_input_is_refused_and_the_input_stays(run, users, tmp_path):
+    path = Path(shutil.copy(users, tmp_path / "users.parquet"))
+    before = path.read_bytes()
+    for make in (count_transitions, partial(recommend_files, run, method="popularity", k=5)):
+        with pytest.raises(UsageError, match="is the input"):
+            make(path, path)
+    assert path.read_bytes() == before
+
+
+def test_files_of_others_beside_the_parts_stay(histories, tmp_path):
+    folder = tmp_path / "counts.parquet.parts"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    pq.write_table(pa.table({"mine": [1]}), folder / "mine.parquet")
+    count_transitions(histories[0], tmp_path / "counts.parquet")
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "mine.parquet"}
+
+
+def test_counts_below_a_folder_named_like_a_column_are_the_same(histories, tmp_path):
+    output = tmp_path / "item=q" / "counts.parquet"
+    output.parent.mkdir()
+    count_transitions(histories[0], output)
+    assert_counted_at_once(output, histories[1], 1024)
 
 
 @pytest.fixture(scope="module")

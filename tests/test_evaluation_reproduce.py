@@ -224,6 +224,7 @@ def test_receipts_are_saved_with_their_table(run, table, tmp_path):
         (Plan(("gru4rek",)), "did you mean gru4rec"),
         (Plan(("tiger",), sets=("sasrec_cd.dim=2",)), "did you mean sasrec_c"),
         (Plan(("tiger",), sets=("baseline.dimm=2",)), "no baseline has such a setting"),
+        (Plan(("popularity",), sets=("popularity.foo=1",)), "foo"),
     ],
 )
 def test_what_is_unknown_is_refused_before_anything_is_done(run, plan, message):

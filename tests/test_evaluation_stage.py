@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -335,6 +336,21 @@ def test_users_and_targets_are_counted_apart_where_there_are_several(tmp_path):
     assert "10 users with " in str(table(found).title)
 
 
+def test_where_nobody_validates_there_is_a_table_and_no_winner(tmp_path):
+    """The days of validation hold first interactions alone, which nobody can foresee."""
+    early = [(f"u{u}", f"i{(u + k) % 7}", k) for u in range(8) for k in range(6)]
+    new = [(f"n{u}", f"i{(u + k) % 7}", 100 * (k + 1)) for u in range(4) for k in range(6)]
+    lines = ["user_id,item_id,timestamp", *(",".join(map(str, row)) for row in early + new)]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    run = RunDir(tmp_path / "run")
+    prepare(run, DataConfig(source=str(tmp_path / "log.csv"), split="50,150"))
+    split = load_data(run)[1]
+    assert not len(split.valid) and len(split.test)
+    config = EvalConfig(methods=("popularity",), bootstrap=50)
+    found = read_result(evaluate_run(run, config, device="cpu"))
+    assert found["winner"] is None and found["methods"]["popularity"]["recall@10"] > 0
+
+
 def test_a_target_of_one_user_is_no_news_to_the_table(result):
     assert result["users"] == result["targets"] and "targets" not in str(table(result).title)
 
@@ -359,14 +375,18 @@ def test_the_best_on_validation_answers_and_not_what_was_trained_last(run, tmp_p
     name, why = best_method(copy)
     assert name == winner["method"] != "stream_rl" and winner["next"]["method"] in why
     assert winner["next"]["low"] <= winner["next"]["difference"] <= winner["next"]["high"]
-    chosen, recommender = load_best(copy, "cpu")
+    _, chosen, recommender = load_best(copy, "cpu")
     assert chosen == name and name in capsys.readouterr().err
     split = load_data(copy)[1]
     valid = evaluate(recommender, split.valid, n_items=N_ITEMS, masked=True)
     assert valid.metrics["ndcg@10"] == pytest.approx(winner["ndcg@10"])
-    assert load_best(copy, "cpu", method="popularity")[0] == "popularity"
+    assert load_best(copy, "cpu", method="popularity")[1] == "popularity"
     with pytest.raises(UsageError, match="did you mean popularity"):
         load_best(copy, "cpu", method="popularty")
+    for answer in (load_best, partial(refit, config=RefitConfig(method="oracle_thinking"))):
+        options = {"method": "oracle_thinking"} if answer is load_best else {}
+        with pytest.raises(UsageError, match="oracle_thinking is a control, and answers nobody"):
+            answer(copy, device="cpu", **options)
 
 
 def test_a_sample_of_users_and_some_rows_can_be_asked_for(run, tmp_path):

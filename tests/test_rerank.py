@@ -233,7 +233,7 @@ def test_refit_counts_what_was_held_out_and_nothing_can_evaluate_it(run, result,
     assert (folder.path, name) == (stage.path, "transitions") and "everything" in why
     split = load_data(copy)[1]
     before = load_method(copy, "transitions", "cpu")
-    after = load_best(copy, "cpu")[1]
+    after = load_best(copy, "cpu")[2]
     # What the log's users took last follows what they had before: it is counted now.
     user = 11
     *_, had, took = split.log.of(user).tolist()
@@ -280,7 +280,7 @@ def test_refit_takes_a_ranker_as_it_is_and_trains_item_vectors_again(run, tmp_pa
     made = anew.stage("baselines/gru4rec").manifest
     assert made["epochs"] == copy.stage("baselines/gru4rec").manifest["best_epoch"] + 1
     assert made["hash"] != copy.stage("baselines/gru4rec").hash
-    assert load_best(copy, "cpu")[0] == "gru4rec"
+    assert load_best(copy, "cpu")[1] == "gru4rec"
     # Its parents change: it is out of date, and the run answers by what is there.
     train_baseline(copy, BaselineConfig(name="gru4rec", seed=1, **quick), device="cpu", force=True)
     folder, _, why = answering(copy)

@@ -94,6 +94,8 @@ def test_a_remedy_with_force_is_the_users_own_command_where_that_makes_the_stage
     assert stage.redo() == "streamctl tokenize --run r --encoder 'my model' --force"
     TYPED.set(("run", "--run", "r"))  # has no --force
     assert stage.redo() == f"streamctl tokenize --run {tmp_path}/r --force"
+    twin = RunDir(tmp_path / "r").stage("baselines/no_thinking")
+    assert "--force" not in twin.redo() and twin.redo().startswith("mv ")
     TYPED.reset(token)
 
 
@@ -116,6 +118,13 @@ def test_a_complete_stage_is_skipped_and_other_settings_are_refused(tmp_path):
     assert make(run, "data", 1) is None
     with pytest.raises(StreamctlError, match=r"other settings \(seed 1 -> 2\).*--force"):
         make(run, "data", 2)
+
+
+def test_the_remedy_names_a_setting_that_is_to_be_open_again(tmp_path):
+    run = RunDir(tmp_path)
+    make(run, "pretrain", 1, config=PretrainConfig(positions=5))
+    with pytest.raises(StreamctlError, match=r"--set pretrain\.positions=none"):
+        make(run, "pretrain", 1, config=PretrainConfig())
 
 
 def test_force_keeps_the_old_stage(tmp_path):

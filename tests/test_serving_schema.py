@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from serving_process import Server
 from serving_run import KEYS, make_run
 
-from streamctl.runs import provenance
+from streamctl.provenance import provenance
 
 schemathesis = pytest.importorskip("schemathesis")
 EXAMPLES = int(os.environ.get("STREAMCTL_SCHEMA_EXAMPLES", "20"))

@@ -65,8 +65,9 @@ class Caser(Baseline):
         mixed = F.relu(self.mix(features))
         person = torch.zeros_like(mixed)
         if users is not None:
-            known = (users >= 0)[:, None]
-            person = torch.where(known, self.users(users.clamp(min=0)), person)
+            there = len(self.users.weight)  # users who came later have no vector
+            known = ((users >= 0) & (users < there))[:, None]
+            person = torch.where(known, self.users(users.clamp(0, there - 1)), person)
         return torch.cat([mixed, person], dim=1)
 
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

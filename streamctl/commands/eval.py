@@ -51,6 +51,10 @@ def command(
     settings = job.settings(EvalConfig, split=split, methods=methods, beam=beam, users=users)
     if decode not in ("beam", "exact"):
         raise UsageError(f"unknown --decode {decode!r}; known: beam, exact")
+    if decode == "exact" and think_curve:
+        raise UsageError(
+            "--decode exact and --think-curve are measurements of their own", run="one of them"
+        )
     if decode == "exact" or think_curve:
         _measure(job, settings, think_curve)
     else:

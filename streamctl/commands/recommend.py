@@ -165,7 +165,7 @@ def show(answer: dict[str, Any]) -> None:
     thought = answer["thought"]
     if answer["history"]:
         thinks = any(step["ranking"] for step in thought)
-        aside = f"What the log says of these items ({answer['method']} itself does not think)"
+        aside = f"What the log says of these items ({answer['method']} did not think)"
         title = "Thought" if thinks else aside if thought else "No thought"
         console.print(title, style="bold")
     before = [item["item_id"] for item in answer["before"]]

@@ -61,16 +61,19 @@ class Catalog:
         """Dense index of an external id, or None."""
         return self._index.get(self.read_id(item_id))
 
-    def index(self, item_id: str) -> int:
+    def index(self, item_id: str, *, near: bool = True) -> int:
         """Dense index of an external id.
+
+        Args:
+            near: look for ids that are nearly the same, which takes a large catalogue seconds.
 
         Raises:
             StreamctlError: the catalogue has no such item; names ids that are nearly the same.
         """
         found = self.find(item_id)
         if found is None:
-            near = did_you_mean(item_id, self.ids)
-            known = f"; {near}" if near else f" ({count_of(len(self), 'item')})"
+            hint = did_you_mean(item_id, self.ids) if near else ""
+            known = f"; {hint}" if hint else f" ({count_of(len(self), 'item')})"
             raise StreamctlError(
                 f"item {item_id!r} is not in the catalogue{known}",
                 run="an id of the column item_id in the run's data/items.parquet",

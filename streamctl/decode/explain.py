@@ -24,12 +24,12 @@ def pairs_of(ranking: Ranking, row: int, k: int) -> list[tuple[int, float]]:
 def explained(
     recommender: Recommender, history: torch.Tensor, ranking: Ranking, row: int, *, users: int,
     exclude: np.ndarray, allow: np.ndarray | None, pieces: int = PIECES,
-) -> dict[str, Any]:  # fmt: skip
-    """One user's thought: `before`, the ranking without it, and `steps`.
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One user's thought, step by step.
 
     A step has the `item` that came to mind and the `text` why, with `{item}` and `{via}` for
     titles; `via`, `hop`, `weight`; and the `ranking` if thinking had stopped there. All rankings
-    but the first are made in one batch.
+    are made in one batch.
 
     Args:
         history: int64 (H,), -1 on the right. ranking: what was answered; `row` is this user's.
@@ -40,12 +40,7 @@ def explained(
     there = int((thought.items >= 0).sum())
     told = min(there, pieces)
     items, hops = thought.items[0, :told].tolist(), thought.hops[0, :told].tolist()
-    thinker = recommender
-    while not hasattr(thinker, "growing"):  # a ranker behind it has another last word
-        thinker = thinker.methods[0]
-    choice = {"exclude": exclude, "allow": allow}
-    alone = {name: [value] for name, value in choice.items()}
-    before = thinker.recommend(history[None], SHOWN, users=np.array([users]), think=0, **alone)
+    thinker, choice = _thinker(recommender), {"exclude": exclude, "allow": allow}
     lengths = list(range(1, told + 1))
     after = lengths and thinker.growing(history[None], SHOWN, lengths, user=users, **choice)
     why = reasons(thinker.evidence, history.numpy(), items, hops, users)
@@ -68,7 +63,25 @@ def explained(
         steps[-1]["ranking"] = last["ranking"]
     if thinker is not recommender:
         steps.append({**last, "text": "a ranker put all candidates in order", "weight": None})
-    return {"before": pairs_of(before, 0, SHOWN), "steps": steps}
+    return steps
+
+
+def unthinking(
+    recommender: Recommender, history: torch.Tensor, *, users: int, exclude: np.ndarray,
+    allow: np.ndarray | None,
+) -> list[tuple[int, float]]:  # fmt: skip
+    """What one user's answer would be without the thought; arguments as those of `explained`."""
+    alone = {"users": np.array([users]), "exclude": [exclude], "allow": [allow]}
+    history = history[history >= 0]
+    ranking = _thinker(recommender).recommend(history[None], SHOWN, think=0, **alone)
+    return pairs_of(ranking, 0, SHOWN)
+
+
+def _thinker(recommender: Recommender) -> Recommender:
+    """What thinks: a ranker behind it has another last word."""
+    while not hasattr(recommender, "growing"):
+        recommender = recommender.methods[0]
+    return recommender
 
 
 def grounds(

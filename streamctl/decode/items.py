@@ -97,20 +97,12 @@ def best_items(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Leaves with scores -> the k best items of each row.
 
-    A leaf found more than once (through several thoughts) counts with the sum of its
-    probabilities. Items at one leaf are put in a random order fixed by the seed.
+    Leaves of a row are distinct; -1 is none. Items at one leaf are put in a random order fixed by
+    the seed.
     """
-    batch, width = leaves.shape
     leaf, value = leaves.cpu().numpy(), scores.cpu().numpy()
-    row = np.repeat(np.arange(batch), width)
-    real = leaf.ravel() >= 0
-    row, leaf, value = row[real], leaf.ravel()[real], value.ravel()[real].astype(np.float64)
-    key, inverse = np.unique(row * trie.n_nodes + leaf, return_inverse=True)
-    top = np.full(len(key), -np.inf)
-    np.maximum.at(top, inverse, value)
-    total = np.bincount(inverse, np.exp(value - top[inverse]), minlength=len(key))
-    value, row, leaf = top + np.log(total), key // trie.n_nodes, key % trie.n_nodes
-
+    row, column = np.nonzero(leaf >= 0)
+    leaf, value = leaf[row, column], value[row, column].astype(np.float64)
     first, count = trie.item_start[leaf], np.diff(trie.item_start)[leaf]
     place = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
     item = trie.items[np.repeat(first, count) + place]
@@ -121,8 +113,8 @@ def best_items(
     row, value, item = row[order], value[order], item[order]
     rank = np.arange(len(row)) - np.searchsorted(row, row)
     kept = rank < k
-    items = torch.full((batch, k), -1, dtype=torch.int64)
-    ranked = torch.full((batch, k), -torch.inf)
+    items = torch.full((len(leaves), k), -1, dtype=torch.int64)
+    ranked = torch.full((len(leaves), k), -torch.inf)
     where = torch.from_numpy(row[kept]), torch.from_numpy(rank[kept])
     items[where] = torch.from_numpy(item[kept].astype(np.int64))
     ranked[where] = torch.from_numpy(value[kept]).float()

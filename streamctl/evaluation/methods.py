@@ -323,15 +323,29 @@ def method_names(run: RunDir) -> list[str]:
     return [row.name for row in rows if not row.control and row.eligible and _present(run, row)]
 
 
+def answerer(run: RunDir, name: str) -> Row:
+    """The row of a method that may answer users.
+
+    Raises:
+        UsageError: there is no method of that name, or it is a control.
+        StreamctlError: a stage that it is read from is missing, damaged or stale.
+    """
+    [row], _ = choose_rows(run, (name,))
+    if row.control:
+        raise UsageError(
+            f"{name} is a control, and answers nobody",
+            run=f"one of {', '.join(method_names(run))}",
+        )
+    return row
+
+
 def load_method(run: RunDir, name: str, device: str = "auto", *, beam: int = BEAM) -> Recommender:
     """One method of a run, ready to answer.
 
     Raises:
-        UsageError: there is no method of that name.
-        StreamctlError: a stage that it is read from is missing, damaged or stale.
+        UsageError, StreamctlError: as `answerer`.
     """
-    [row], _ = choose_rows(run, (name,))
-    return row.make(Models(run, EvalConfig(beam=beam), None, device))
+    return answerer(run, name).make(Models(run, EvalConfig(beam=beam), None, device))
 
 
 def _winner(run: RunDir) -> dict[str, Any] | None:
@@ -360,11 +374,10 @@ def best_method(run: RunDir) -> tuple[str, str]:
         if name in names:
             if name == "popularity":
                 return name, "nothing is trained yet; `streamctl run` trains every stage"
-            state = "is out of date" if stage.complete else "is not there yet"
-            return (
-                name,
-                f"not compared yet; `{run.command(EVAL)}` finds the best: its table {state}",
-            )
+            state = "is not there yet"
+            if stage.complete:
+                state = "is out of date" if stage.manifest.get("winner") else "has chosen nobody"
+            return name, f"the table of `{run.command(EVAL)}`, which finds the best, {state}"
     raise StreamctlError("the run has no method", where=run.path, run=run.command("data"))
 
 
@@ -397,9 +410,10 @@ def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]
 
 def load_best(
     run: RunDir, device: str = "auto", *, method: str | None = None, beam: int = BEAM
-) -> tuple[str, Recommender]:
-    """The run's best method, or the one that is named, said on stderr; and its recommender."""
+) -> tuple[RunDir, str, Recommender]:
+    """The folder that answers, the run's best method or the one that is named, and its recommender;
+    said on stderr."""
     folder, name, why = answering(run, method)
     recommender = load_method(folder, name, device, beam=beam)
     say(f"answers by {name}: {why}")
-    return name, recommender
+    return folder, name, recommender

@@ -260,7 +260,7 @@ def save_receipts(run: RunDir, folder: Path) -> None:
     """Copy the table to FOLDER/table-NAME.json, receipts and ranks to FOLDER/NAME/."""
     name, source = run.path.resolve().name, run.path / "reproduce"
     pairs = [(source / "table.json", folder / f"table-{name}.json")]
-    pairs += [(path, folder / name / path.name) for path in (source / "receipts").iterdir()]
+    pairs += [(path, folder / name / path.name) for path in (source / "receipts").glob("*")]
     for path, target in pairs:
         with atomic_file(target) as part:
             shutil.copyfile(path, part)

@@ -17,7 +17,7 @@ from streamctl.config import RefitConfig
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError
 from streamctl.evaluation.makers import maker
-from streamctl.evaluation.methods import best_method, choose_rows, method_names
+from streamctl.evaluation.methods import answerer, best_method, method_names
 from streamctl.progress import say
 from streamctl.runs import RunDir, Stage, StageWriter
 from streamctl.training.sft import TWIN
@@ -40,7 +40,7 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
     left to ask, and `eval` refuses.
 
     Raises:
-        UsageError: an unknown method.
+        UsageError: an unknown method, or a control.
         StreamctlError: no method, a stage of it is missing or stale, or nothing is held out.
     """
     run.require("data")
@@ -59,7 +59,7 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
         )
     asked = bool(config.method)
     method, why = (config.method, "you chose it") if asked else best_method(run)
-    [row], _ = choose_rows(run, (method,))
+    row = answerer(run, method)
     config = dataclasses.replace(config, method=method)
     parents = list(dict.fromkeys(["data", *row.stages]))
     with run.begin(FINAL, config, parents=parents, force=force) as stage:

@@ -10,8 +10,8 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from streamctl.files import atomic_file
 from streamctl.progress import NAME_WIDTH, plain_console
-from streamctl.runs import atomic_file
 
 TITLES = {
     "popularity": "Popularity",
@@ -83,7 +83,11 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {"method": name, "control": group == "controls", "best": name == best}
         | {key: value for key, value in row.items() if isinstance(value, float)}
-        | {f"masked {key}": value for key, value in row["masked"].items()}
+        | {
+            f"masked {key}": value
+            for key, value in row["masked"].items()
+            if isinstance(value, float)
+        }
         for group in ("methods", "controls")
         for name, row in result[group].items()
     ]

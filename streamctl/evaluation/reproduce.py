@@ -75,7 +75,7 @@ class Plan:
             if owner == "baseline" and not any(key in settings(name) for name in BASELINES):
                 raise UsageError(f"--set {text}: no baseline has such a setting")
         for name in self.methods:
-            for stage in METHODS[name]:
+            for stage in METHODS[name] or (f"baselines/{name}",):
                 self.resolve(stage, 0, name)
 
     def resolve(self, stage: str, seed: int, method: str = "") -> Any:

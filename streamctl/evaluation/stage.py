@@ -208,7 +208,7 @@ class _Table:
             ms = round(done.ms_per_user, 4)
             self.stage.log(method=name, masked=bool(end), **done.metrics, ms_per_user=ms)
         self.entries[name] = {**found[0], "masked": found[1]}
-        if decided:
+        if decided and len(self.deciders):
             title = f"choose {name}"
             chosen = evaluate(recommender, self.deciders, masked=True, title=title, **options)
             self.ranks[CHOICE + name] = chosen.ranks

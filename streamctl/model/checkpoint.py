@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from streamctl.errors import StreamctlError
+from streamctl.files import atomic_file, read_json
 from streamctl.model.backbone import BackboneConfig
-from streamctl.runs import atomic_file, read_json
 from streamctl.tokenizer.tokens import Tokens
 
 

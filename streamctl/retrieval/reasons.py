@@ -7,11 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamctl.retrieval.evidence import HOPS, Evidence
-from streamctl.retrieval.gathering import BACK, LAST, SPREAD
+from streamctl.retrieval.evidence import Evidence
+from streamctl.retrieval.gathering import (
+    ALIKE,
+    BACK,
+    LAST,
+    NEXT_,
+    NEXT_ALIKE,
+    NEXT_NEXT,
+    OTHERS,
+    SPREAD,
+)
 from streamctl.retrieval.memory import WIDTH
-
-NEXT, ALIKE, NEXT_NEXT, NEXT_ALIKE, OTHERS, OWN = range(len(HOPS))
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def _one(
     strengths: np.ndarray,
 ) -> Reason:  # fmt: skip
     recent = history[::-1]
-    if hop == NEXT:
+    if hop == NEXT_:
         totals = np.maximum(evidence.transitions.totals[recent], 1)
         shares = _counts(evidence, recent, item) / np.sqrt(totals)
         via = int(recent[np.argmax(BACK ** np.arange(len(recent)) * shares)])
@@ -63,7 +70,7 @@ def _one(
             return Reason("{item} is similar to your last item, {via}", via)
         return Reason("{item} is similar to {via}, which you had before", via)
     if hop in (NEXT_NEXT, NEXT_ALIKE):
-        first = strengths[:, NEXT if hop == NEXT_NEXT else ALIKE]
+        first = strengths[:, NEXT_ if hop == NEXT_NEXT else ALIKE]
         start = np.argsort(-first, kind="stable")[:SPREAD]
         start = start[first[start] > 0]
         totals = np.maximum(evidence.transitions.totals[pieces[start]], 1)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from streamctl.data import POPULAR
-from streamctl.decode.explain import explained, pairs_of
+from streamctl.decode.explain import explained, pairs_of, unthinking
 from streamctl.evaluation.methods import answering, known_rows, load_method, method_names
 from streamctl.kernels import compiled
 from streamctl.ranking import Recommender
@@ -175,7 +175,10 @@ class Engine:
                       "model": self._models[method], "explain": None}  # fmt: skip
             if explain and ranking.thought is not None:
                 own = {name: options[name][row] for name in options}
-                answer["explain"] = explained(recommender, histories[row], ranking, row, **own)
+                answer["explain"] = {
+                    "before": unthinking(recommender, histories[row], **own),
+                    "steps": explained(recommender, histories[row], ranking, row, **own),
+                }
             answers.append(answer)
         return answers
 

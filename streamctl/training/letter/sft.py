@@ -13,8 +13,9 @@ import torch
 from streamctl.config import SftConfig
 from streamctl.decode.think import greedy_thought
 from streamctl.distributed import Share, ranks
+from streamctl.files import read_json
 from streamctl.model.policy import IGNORED, Encoded, Policy
-from streamctl.runs import Stage, StageWriter, read_json
+from streamctl.runs import Stage, StageWriter
 from streamctl.training.letter.annotate import Mode, label_all, think_vectors
 from streamctl.training.loop import Batch
 from streamctl.training.losses import (
