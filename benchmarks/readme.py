@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,30 @@ def thinking(tables: Mapping[str, Mapping[str, Any]]) -> str:
         if any(cells):
             lines.append([words, *cells])
     return markdown(["", *tables], lines)
+
+
+def trained_with(names: Sequence[str]) -> str:
+    """A line a setting that differs between sets, a column a set: what seed 0 was trained with."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for name in names:
+        for kind, prefix in (("seed", ""), ("letter", "letter: ")):
+            path = RESULTS / name / f"{kind}-0.json"
+            stages = json.loads(path.read_text())["stages"] if path.exists() else {}
+            for stage, made in stages.items():
+                stage = stage.removeprefix("baselines/").partition("/")[0]  # rerank/NAME: rerank
+                if stage == "eval" or (prefix and stage in ("tokenizer", "rerank")):
+                    continue
+                for key, value in made["config"].items():
+                    found.setdefault((prefix + stage, key), {})[name] = value
+    lines = [
+        [
+            f"{stage}.{key}",
+            *(_shown(values.get(name, "")) if name in values else "" for name in names),
+        ]
+        for (stage, key), values in sorted(found.items())
+        if key not in ("seed", "methods") and len({str(value) for value in values.values()}) > 1
+    ]
+    return markdown(["", *names], lines)
 
 
 def changes(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -321,6 +345,7 @@ def render() -> dict[str, str]:
         "commands": commands(),
         "arithmetic": scale_tables.arithmetic(receipts),
         "settings": settings(),
+        "trained-with": trained_with([*sets, *(name for name in tables if name not in sets)]),
     }
 
 

@@ -7,7 +7,7 @@ from streamctl.commands.options import Job, print_stage, stage_command, training
 
 @stage_command()
 def command(job: Job) -> None:
-    """Stage 3: sharpen the thoughts by GRPO on five rewards (Eqs. 20-27), guarded by validation.
+    """Stage 3: sharpen the thoughts by GRPO (Eqs. 20-27), guarded by validation.
 
     Reads: the data, tokenizer, annotate and sft stages. Writes: RUN/rl: the policy of the best
     step (SFT's own where no step was better), report.json, metrics.jsonl with each reward.
