@@ -122,7 +122,7 @@ def trained_with(names: Sequence[str]) -> str:
     lines = [
         [
             f"{stage}.{key}",
-            *(_shown(values.get(name, "")) if name in values else "" for name in names),
+            *(_shown(values[name]) if name in values else "" for name in names),
         ]
         for (stage, key), values in sorted(found.items())
         if key not in ("seed", "methods") and len({str(value) for value in values.values()}) > 1

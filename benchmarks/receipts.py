@@ -28,7 +28,7 @@ def head(name: str, device: str = "cpu") -> dict[str, Any]:
     cuda = device.startswith("cuda")
     return {
         "name": name,
-        **provenance(),
+        **{key: value for key, value in provenance().items() if key != "peak_memory_mb"},
         "device": torch.cuda.get_device_name() if cuda else device,
         "threads": torch.get_num_threads(),
         "load": list(os.getloadavg()),

@@ -11,6 +11,7 @@ is made once more: no row is lost, and none is there twice.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -45,6 +46,7 @@ from streamctl.runs import RunDir
 PART = 4096  # rows of a part of a file: what a killed job does again at most
 POLL_S = 0.5  # how often the first worker looks whether the others are done
 RETRIES = 5  # of a part whose Ray worker died
+_SUMS = ".streamctl-sums"  # DuckDB's folder while it adds up
 _KEY = b"streamctl"  # of what a part was made from, in its metadata
 
 
@@ -127,8 +129,8 @@ def recommend_files(
         `complete`, if the output is there: the first of several workers waits for the others.
 
     Raises:
-        UsageError: a value out of its range, an output that is or is inside the source, or a
-            source inside OUT.parts/.
+        UsageError: a value out of its range, an output that would replace or is inside the source,
+            or a source inside OUT.parts/.
         StreamctlError: the run cannot answer, the input cannot be read, or Ray is missing.
     """
     began = time.monotonic()
@@ -184,7 +186,8 @@ def count_transitions(
         rows: users counted by this worker now; seconds; and `complete`, if the output is there.
 
     Raises:
-        UsageError: an output that is or is inside the source, or a source inside OUT.parts/.
+        UsageError: an output that would replace or is inside the source, or a source inside
+            OUT.parts/.
         StreamctlError: the input cannot be read or has no lists, or Ray is missing.
     """
     began = time.monotonic()
@@ -237,7 +240,7 @@ def _sum(parts: Sequence[Part], output: Path, keep: int, made_from: str) -> None
     files = ", ".join(sql_text(str(part.output)) for part in parts)
     with database_errors(output), atomic_file_each(output) as path, duckdb.connect() as con:
         con.execute(f"""
-            SET memory_limit = '{MEMORY}'; SET temp_directory = {sql_text(str(folder / "sums"))};
+            SET memory_limit = '{MEMORY}'; SET temp_directory = {sql_text(str(folder / _SUMS))};
             SET enable_progress_bar = false""")
         table = con.sql(f"""
             WITH pairs AS (SELECT item, next, sum(units)::BIGINT AS units
@@ -252,7 +255,7 @@ def _sum(parts: Sequence[Part], output: Path, keep: int, made_from: str) -> None
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in table:
                 writer.write_batch(batch)
-    _clear(folder)
+    _clear(parts, folder)
 
 
 def _make(
@@ -301,11 +304,6 @@ def _parts(
             where=source,
             run="--input with a folder of parquet files, or with one such file",
         )
-    if output == source:
-        raise UsageError(
-            f"--output {output} is the input, which it would take the place of",
-            run="--output with another name",
-        )
     if folder and output.is_relative_to(source):
         raise UsageError(
             f"--output {output} is inside the input: its files would be read, too",
@@ -324,6 +322,13 @@ def _parts(
             name = file.relative_to(source) if folder else f"part-{number:07d}.parquet"
             end = min(first + size, rows)
             parts.append(Part(file, target / name, first, end, made_from(file, first, end)))
+    read = {file.resolve() for file in files}
+    for path in (output, *(part.output for part in parts)):
+        if path.resolve() in read:
+            raise UsageError(
+                f"--output {output} would take the place of the input {path}",
+                run="--output with another name",
+            )
     return parts
 
 
@@ -381,18 +386,20 @@ def _join(parts: Sequence[Part], output: Path, made_from: str) -> None:
     ):
         for part in parts:
             writer.write_table(pq.read_table(part.output).cast(schema))
-    _clear(_beside(output))
+    _clear(parts, _beside(output))
 
 
-def _clear(folder: Path) -> None:
-    """Remove what jobs left in the folder of parts, and the folder if nothing else is there."""
-    shutil.rmtree(folder / "sums", ignore_errors=True)
-    for path in folder.rglob("*.parquet"):
-        if _made_from(path):
-            path.unlink()
-    for path in folder.rglob(".*.parquet.*.part"):  # of a worker that was killed
-        path.unlink()
-    for path in sorted([folder, *filter(Path.is_dir, folder.rglob("*"))], reverse=True):
+def _clear(parts: Sequence[Part], folder: Path) -> None:
+    """Remove the parts, what killed workers left of them, and their folders if these are empty."""
+    shutil.rmtree(folder / _SUMS, ignore_errors=True)
+    emptied = {folder}
+    for part in parts:
+        path = part.output
+        path.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            left.unlink()
+        emptied |= {above for above in path.parents if above.is_relative_to(folder)}
+    for path in sorted(emptied, reverse=True):  # what is inside of another first
         with suppress(OSError):  # somebody else's files are in it
             path.rmdir()
 

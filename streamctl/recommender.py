@@ -181,8 +181,7 @@ class Recommender:
         speak, and why; weight and ranking are null then. Nothing in a run without a tokenizer.
         The arguments are those of `recommend`, and `shorten`: characters of a title in a reason.
         """
-        if shorten is not None and shorten < 1:
-            raise UsageError(f"shorten is {shorten!r}; it must be 1 or more")
+        _whole("shorten", 1 if shorten is None else shorten, 1)
         asked = self._question(history, user, self._barred(()), None, False)
         _check(k)
         _, ranking = self._ask([asked], max(k, SHOWN), think)
@@ -349,7 +348,11 @@ def _texts(ids: Iterable[Any], what: str) -> list[str]:
 
 
 def _check(k: int, think: int | None = None) -> None:
-    for name, value, least in (("k", k, 1), ("think", 0 if think is None else think, 0)):
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if not whole or not least <= value <= MOST:
-            raise UsageError(f"{name} is {value!r}; it must be {least:,} to {MOST:,}")
+    _whole("k", k, 1)
+    _whole("think", 0 if think is None else think, 0)
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not least <= value <= MOST:
+        raise UsageError(f"{name} is {value!r}; it must be {least:,} to {MOST:,}")

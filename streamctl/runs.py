@@ -28,7 +28,7 @@ from streamctl.files import atomic_file, disk_errors, locked, read_json
 from streamctl.progress import warn
 from streamctl.stage import MANIFEST, Stage, StageWriter
 
-__all__ = ["MANIFEST", "RunDir", "Stage", "StageWriter"]
+__all__ = ["RunDir", "Stage", "StageWriter"]
 
 
 PREVIOUS = ".previous"  # the end of a folder's name that a new stage has taken the place of

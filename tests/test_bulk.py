@@ -21,9 +21,12 @@ from serving_run import make_run
 import streamctl as sc
 from streamctl import bulk
 from streamctl.bulk import count_transitions, recommend_files
+from streamctl.config import TokenizeConfig, resolve
 from streamctl.data import load_data
 from streamctl.errors import StreamctlError, UsageError
 from streamctl.retrieval.transitions import UNIT, Transitions
+from streamctl.runs import RunDir
+from streamctl.tokenizer.stage import tokenize
 
 QUESTION = {"k": 5, "device": "cpu"}
 pytestmark = pytest.mark.xdist_group("bulk")
@@ -335,9 +338,23 @@ def test_an_output_that_is_the_input_is_refused_and_the_input_stays(run, users, 
     path = Path(shutil.copy(users, tmp_path / "users.parquet"))
     before = path.read_bytes()
     for make in (count_transitions, partial(recommend_files, run, method="popularity", k=5)):
-        with pytest.raises(UsageError, match="is the input"):
+        with pytest.raises(UsageError, match="take the place of the input"):
             make(path, path)
-    assert path.read_bytes() == before
+    (tmp_path / "a" / "a").mkdir(parents=True)
+    inner = Path(shutil.copy(users, tmp_path / "a" / "a" / "users.parquet"))
+    shutil.copy(users, tmp_path / "a")
+    with pytest.raises(UsageError, match=r"take the place of the input .*a/users\.parquet"):
+        recommend_files(run, tmp_path / "a", tmp_path, method="popularity", k=5)
+    assert path.read_bytes() == inner.read_bytes() == before
+
+
+def test_answers_that_compare_vectors_are_made_anew_with_them(run, users, tmp_path, small_parts):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    ask = partial(recommend_files, copy, users, tmp_path / "out.parquet", method="popularity")
+    assert ask(diversity=0.5)["rows"] == 130 and ask(diversity=0.5)["rows"] == 0
+    config = resolve(TokenizeConfig, base=copy.stage("tokenizer").manifest["config"], seed=5)
+    tokenize(copy, config, device="cpu", force=True)
+    assert ask(diversity=0.5)["rows"] == 130
 
 
 def test_files_of_others_beside_the_parts_stay(histories, tmp_path):
@@ -345,8 +362,11 @@ def test_files_of_others_beside_the_parts_stay(histories, tmp_path):
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     pq.write_table(pa.table({"mine": [1]}), folder / "mine.parquet")
+    (folder / "empty").mkdir()
+    count_transitions(histories[0], folder / "other.parquet")
     count_transitions(histories[0], tmp_path / "counts.parquet")
-    assert {path.name for path in folder.iterdir()} == {"notes.txt", "mine.parquet"}
+    names = {"notes.txt", "mine.parquet", "empty", "other.parquet"}
+    assert {path.name for path in folder.iterdir()} == names
 
 
 def test_counts_below_a_folder_named_like_a_column_are_the_same(histories, tmp_path):

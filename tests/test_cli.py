@@ -196,6 +196,11 @@ def test_another_source_that_is_not_there_is_said_before_other_settings(streamct
     assert answer.returncode == 1 and "no such items file" in answer.stderr
 
 
+def test_two_measurements_at_once_are_refused(streamctl, shop):
+    answer = streamctl("eval", "--run", shop, "--decode", "exact", "--think-curve")
+    assert answer.returncode == 2 and "measurements of their own" in answer.stderr
+
+
 def test_json_goes_to_stdout_alone(streamctl, shop, tmp_path):
     answer = streamctl(
         "data", "synth", "--run", tmp_path / "r", "--users", 50, "--items", 60, "--json"

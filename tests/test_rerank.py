@@ -126,6 +126,9 @@ def test_a_re_ranked_method_is_not_re_ranked_again(run, reranked):
         rerank(run, RerankConfig(methods=("popularity+rerank",)), device="cpu")
     with pytest.raises(UsageError, match=r"with commas.*--methods knn,popularity"):
         rerank(run, RerankConfig(methods=("knn+popularity",)), device="cpu")
+    with pytest.raises(UsageError, match=r"--methods transitions,knn,popularity$"):
+        names = ("transitions+rerank", "knn+popularity")
+        rerank(run, RerankConfig(methods=names), device="cpu")
 
 
 def test_nobody_judges_a_ranker_that_they_taught(run, reranked):
@@ -285,3 +288,5 @@ def test_refit_takes_a_ranker_as_it_is_and_trains_item_vectors_again(run, tmp_pa
     train_baseline(copy, BaselineConfig(name="gru4rec", seed=1, **quick), device="cpu", force=True)
     folder, _, why = answering(copy)
     assert folder.path == copy.path and "of an earlier baselines/gru4rec" in why
+    assert "--method gru4rec --force" in why and answering(copy, "gru4rec")[2].startswith("you ")
+    assert "--method gru4rec --force" in answering(copy, "gru4rec")[2]

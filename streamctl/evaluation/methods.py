@@ -254,7 +254,10 @@ def reranked_stages(run: RunDir, names: Sequence[str]) -> list[str]:
     if joined := [name for name in names if "+" in name and not name.endswith(RERANKED)]:
         raise UsageError(
             f"{joined[0]!r} is no method; one re-ranker behind several takes them with commas",
-            run="--methods " + ",".join(names).replace("+", ","),
+            run="--methods "
+            + ",".join(
+                dict.fromkeys(each for name in names for each in name.split("+") if each in rows)
+            ),
         )
     chosen = [_row(run, rows, name) for name in names]
     for row in chosen:
@@ -392,19 +395,19 @@ def answering(run: RunDir, method: str | None = None) -> tuple[RunDir, str, str]
         method: the one that is wanted; None for the best.
     """
     final = run.stage("final")
-    stale = final.stale_parents() if final.complete else []
-    refitted = final.manifest["method"] if final.complete else None
+    made = final.manifest if final.complete else {}
+    refitted, asked = made.get("method"), made.get("asked")
+    stale = final.stale_parents() if made else []
     if refitted and not stale:
-        found = None if final.manifest.get("asked") else _winner(run)
+        found = None if asked else _winner(run)
         best = refitted if found is None else found["method"]
         if method in (refitted, POPULAR) or (method is None and best == refitted):
             return RunDir(final.path), method or refitted, "refitted on everything"
-    if method is not None:
-        return run, method, "you chose it"
-    name, why = best_method(run)
-    if refitted:
+    name, why = best_method(run) if method is None else (method, "you chose it")
+    if refitted and (method is None or (stale and method == refitted)):
         of = f"an earlier {' and '.join(stale)}" if stale else refitted
-        why += f"; {final.path} is of {of}, `streamctl refit --run {run.path} --force` renews it"
+        again = f"{run.command('final')}{f' --method {refitted}' if asked else ''} --force"
+        why += f"; {final.path} is of {of}, `{again}` renews it"
     return run, name, why
 
 

@@ -60,7 +60,7 @@ class Explorer:
     think: int
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Eq. 20 on the rewards of Eqs. 22-27 for thoughts inside the evidence, and the anchor."""
+        """Eq. 20 on the rewards of Eqs. 22, 26 and 27 inside the evidence, and the anchor."""
         policy, config = self.policy, self.config
         pieces = self.gathered(batch.index.cpu().numpy())
         policy.eval()  # dropout would make sampling and training two different policies
