@@ -39,7 +39,7 @@ from streamctl.errors import StreamctlError, UsageError
 from streamctl.evaluation.methods import answerer, answering
 from streamctl.files import atomic_file_each
 from streamctl.progress import progress_bar, say
-from streamctl.recommender import Recommender
+from streamctl.recommender import Recommender, holds_lists
 from streamctl.retrieval.transitions import UNIT, pair_counts
 from streamctl.runs import RunDir
 
@@ -146,8 +146,11 @@ def recommend_files(
     source, output, folder = source.resolve(), output.resolve(), source.is_dir()
     parts = _parts(job.made_from, source, output, output if folder else _beside(output))
     joined = None if folder else job.made_from(source, 0, parts[-1].end)
-    counts, complete = Counter[str](), joined is not None and _made_from(output) == joined
-    if not complete:
+    made = _made_from(output) == joined if joined is not None else all(map(_done, parts))
+    counts, complete = Counter[str](), made
+    if complete:
+        say(f"{output}: complete already")
+    else:
         counts, complete = _make(job.answer, parts, "recommend", on_ray, gpu=device != "cpu")
     if is_main() and joined is not None and _made_from(output) != joined:
         _join(parts, output, joined)
@@ -209,10 +212,9 @@ _COUNTS = pa.schema([("item", pa.string()), ("next", pa.string()), ("units", pa.
 
 def _count(part: Part) -> Counter[str]:
     """Write how often each item followed each other one in a part's histories."""
-    schema = _open(part.source).schema_arrow
-    if "history" not in schema.names or "list" not in str(schema.field("history").type):
+    if "history" not in _open(part.source).schema_arrow.names:
         raise StreamctlError(
-            "has no column history of lists of item ids", where=part.source,
+            "has no column history", where=part.source,
             run="write each user's items, oldest first, as a list in a column history",
         )  # fmt: skip
     counts: Counter[str] = Counter()
@@ -322,8 +324,19 @@ def _parts(
             name = file.relative_to(source) if folder else f"part-{number:07d}.parquet"
             end = min(first + size, rows)
             parts.append(Part(file, target / name, first, end, made_from(file, first, end)))
+    if (target == output) != output.is_dir() and output.exists():
+        kind, wanted = ("file", "folder") if target == output else ("folder", "file")
+        raise UsageError(
+            f"--output {output} is a {kind}, and this makes a {wanted}",
+            run="--output with another name",
+        )
     read = {file.resolve() for file in files}
-    for path in (output, *(part.output for part in parts)):
+    for path in (*([] if target == output else [output]), *(part.output for part in parts)):
+        if path.is_file() and path.resolve() not in read and not _made_from(path):
+            raise UsageError(
+                f"{path} is there already, and not from such a command",
+                run="--output with another name",
+            )
         if path.resolve() in read:
             raise UsageError(
                 f"--output {output} would take the place of the input {path}",
@@ -426,6 +439,12 @@ def _open(path: Path) -> pq.ParquetFile:
             f"has no column user_id or history; it has {', '.join(names) or 'none'}",
             where=path,
             run="call the column of users user_id, or that of lists of item ids history",
+        )
+    if "history" in names and not holds_lists(kind := file.schema_arrow.field("history").type):
+        raise StreamctlError(
+            f"its column history holds {kind}, not lists of item ids",
+            where=path,
+            run="write each user's items, oldest first, as a list",
         )
     return file
 

@@ -136,7 +136,7 @@ class Recommender:
         if not names:
             raise UsageError(f"users: no column user_id or history; it has {table.column_names}")
         table = table.select(names)
-        if "history" in names and not _holds_lists(table.schema.field("history").type):
+        if "history" in names and not holds_lists(table.schema.field("history").type):
             raise UsageError(
                 f"history: {table.schema.field('history').type}, not lists of item ids"
             )
@@ -147,6 +147,9 @@ class Recommender:
         asked: list[tuple[int, _Question]] = []
         for place, row in enumerate(table.to_pylist()):
             given = row.get("history"), row.get("user_id")
+            if given == (None, None):
+                found["problem"][place] = "neither a history nor a user_id"
+                continue
             try:
                 question = self._question(*given, barred, wanted, keep_seen, near=False)
             except StreamctlError as error:
@@ -322,7 +325,8 @@ def shortened(title: str, most: int | None) -> str:
     return title if most is None or len(title) <= most else f"{title[: most - 1].rstrip()}…"
 
 
-def _holds_lists(kind: pa.DataType) -> bool:
+def holds_lists(kind: pa.DataType) -> bool:
+    """Whether a column of histories can be read; one of nulls can."""
     return kind == pa.null() or "list" in str(kind).partition("<")[0]
 
 

@@ -227,6 +227,14 @@ def test_two_torchrun_workers_write_what_one_does(run, users, whole, tmp_path):
     assert pq.read_table(output).equals(whole)
 
 
+def write_damaged(path: Path) -> None:
+    """Users in a file whose pages cannot be read, though its end can."""
+    pq.write_table(pa.table({"user_id": [f"u{n:03}" for n in range(150)]}), path)
+    content = bytearray(path.read_bytes())
+    content[4:300] = bytes(296)
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("damage", ["text", "columns", "type", "cut"])
 def test_an_input_that_cannot_be_read_is_named(run, tmp_path, damage):
     path = tmp_path / "users.parquet"
@@ -237,12 +245,8 @@ def test_an_input_that_cannot_be_read_is_named(run, tmp_path, damage):
     elif damage == "type":
         pq.write_table(pa.table({"history": ["u001"]}), path)
     else:
-        pq.write_table(pa.table({"user_id": [f"u{n:03}" for n in range(150)]}), path)
-        content = bytearray(path.read_bytes())
-        content[4:300] = bytes(296)
-        path.write_bytes(content)
-    match = "history: string, not lists" if damage == "type" else r"users\.parquet"
-    with pytest.raises(StreamctlError, match=match):
+        write_damaged(path)
+    with pytest.raises(StreamctlError, match=r"users\.parquet"):
         recommend_files(run, path, tmp_path / "recs.parquet", **QUESTION)
 
 
@@ -312,7 +316,7 @@ def test_counts_of_a_job_that_stopped_go_on(histories, tmp_path, monkeypatch):
 def test_counts_need_lists_and_may_be_empty(tmp_path):
     path = tmp_path / "log.parquet"
     pq.write_table(pa.table({"user_id": ["u1"], "history": ["i1"]}), path)
-    with pytest.raises(StreamctlError, match="no column history of lists"):
+    with pytest.raises(StreamctlError, match="not lists of item ids"):
         count_transitions(path, tmp_path / "counts.parquet")
     pq.write_table(pa.table({"history": pa.array([None, []], pa.list_(pa.int64()))}), path)
     count_transitions(path, tmp_path / "counts.parquet")
@@ -355,6 +359,27 @@ def test_answers_that_compare_vectors_are_made_anew_with_them(run, users, tmp_pa
     config = resolve(TokenizeConfig, base=copy.stage("tokenizer").manifest["config"], seed=5)
     tokenize(copy, config, device="cpu", force=True)
     assert ask(diversity=0.5)["rows"] == 130
+
+
+def test_a_file_that_is_not_an_earlier_output_is_never_replaced(run, users, tmp_path):
+    mine = tmp_path / "mine.parquet"
+    pq.write_table(pa.table({"mine": [1]}), mine)
+    answer = partial(recommend_files, run, method="popularity", k=5)
+    for make in (count_transitions, answer):
+        with pytest.raises(UsageError, match=r"mine\.parquet is there already"):
+            make(users, mine)
+    folder = folder_of(users, tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    shutil.copy(mine, tmp_path / "out" / "b.parquet")
+    with pytest.raises(UsageError, match=r"b\.parquet is there already"):
+        answer(folder, tmp_path / "out")
+    assert rows_of(mine) == rows_of(tmp_path / "out" / "b.parquet") == [{"mine": 1}]
+    with pytest.raises(UsageError, match="is a folder, and this makes a file"):
+        answer(users, tmp_path / "out")
+    with pytest.raises(UsageError, match="is a file, and this makes a folder"):
+        answer(folder, mine)
+    assert answer(users, tmp_path / "answers")["rows"] == 130
+    assert answer(users, tmp_path / "answers", keep_seen=True)["rows"] == 130  # its own
 
 
 def test_files_of_others_beside_the_parts_stay(histories, tmp_path):
@@ -425,6 +450,6 @@ def test_on_ray_no_count_is_lost_or_there_twice_when_a_worker_is_killed(
 
 def test_on_ray_an_error_is_told_as_it_would_be_here(run, tmp_path, cluster):
     path = tmp_path / "users.parquet"
-    pq.write_table(pa.table({"history": ["u001"]}), path)
-    with pytest.raises(UsageError, match="not lists of item ids"):
+    write_damaged(path)
+    with pytest.raises(StreamctlError, match=r"users\.parquet: cannot be read"):
         recommend_files(run, path, tmp_path / "recs.parquet", on_ray=True, **QUESTION)

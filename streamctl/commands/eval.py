@@ -45,7 +45,7 @@ def command(
     """
     from streamctl.config import EvalConfig
     from streamctl.errors import UsageError
-    from streamctl.evaluation.methods import method_names
+    from streamctl.evaluation.methods import answering, method_names
     from streamctl.evaluation.stage import evaluate_run
 
     settings = job.settings(EvalConfig, split=split, methods=methods, beam=beam, users=users)
@@ -58,7 +58,11 @@ def command(
     if decode == "exact" or think_curve:
         _measure(job, settings, think_curve)
     else:
-        render(job.make(evaluate_run, settings), job.json, strict=strict)
+        stage = job.make(evaluate_run, settings)
+        render(stage, job.json, strict=strict)
+        _, name, why = answering(job.folder)
+        if not job.json and name != (stage.manifest["winner"] or {}).get("method", name):
+            typer.echo(f"but {name} answers, as long as you do not refit: {why}")
         if method_names(job.folder) == ["popularity"]:
             return f"{job.folder.command('run')}, which trains every stage"
     return None

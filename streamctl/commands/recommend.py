@@ -72,8 +72,10 @@ def command(
         raise UsageError(
             "--input and --output go together", run="--input USERS.parquet --output ANSWERS.parquet"
         )
-    if on not in (None, "ray") or (on and input_ is None):
-        raise UsageError("--on takes ray, and goes with --input")
+    if on not in (None, "ray"):
+        raise UsageError(f"--on {on}: it takes ray", run="--on ray")
+    if on and input_ is None:
+        raise UsageError("--on ray goes with --input", run="--input USERS.parquet")
     if input_ is not None:
         from streamctl.bulk import recommend_files
 
@@ -84,7 +86,13 @@ def command(
         if json_:
             print_json(summary)
         else:
-            print_table("Bulk recommendations", ["", "value"], list(map(list, summary.items())))
+            alone = summary["world_size"] == 1
+            rows = [
+                [name, value]
+                for name, value in summary.items()
+                if not (alone and name in ("rank", "world_size"))
+            ]
+            print_table("Bulk recommendations", ["", "value"], rows)
         return
     ids = history and history_ids(history)
     recommender = load(run, method, device=device)
@@ -143,6 +151,10 @@ def ask(
     thought = recommender.explain(history, user=user, think=think, shorten=shorten)
     tables = {"history": read, "items": items, "before": before, "thought": thought}
     lists = {name: table.to_pylist() for name, table in tables.items()}
+    told_of = {item["item_id"] for item in lists["items"]}  # of a method that does not think
+    lists["thought"] = [
+        step for step in lists["thought"] if step["ranking"] or step["item_id"] in told_of
+    ]
     for step in lists["thought"]:  # the title of what would be first if it ended there
         best = recommender.named((step["ranking"] or [])[:1])["title"].to_pylist()
         step["first"] = shortened(best[0], shorten) if best else None

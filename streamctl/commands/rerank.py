@@ -9,7 +9,8 @@ from streamctl.commands.options import Job, option, print_json, print_table, sta
 def command(
     job: Job,
     methods: str | None = option(
-        "Comma-separated: one ranker over the candidates of all these. Default: one each."
+        "Comma-separated: one ranker over the candidates of all these, compared with the first. "
+        "Default: one each."
     ),
 ) -> None:
     """Re-rank the candidates of a method and of the hops with gradient-boosted trees.

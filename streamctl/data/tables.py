@@ -78,7 +78,9 @@ def read_table(table: Any, name: str) -> pa.RecordBatchReader:
         kind = type(table).__name__
         raise UsageError(
             f"{name}: not a table but a {kind}; give a pandas, polars or Arrow table",
-            run="a data frame, or the path of a file",
+            run="a data frame with a column user_id or history"
+            if name == "users"
+            else "a data frame, or the path of a file",
         )
     try:
         reader = pa.RecordBatchReader.from_stream(table)
