@@ -60,9 +60,10 @@ def command(
     else:
         stage = job.make(evaluate_run, settings)
         render(stage, job.json, strict=strict)
-        _, name, why = answering(job.folder)
+        folder, name, _ = answering(job.folder)
         if not job.json and name != (stage.manifest["winner"] or {}).get("method", name):
-            typer.echo(f"but {name} answers, as long as you do not refit: {why}")
+            again = f"`{job.folder.command('final')} --force`"
+            typer.echo(f"but {folder.path} was asked for and answers by {name}; {again} ends that")
         if method_names(job.folder) == ["popularity"]:
             return f"{job.folder.command('run')}, which trains every stage"
     return None
