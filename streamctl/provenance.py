@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 def _processor() -> str:
     """The CPU's model, where the system tells it."""
     cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    lines = cpus.read_text(encoding="utf-8", errors="replace").splitlines() if cpus.exists() else []
     models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
 

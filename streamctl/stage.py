@@ -119,7 +119,7 @@ class Stage:
             raise self._error("the manifest is damaged (it is not one of a stage)", path)
         if manifest.get("schema") != SCHEMA:
             raise self._error("this stage was made by another version of streamctl", self.path)
-        if "seal" in manifest and manifest["seal"] != _seal(manifest):
+        if manifest.get("seal") != _seal(manifest):
             raise self._error("the manifest is damaged (its checksum does not match)", path)
         return manifest
 

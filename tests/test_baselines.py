@@ -345,7 +345,7 @@ def test_a_learned_bias_tells_whether_users_come_back_to_what_they_had(name, tmp
     ranking = model.recommend(history, N_ITEMS)
     plain = model.score(history)[0]
     for item, score in zip(ranking.items[0].tolist(), ranking.scores[0].tolist(), strict=True):
-        assert score == pytest.approx(float(plain[item]) + bonus * (item in (3, 4, 5)), abs=1e-4)
+        assert score == pytest.approx(plain[item].item() + bonus * (item in (3, 4, 5)), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,8 @@ def test_a_flipped_byte_in_a_manifest_is_noticed(clean, tmp_path):
     copy = shutil.copytree(clean[0], tmp_path / "run")
     path = copy / "data" / "manifest.json"
     whole = path.read_bytes()
-    for place in range(0, len(whole), 37):
+    seal = whole.index(b'"seal"') + 1  # without its key nothing would be compared
+    for place in (seal, *range(0, len(whole), 37)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         if whole[place : place + 1].isspace():
             continue
