@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from streamctl.errors import StreamctlError
 from streamctl.runs import RunDir
-from streamctl.stage import SCHEMA
+from streamctl.stage import SCHEMA, _seal
 
 SOURCES = sorted(
     path
@@ -105,7 +105,7 @@ def test_an_array_that_holds_pickled_objects_is_refused(tmp_path):
     np.save(stage / "x.npy", np.array([{"a": 1}], dtype=object))
     names = {"x.npy": ""}
     manifest = {"schema": SCHEMA, "hash": "", "artifacts": names, "parents": {}, "config": {}}
-    (stage / "manifest.json").write_text(json.dumps(manifest))
+    (stage / "manifest.json").write_text(json.dumps(manifest | {"seal": _seal(manifest)}))
     with pytest.raises((ValueError, StreamctlError), match="allow_pickle"):
         run.stage("tokenizer").array("x.npy")
 
