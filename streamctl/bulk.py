@@ -136,7 +136,8 @@ def recommend_files(
     began = time.monotonic()
     holder, name, _ = answering(run, method)
     row = answerer(holder, name)
-    hashes = {stage: holder.stage(stage).hash for stage in ("data", *row.stages)}
+    hashes = {stage: holder.stage(stage).hash for stage in row.stages}
+    hashes["data"] = holder.require("data").hash
     if question.get("diversity"):  # compares vectors, whatever the method
         place = holder if holder.stage("tokenizer").complete else run
         hashes["vectors"] = place.require("tokenizer").hash
@@ -146,8 +147,8 @@ def recommend_files(
     source, output, folder = source.resolve(), output.resolve(), source.is_dir()
     parts = _parts(job.made_from, source, output, output if folder else _beside(output))
     joined = None if folder else job.made_from(source, 0, parts[-1].end)
-    made = _made_from(output) == joined if joined is not None else all(map(_done, parts))
-    counts, complete = Counter[str](), made
+    counts: Counter[str] = Counter()
+    complete = all(map(_done, parts)) if joined is None else _made_from(output) == joined
     if complete:
         say(f"{output}: complete already")
     else:
