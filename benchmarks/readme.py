@@ -66,7 +66,10 @@ def results(found: Mapping[str, Mapping[str, Any]]) -> str:
             less = interval(best(found[name]).get(f"vs_{method}"))
             cells.append(f"{cell} ({less})" if cell and less else cell)
         if any(cells):
-            rows.append([draw.TITLES[method], *cells])
+            title = draw.TITLES[method]
+            if title.lower() != method and method not in ("l0", "random_evidence"):  # controls
+                title += f" (`{method}`)"
+            rows.append([title, *cells])
     head = [f"{name}, {one['users']:,} users" for name, one in found.items()]
     picture = "![Masked ndcg@10 of every method](docs/img/results.svg)"
     return f"{markdown(['', *head], rows)}\n\n{picture}"

@@ -300,6 +300,11 @@ def _parts(
 ) -> list[Part]:
     """What there is to do, in the order of the rows; `target` is the folder of the parts."""
     folder = source.is_dir()
+    if not folder and output.suffix.lower() not in ("", ".parquet", ".pq"):
+        raise UsageError(
+            f"--output {output.name}: it is written as parquet",
+            run=f"--output {output.with_suffix('.parquet').name}",
+        )
     files = sorted(source.rglob("*.parquet")) if folder else [source]
     if not files:
         raise StreamctlError(

@@ -17,6 +17,7 @@ Size = Literal["tiny", "small", "paper"]
 OPTIONS = "options"  # where a value given as an option, or by a Python caller, comes from
 # Prefixes that a search keeps where a method answers, or k if that is more; `eval` has a setting.
 BEAM = 20
+MAX_K, MAX_THINK = 1000, 64  # items, and pieces of evidence, that an answer may be asked for
 # Of the pretrain stage and of TIGER, by size. At tiny, 3e-3 reached a fifth more validation ndcg@10
 # than 1e-3 in the same epochs (amazon-2018-scientific).
 LEARNING_RATES = {"tiny": 3e-3, "small": 2e-3, "paper": 1e-3}

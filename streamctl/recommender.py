@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from streamctl.baselines.hops import run_evidence
+from streamctl.config import MAX_K, MAX_THINK
 from streamctl.data import POPULAR, load_data, stranger_note
 from streamctl.data.sources.items import id_text
 from streamctl.data.tables import read_table
@@ -30,7 +31,6 @@ from streamctl.runs import RunDir
 from streamctl.tokenizer import vectors
 from streamctl.tokenizer.neighbours import nearest
 
-MOST = 1000  # items of one ranking, pieces of one thought
 BATCH = 512  # users answered together
 SCORES = 1 << 26  # of items, at most, that are held at once for them
 _KINDS = {
@@ -184,7 +184,7 @@ class Recommender:
         speak, and why; weight and ranking are null then. Nothing in a run without a tokenizer.
         The arguments are those of `recommend`, and `shorten`: characters of a title in a reason.
         """
-        _whole("shorten", 1 if shorten is None else shorten, 1)
+        _whole("shorten", 1 if shorten is None else shorten, 1, 1000)
         asked = self._question(history, user, self._barred(()), None, False)
         _check(k)
         _, ranking = self._ask([asked], max(k, SHOWN), think)
@@ -352,11 +352,11 @@ def _texts(ids: Iterable[Any], what: str) -> list[str]:
 
 
 def _check(k: int, think: int | None = None) -> None:
-    _whole("k", k, 1)
-    _whole("think", 0 if think is None else think, 0)
+    _whole("k", k, 1, MAX_K)
+    _whole("think", 0 if think is None else think, 0, MAX_THINK)
 
 
-def _whole(name: str, value: Any, least: int) -> None:
+def _whole(name: str, value: Any, least: int, most: int) -> None:
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not least <= value <= MOST:
-        raise UsageError(f"{name} is {value!r}; it must be {least:,} to {MOST:,}")
+    if not whole or not least <= value <= most:
+        raise UsageError(f"{name} is {value!r}; it must be {least:,} to {most:,}")

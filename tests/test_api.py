@@ -210,7 +210,7 @@ def test_histories_are_any_list_of_ids(rec):
         ({"history": ["i001"], "k": 0}, "k is 0; it must be 1 to 1,000"),
         ({"history": ["i001"], "k": 1001}, "k is 1001"),
         ({"history": ["i001"], "k": None}, "k is None"),
-        ({"history": ["i001"], "think": -1}, "think is -1; it must be 0 to 1,000"),
+        ({"history": ["i001"], "think": -1}, "think is -1; it must be 0 to 64"),
         ({"history": ["i001"], "think": 2.5}, "think is 2.5"),
     ],
 )

@@ -192,6 +192,8 @@ def test_a_folder_is_answered_file_by_file_and_only_what_is_new(run, users, whol
     assert recommend_files(run, source, output, **QUESTION)["rows"] == 50
     with pytest.raises(UsageError, match="inside the input"):
         recommend_files(run, source, source / "recs", **QUESTION)
+    with pytest.raises(UsageError, match=r"recs\.csv: it is written as parquet.*recs\.parquet"):
+        recommend_files(run, users, tmp_path / "recs.csv", **QUESTION)
     (tmp_path / "nothing").mkdir()
     with pytest.raises(StreamctlError, match=r"no \.parquet file"):
         recommend_files(run, tmp_path / "nothing", output, **QUESTION)

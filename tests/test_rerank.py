@@ -270,6 +270,8 @@ def test_what_was_refitted_before_another_method_won_answers_no_more(run, result
     folder, name, why = answering(copy)
     assert folder.path == copy.path and name == result["winner"]["method"] != "popularity"
     assert "refit" in why and "popularity" in why
+    refit(copy, RefitConfig(method="popularity"), device="cpu")  # now it is asked for
+    assert answering(copy)[1:] == ("popularity", "refitted on everything")
 
 
 def test_refit_takes_a_ranker_as_it_is_and_trains_item_vectors_again(run, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamctl.commands.options import Device, Json, Run, option, print_json, print_table, switch
+from streamctl.config import MAX_K, MAX_THINK
 
 if TYPE_CHECKING:
     from streamctl.recommender import Recommender
@@ -24,8 +25,10 @@ def command(
         "Item ids, oldest first, separated by commas; or the option once an id; or @FILE with an "
         "id a line."
     ),
-    k: int = option("How many items.", "-k", "--k", default=10, min=1, max=1000),
-    think: int | None = option("Length of the thought (default: as trained).", min=0, max=64),
+    k: int = option("How many items.", "-k", "--k", default=10, min=1, max=MAX_K),
+    think: int | None = option(
+        "Pieces of evidence to think with (default: as trained).", min=0, max=MAX_THINK
+    ),
     diversity: float = option(
         "0 to 1: make the list's items less alike.", default=0.0, min=0, max=1
     ),

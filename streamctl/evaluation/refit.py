@@ -62,6 +62,9 @@ def refit(run: RunDir, config: RefitConfig, *, device: str = "auto", force: bool
     row = answerer(run, method)
     config = dataclasses.replace(config, method=method)
     parents = list(dict.fromkeys(["data", *row.stages]))
+    made = run.stage(FINAL).manifest if run.stage(FINAL).complete else {}
+    # It was made as the best of then; from now on it is to answer whatever is best.
+    force = force or (asked and made.get("method") == method and not made["asked"])
     with run.begin(FINAL, config, parents=parents, force=force) as stage:
         if stage is None:
             say(f"{FINAL}: complete already")

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from streamctl.config import MAX_K
 from streamctl.serving import metrics, problems, schemas
 from streamctl.serving.problems import Problem, described
 from streamctl.serving.service import Service, Settings
@@ -37,7 +38,7 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 Id = Annotated[str, PathParameter(min_length=1, max_length=200)]
 Words = Annotated[str, Parameter(max_length=200, description="Words, or their beginnings.")]
 Limit = Annotated[int, Parameter(ge=1, le=100)]
-Few = Annotated[int, Parameter(ge=1, le=schemas.MAX_K, description="Items wanted.")]
+Few = Annotated[int, Parameter(ge=1, le=MAX_K, description="Items wanted.")]
 
 
 def create_app(settings: Settings) -> FastAPI:

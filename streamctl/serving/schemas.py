@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from streamctl.config import MAX_K, MAX_THINK
+
 MAX_HISTORY = 200
-MAX_K = 1000
-MAX_THINK = 64
 MAX_BATCH = 64
 MAX_LIST = 10_000  # ids in allow or deny
 MAX_FILTERS = 16
